@@ -1,0 +1,376 @@
+"""What a run is made of, as plain data: presets (sizes), variants (recipes) and their resolution.
+
+A preset is `ryot/presets/NAME.toml`, a variant `ryot/variants/NAME.toml`; both may also be a path to the
+user's own file. `resolve_variant` lays a preset's `[model]` under the variant's `[model]`, and the variant's
+`[preset.NAME.*]` over both. Nothing here opens a socket, starts Ray or imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ryot.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+T = TypeVar("T")
+
+Architecture = Literal["opt", "llama"]
+Schedule = Literal["cosine", "linear-decay"]
+Attention = Literal["explicit", "sdpa"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+#: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
+PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
+
+
+def _require(condition: bool, field: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: got {value!r}, expected {rule}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of one decoder."""
+
+    architecture: Architecture
+    """`opt`: learned positions, post-norm, GELU; `llama`: RoPE, pre-RMSNorm, SwiGLU, grouped-query attention."""
+    vocab_size: int
+    """Number of tokens."""
+    dim: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of decoder layers."""
+    num_heads: int
+    """Number of query heads."""
+    num_kv_heads: int
+    """Number of key and value heads; divides `num_heads`."""
+    ff_dim: int
+    """Width of the feed-forward layer."""
+    max_seq_len: int
+    """Context in tokens, prompt and generated together."""
+    tie_embeddings: bool
+    """Whether the output head is the embedding table."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies (llama only)."""
+    norm_eps: float = 1e-5
+    """Added to the variance before the root."""
+
+    def __post_init__(self) -> None:
+        _require(self.architecture in typing.get_args(Architecture), "architecture", self.architecture, "opt or llama")
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ff_dim", "max_seq_len"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+        _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads {self.num_heads}",
+        )
+        multiple = 16 if self.architecture == "llama" else 8
+        _require(
+            self.head_dim % multiple == 0,
+            "num_heads",
+            self.num_heads,
+            f"heads of a multiple of {multiple} wide (dim {self.dim} gives {self.head_dim}); the fused operator takes no other",
+        )
+        if self.architecture == "opt":
+            _require(self.num_kv_heads == self.num_heads, "num_kv_heads", self.num_kv_heads, "num_heads (opt)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.head_dim * self.num_kv_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values, a tied head counted once."""
+        embedding = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
+        if self.architecture == "llama":
+            layer = attention + 3 * self.dim * self.ff_dim + 2 * self.dim
+            return embedding + self.num_layers * layer + self.dim
+        biases = 4 * self.dim + self.ff_dim + self.dim
+        layer = attention + 2 * self.dim * self.ff_dim + biases + 4 * self.dim
+        return embedding + (self.max_seq_len + 2) * self.dim + self.num_layers * layer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How one variant is trained: budget, batch, learning rates, schedule."""
+
+    tokens: int
+    """Budget in training tokens; the schedule ends with it."""
+    batch_size: int
+    """Sequences of `max_seq_len` tokens in one optimizer step."""
+    learning_rate: float
+    """Peak rate of the matrices inside the layers."""
+    embedding_learning_rate: float
+    """Peak rate of the embedding table (and of a tied head)."""
+    head_learning_rate: float
+    """Peak rate of an untied head."""
+    warmup_fraction: float
+    """Share of the steps in which the rate rises from 0."""
+    schedule: Schedule
+    """`cosine` to 0, or constant and then `linear-decay` to 0."""
+    decay_fraction: float = 0.6
+    """Share of the steps in which `linear-decay` falls to 0."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    epsilon: float = 1e-8
+    """AdamW's term in the denominator."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay."""
+    clip_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    accumulate: int = 1
+    """Micro-batches a step is split into; divides `batch_size`."""
+    checkpoint_activations: bool = False
+    """Recompute layer activations in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "accumulate"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+        for name in ("learning_rate", "embedding_learning_rate", "head_learning_rate", "clip_norm", "epsilon"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ("warmup_fraction", "decay_fraction", "beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number not below 0")
+        _require(self.schedule in typing.get_args(Schedule), "schedule", self.schedule, "cosine or linear-decay")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            self.accumulate,
+            f"a divisor of batch_size {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelPlan:
+    """How a training step is computed on a machine; changes speed, not what is learned (within rounding)."""
+
+    attention: Attention = "sdpa"
+    """Attention written out in matrix products, or torch's fused kernel."""
+    dtype: Dtype = "fp32"
+    """Autocast type of the matrix products."""
+    compile: bool = False
+    """Whether the trunk goes through torch.compile."""
+    loss_chunk: int = 0
+    """Rows of logits made at a time in the loss; 0 for all at once."""
+    fused_optimizer: bool = False
+    """Whether AdamW updates all parameters in one kernel."""
+    threads: int = 1
+    """torch's intra-op threads."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the step runs."""
+
+    def __post_init__(self) -> None:
+        _require(self.attention in typing.get_args(Attention), "attention", self.attention, "explicit or sdpa")
+        _require(self.dtype in typing.get_args(Dtype), "dtype", self.dtype, "fp32, bf16 or fp16")
+        _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "a whole number not below 0")
+        _require(self.threads > 0, "threads", self.threads, "a whole number above 0")
+        _require(self.device in ("cpu", "cuda"), "device", self.device, "cpu or cuda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantConfig:
+    """One recipe at one size: everything that decides what a training run learns."""
+
+    name: str
+    """What the tables call it."""
+    summary: str
+    """One line for people."""
+    tune: bool
+    """Whether this machine may choose the kernel plan by measuring."""
+    model: ModelConfig
+    train: TrainConfig
+    kernels: KernelPlan
+
+    def __post_init__(self) -> None:
+        steps, warmup = self.num_steps, self.train.warmup_fraction
+        _require(steps >= 1, "tokens", self.train.tokens, f"at least one step of {self.step_tokens} tokens ({self.name})")
+        _require(
+            warmup == 0 or steps * warmup >= 1,
+            "tokens",
+            self.train.tokens,
+            f"a budget longer than the warm-up of {self.name}: at least {self._shortest_budget()} tokens",
+        )
+
+    def _shortest_budget(self) -> int:
+        return int(-(-1 // self.train.warmup_fraction)) * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Training tokens in one optimizer step."""
+        return self.train.batch_size * self.model.max_seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that the budget pays for."""
+        return self.train.tokens // self.step_tokens
+
+
+def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls`; nested dataclasses are built from nested tables.
+
+    Raises `ConfigError` for an unknown key (with the nearest known one), a missing key or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    check_known(values, fields, where)
+    built: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{where}: {name} is missing")
+            continue
+        value, hint = values[name], hints[name]
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, Mapping), f"{where}.{name}", value, "a table")
+            built[name] = build_from_mapping(typing.cast(type, hint), value, f"{where}.{name}")
+        else:
+            built[name] = _coerce(value, hint, f"{where}.{name}")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}", hint=error.hint) from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(unknown(where, value, args))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), where, value, "a list")
+        return tuple(_coerce(v, args[0], where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    if hint in expected:
+        _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, expected[hint])
+    return value
+
+
+def unknown(what: str, got: object, known: Iterable[object]) -> str:
+    """The one-line message for a name that does not exist, with the nearest one that does."""
+    names = [str(k) for k in known]
+    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{what}: {got!r} is not known{guess} (known: {', '.join(names)})"
+
+
+def check_known(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise `ConfigError` for the first key of `values` that is not in `known`."""
+    names = list(known)
+    for key in values:
+        if key not in names:
+            raise ConfigError(unknown(f"{where}: key", key, names))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises `ConfigError` when it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from error
+
+
+def list_named(folder: str) -> list[str]:
+    """Names of the TOML files that the package carries in `folder` (presets, variants or targets)."""
+    return sorted(p.stem for p in (PACKAGE / folder).glob("*.toml"))
+
+
+def find_named(folder: str, name: str) -> Path:
+    """The file of a preset, variant or target: a name the package knows, or a path to a `.toml` file.
+
+    Raises `ConfigError` with the nearest known name.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
+    path = PACKAGE / folder / f"{name}.toml"
+    if name not in list_named(folder):
+        raise ConfigError(
+            unknown(folder.removesuffix("s"), name, list_named(folder)), hint=f"or give a path to your own {folder[:-1]}.toml"
+        )
+    return path
+
+
+def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> VariantConfig:
+    """The recipe `variant` at the size `preset`; `tokens` overrides its budget.
+
+    Both are names or paths. Raises `ConfigError` naming file, key and rule.
+    """
+    preset_path, variant_path = find_named("presets", preset), find_named("variants", variant)
+    size, recipe = load_toml(preset_path), load_toml(variant_path)
+    check_known(size, ("summary", "model", "tokens"), str(preset_path))
+    check_known(recipe, ("summary", "tune", "model", "train", "kernels", "preset"), str(variant_path))
+    special = recipe.get("preset", {}).get(preset_path.stem, {})
+    check_known(special, ("model", "train", "kernels"), f"{variant_path}: preset.{preset_path.stem}")
+    merged: dict[str, Any] = {
+        section: {**size.get(section, {}), **recipe.get(section, {}), **special.get(section, {})}
+        for section in ("model", "train", "kernels")
+    }
+    if tokens is not None:
+        merged["train"]["tokens"] = tokens
+    return build_from_mapping(
+        VariantConfig,
+        {
+            "name": variant_path.stem,
+            "summary": recipe.get("summary", ""),
+            "tune": recipe.get("tune", False),
+            **merged,
+        },
+        f"variant {variant_path.stem} at {preset_path.stem}",
+    )
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The dataclass as nested plain values, without the fields that are None (TOML has no null)."""
+    return {
+        k: [*v] if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(config, dict_factory=lambda kv: {k: v for k, v in kv if v is not None}).items()
+    }
+
+
+def digest(*parts: object) -> str:
+    """sha256 over the canonical JSON of `parts`: equal for equal inputs on every machine."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no canonical form")
+
+
+def replace(config: T, **changes: Any) -> T:
+    """A copy of a config with some fields changed, checked again."""
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+

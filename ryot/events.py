@@ -1,0 +1,172 @@
+"""The one stream of typed events of a run: a JSON line each, appended to `events.jsonl`.
+
+Progress displays, tables, plots and exporters are made from it; nothing else is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """What all events carry."""
+
+    kind: ClassVar[str]
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch, by the clock of the machine that made the event."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageEvent(Event):
+    """A stage began, ended, failed or was found done already."""
+
+    kind: ClassVar[str] = "stage"
+    stage: str
+    """`data`, `cluster`, `tune`, `train`, `export`, `measure`, `report` or `bundle`."""
+    status: str
+    """`begin`, `end`, `cached` or `failed`."""
+    variant: str = ""
+    seed: int = 0
+    wall_s: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepEvent(Event):
+    """The state of one training after some steps."""
+
+    kind: ClassVar[str] = "step"
+    variant: str
+    seed: int
+    step: int
+    num_steps: int
+    tokens: int
+    """Training tokens seen so far."""
+    loss: float
+    """Mean training loss since the last event, nats per token."""
+    grad_norm: float
+    """Largest gradient norm since the last event, before clipping."""
+    learning_rate: float
+    tokens_per_s: float
+    """Since the last event."""
+    train_wall_s: float
+    """Time in training steps so far, evaluation and checkpoints excluded."""
+    rss_bytes: int
+    cpu_s: float
+    """CPU time of the worker so far."""
+    temperature_c: float | None = None
+    frequency_mhz: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalEvent(Event):
+    """A held-out loss."""
+
+    kind: ClassVar[str] = "eval"
+    variant: str
+    seed: int
+    step: int
+    tokens: int
+    train_wall_s: float
+    split: str
+    """`val` or `test`."""
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointEvent(Event):
+    """The driver accepted a checkpoint."""
+
+    kind: ClassVar[str] = "checkpoint"
+    variant: str
+    seed: int
+    step: int
+    path: str
+    """Relative to the run folder."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateEvent(Event):
+    """A safety or quality gate was passed or breached."""
+
+    kind: ClassVar[str] = "gate"
+    variant: str
+    seed: int
+    gate: str
+    """`loss`, `grad_norm`, `parity`, `quality`, …"""
+    passed: bool
+    value: float
+    limit: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureEvent(Event):
+    """One fresh process measured one form in one round."""
+
+    kind: ClassVar[str] = "measure"
+    arm: str
+    round: int
+    ok: bool
+    ttft_ms: float | None = None
+    decode_tok_s: float | None = None
+    peak_rss_bytes: int | None = None
+    reason: str = ""
+
+
+EVENT_TYPES: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (StageEvent, StepEvent, EvalEvent, CheckpointEvent, GateEvent, MeasureEvent)
+}
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    """The event as plain values, with its `kind`."""
+    return {"kind": event.kind, **dataclasses.asdict(event)}
+
+
+def event_from_dict(values: dict[str, Any]) -> Event:
+    """The event that `event_to_dict` made `values` from; fields that this version does not know are dropped."""
+    cls = EVENT_TYPES[values["kind"]]
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in known})
+
+
+class EventLog:
+    """Appends events to a file and hands each one to the listeners, in order."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self.listeners: list[Callable[[Event], None]] = []
+
+    def emit(self, event: Event) -> None:
+        """Write one line and tell the listeners."""
+        self._file.write(json.dumps(event_to_dict(event)) + "\n")
+        for listener in self.listeners:
+            listener(event)
+
+    def close(self) -> None:
+        """Close the file; later events are an error."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a file in order; a last line cut short by a crash and unknown kinds are passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            values = json.loads(line)
+            if values.get("kind") in EVENT_TYPES:
+                yield event_from_dict(values)

@@ -1,0 +1,177 @@
+"""Token shards: a corpus encoded once, kept as memory-mapped arrays under its content hash."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ryot.config import digest
+from ryot.errors import DataError
+from ryot.train.corpus import SPLITS, Corpus
+from ryot.train.hf import END_OF_TEXT_ID
+from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, train_tokenizer
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An encoded corpus: `tokenizer.json`, `meta.json` and one `SPLIT.bin` of token ids for each split.
+
+    Texts are joined with the end-of-text token in front of each.
+    """
+
+    path: Path
+    name: str
+    corpus_sha256: str
+    vocab_size: int
+    num_tokens: dict[str, int]
+    """Tokens of each split."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with."""
+        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text each token stands for, int64 [V]."""
+        return byte_lengths(self.tokenizer)
+
+    def tokens(self, split: str) -> np.ndarray:
+        """The memory-mapped ids of a split, one after the other."""
+        return np.memmap(self.path / f"{split}.bin", dtype=_token_dtype(self.vocab_size), mode="r")
+
+    def windows(self, split: str, count: int, length: int) -> np.ndarray:
+        """Evenly spread stretches of a split, int64 [n, length + 1] with n at most `count`: inputs and, shifted, targets."""
+        tokens = self.tokens(split)
+        fit = (len(tokens) - 1) // length
+        if fit < 1:
+            raise DataError(
+                f"data: the {split} split has {len(tokens)} tokens, expected more than one sequence of {length}",
+                hint="give more text with --data",
+            )
+        starts = np.linspace(0, len(tokens) - length - 1, min(count, fit)).astype(np.int64)
+        return np.asarray(tokens[starts[:, None] + np.arange(length + 1)], dtype=np.int64)
+
+    def check_sequences(self, length: int, batch_size: int) -> None:
+        """Raise `DataError` when a split has no sequence of `length`, or training less than one batch of them."""
+        for split in ("val", "test"):
+            self.windows(split, 1, length)
+        if (have := (self.num_tokens["train"] - 1) // length) < batch_size:
+            raise DataError(
+                f"data: the training split has {have} sequences of {length} tokens, expected at least a batch of {batch_size}",
+                hint="give more text with --data",
+            )
+
+
+class Batches:
+    """Training batches by step number: batch i is the same whenever and wherever it is asked for.
+
+    The split is cut into sequences; each epoch visits all of them once in an order drawn from seed and epoch.
+    """
+
+    def __init__(self, dataset: Dataset, *, length: int, batch_size: int, seed: int):
+        dataset.check_sequences(length, batch_size)
+        self._tokens = dataset.tokens("train")
+        self._length, self._batch_size, self._seed = length, batch_size, seed
+        self._num_sequences = (len(self._tokens) - 1) // length
+        self._per_epoch = self._num_sequences // batch_size
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, int64 [B, T] each."""
+        epoch, index = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._num_sequences)
+        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        window = torch.from_numpy(self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64))
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def _token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def load_dataset(path: Path) -> Dataset:
+    """An encoded corpus on disk. Raises `DataError` when a shard is missing or cut short."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"dataset {path}: meta.json cannot be read", hint="remove the folder; it is made again") from error
+    dataset = Dataset(
+        path=path,
+        name=meta["name"],
+        corpus_sha256=meta["corpus_sha256"],
+        vocab_size=meta["vocab_size"],
+        num_tokens=meta["num_tokens"],
+    )
+    for split, count in dataset.num_tokens.items():
+        shard, expected = path / f"{split}.bin", count * _token_dtype(dataset.vocab_size).itemsize
+        got = shard.stat().st_size if shard.exists() else 0
+        if got != expected:
+            raise DataError(
+                f"dataset {path}: {shard.name} has {got} bytes, expected {expected}",
+                hint="remove the folder; it is made again",
+            )
+    return dataset
+
+
+def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[Dataset, bool]:
+    """The encoded corpus, made now or found in the cache; the flag says which (True: found).
+
+    The folder appears under its final name only when it is complete.
+    """
+    key = digest(_SCHEMA, TOKENIZER_RECIPE, corpus.name, corpus.sha256, vocab_size)[:16]
+    path = cache_dir / "datasets" / key
+    if path.exists():
+        return load_dataset(path), True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {split: corpus.texts(split) for split in SPLITS}
+    for split, parts in texts.items():
+        if not parts:
+            size = sum(len(d.text) for d in corpus.documents)
+            raise DataError(
+                f"data: {corpus.name} has {size} characters, too few for a {split} split", hint="give more text with --data"
+            )
+    tokenizer = train_tokenizer(texts["train"], vocab_size)
+    draft = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=path.parent))
+    try:
+        tokenizer.save(str(draft / "tokenizer.json"))
+        num_tokens = {}
+        for split, parts in texts.items():
+            ids = [[END_OF_TEXT_ID, *e.ids] for e in tokenizer.encode_batch_fast(parts)]
+            shard = np.concatenate([np.asarray(i, dtype=_token_dtype(vocab_size)) for i in ids])
+            shard.tofile(draft / f"{split}.bin")
+            num_tokens[split] = len(shard)
+        meta = {
+            "schema": _SCHEMA,
+            "name": corpus.name,
+            "corpus_sha256": corpus.sha256,
+            "vocab_size": vocab_size,
+            "num_tokens": num_tokens,
+        }
+        (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+        draft.chmod(0o755)
+        os.replace(draft, path)
+    except OSError:
+        # Another run may have finished the same folder first: its content is the same.
+        shutil.rmtree(draft, ignore_errors=True)
+        if not path.exists():
+            raise
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return load_dataset(path), False

@@ -1,0 +1,243 @@
+"""Named blocks of a decoder in onnxruntime's fused CPU operators.
+
+    # B batch, S new tokens, P past tokens, T total tokens, N output features, K input features,
+    # D model dim, F feed-forward dim, V vocabulary, H head dim
+
+Each block adds nodes to a `GraphBuilder` and returns the name of its result. Names follow `Decoder.state_dict()`.
+`MS` operators are onnxruntime's own (domain com.microsoft); their inputs are listed in its ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+import ryot
+from ryot.deploy.datafile import DataFile
+from ryot.deploy.matrices import BlockMatrix, DynamicMatrix, FloatMatrix, Matrix
+from ryot.deploy.weights import FloatArray
+
+MS = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+#: MatMulNBits' accuracy level that quantizes activations to int8; the others compute in float32, far slower.
+INT8_ACTIVATIONS = 4
+
+
+class GraphBuilder:
+    """Collects nodes, inputs, outputs and constants, and makes the model of them."""
+
+    def __init__(self, name: str, data: DataFile):
+        self.name = name
+        self._data = data
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._known: set[str] = set()
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        """Declare an input of the graph."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        self._known.add(name)
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        """Declare a result that some node has already made as an output of the graph."""
+        assert name in self._known, f"output {name} is made by no node"
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> str:
+        """A constant; asked for twice under one name it is the same one."""
+        if name not in self._constants:
+            self._constants[name] = self._data.tensor(name, array)
+            self._known.add(name)
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
+        """Add a node named after its first output, which is returned. An empty input or output name is one left out."""
+        missing = [name for name in inputs if name and name not in self._known]
+        assert not missing, f"{op} {outputs[0]}: inputs {missing} are made by no earlier node"
+        repeated = [name for name in outputs if name in self._known]
+        assert not repeated, f"{op}: {repeated} is made twice"
+        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes))
+        self._known.update(name for name in outputs if name)
+        return outputs[0]
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model; constants are in the order of their first use."""
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._constants.values()))
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)],
+            ir_version=IR_VERSION,
+            producer_name="ryot",
+            producer_version=ryot.__version__,
+        )
+
+
+def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray | None = None, out: str = "") -> str:
+    """`x @ matrix.T + bias`, [B, S, K] to [B, S, N], with the operator that fits the matrix's form."""
+    out = out or f"{name}.out"
+    bias_name = g.constant(f"{name}.bias", bias) if bias is not None else ""
+    match matrix:
+        case FloatMatrix(values_NK):
+            product = out if bias is None else f"{name}.product"
+            weight = g.constant(f"{name}.weight", values_NK)
+            g.node("FusedMatMul", [x, weight], [product], domain=MS, transB=1)
+            return product if bias is None else g.node("Add", [product, bias_name], [out])
+        case DynamicMatrix(codes_NK, scales_N):
+            inputs = [x, g.constant(f"{name}.int8", codes_NK.T), g.constant(f"{name}.int8_scales", scales_N), ""]
+            return g.node("DynamicQuantizeMatMul", [*inputs, bias_name] if bias_name else inputs[:3], [out], domain=MS)
+        case BlockMatrix():
+            inputs = [
+                x,
+                g.constant(f"{name}.q{matrix.bits}", matrix.packed()),
+                g.constant(f"{name}.q{matrix.bits}_scales", matrix.scales_NC),
+            ]
+            return g.node(
+                "MatMulNBits",
+                [*inputs, "", "", bias_name] if bias_name else inputs,
+                [out],
+                domain=MS,
+                bits=matrix.bits,
+                block_size=matrix.block_size,
+                N=len(matrix.codes_NCE),
+                K=matrix.num_inputs,
+                accuracy_level=INT8_ACTIVATIONS,
+            )
+
+
+def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
+    """Rows of the table [V, D], [B, S] to [B, S, D]; a block-quantized table is dequantized row by row."""
+    out = f"{name}.out"
+    if isinstance(matrix, FloatMatrix):
+        return g.node("Gather", [g.constant(f"{name}.weight", matrix.values_NK), ids], [out])
+    assert isinstance(matrix, BlockMatrix) and matrix.num_inputs % matrix.block_size == 0, "an embedding has no padding"
+    # The same bytes as a tied head's MatMulNBits reads, under the shape that this operator wants.
+    packed_VD = matrix.packed().reshape(len(matrix.codes_NCE), -1)
+    table = g.constant(f"{name}.q{matrix.bits}_rows", packed_VD)
+    scales = g.constant(f"{name}.q{matrix.bits}_scales", matrix.scales_NC)
+    return g.node(
+        "GatherBlockQuantized",
+        [table, ids, scales],
+        [out],
+        domain=MS,
+        bits=matrix.bits,
+        block_size=matrix.block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+def rms_norm(g: GraphBuilder, x: str, name: str, weight: FloatArray, epsilon: float) -> str:
+    """RMSNorm over the last axis."""
+    inputs = [x, g.constant(f"{name}.weight", weight)]
+    return g.node("SimplifiedLayerNormalization", inputs, [f"{name}.out"], axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def add_rms_norm(
+    g: GraphBuilder, x: str, residual: str, name: str, weight: FloatArray, epsilon: float
+) -> tuple[str, str]:
+    """(RMSNorm(x + residual), x + residual) in one node."""
+    total = f"{name}.residual"
+    normed = g.node(
+        "SkipSimplifiedLayerNormalization",
+        [residual, x, g.constant(f"{name}.weight", weight)],
+        [f"{name}.out", "", "", total],
+        domain=MS,
+        epsilon=epsilon,
+    )
+    return normed, total
+
+
+def add_layer_norm(
+    g: GraphBuilder, x: str, residual: str, name: str, weights: tuple[FloatArray, FloatArray, FloatArray], epsilon: float
+) -> str:
+    """LayerNorm(x + bias of x + residual); `weights` are the norm's weight and bias, and the bias of x."""
+    weight, bias, x_bias = weights
+    inputs = [
+        residual,
+        x,
+        g.constant(f"{name}.weight", weight),
+        g.constant(f"{name}.bias", bias),
+        g.constant(f"{name}.input_bias", x_bias),
+    ]
+    return g.node("SkipLayerNormalization", inputs, [f"{name}.out"], domain=MS, epsilon=epsilon)
+
+
+def attention(
+    g: GraphBuilder,
+    qkv: str,
+    layer: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary: tuple[str, str] | None,
+    lengths: tuple[str, str],
+    kv_scales: tuple[str, str] | None,
+) -> str:
+    """Causal attention over packed queries, keys and values, with the cache of one layer as graph input and output.
+
+    Past and present may be bound to one buffer of the full context, which is then written in place. Keys are stored
+    rotated. `lengths` are seqlens_k (total length of each row, minus 1) and the total length. With `kv_scales` the
+    cache holds int8.
+    """
+    past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+    present = [f"present.{layer}.key", f"present.{layer}.value"]
+    cache_type = TensorProto.FLOAT if kv_scales is None else TensorProto.INT8
+    for name in past:
+        g.input(name, cache_type, ["batch", num_kv_heads, "past_length", head_dim])
+    inputs = [qkv, "", "", *past, *lengths]
+    attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": head_dim**-0.5}
+    if rotary is not None or kv_scales is not None:
+        inputs += rotary or ("", "")
+    if rotary is not None:
+        attributes["do_rotary"] = 1
+    if kv_scales is not None:
+        inputs += ["", "", "", *kv_scales]
+        attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    out = g.node("GroupQueryAttention", inputs, [f"layers.{layer}.attn.mix", *present], domain=MS, **attributes)
+    for name in present:
+        g.output(name, cache_type, ["batch", num_kv_heads, "total_length", head_dim])
+    return out
+
+
+def swiglu(g: GraphBuilder, gate_up: str, name: str) -> str:
+    """`silu(gate) * up` of [B, S, 2F], gate first."""
+    gate, up = f"{name}.gate", f"{name}.up"
+    g.node("Split", [gate_up], [gate, up], axis=-1, num_outputs=2)
+    # QuickGelu(x) is x * sigmoid(alpha * x): SiLU at alpha 1.
+    silu = g.node("QuickGelu", [gate], [f"{name}.silu"], domain=MS, alpha=1.0)
+    return g.node("Mul", [silu, up], [f"{name}.product_of_gate_and_up"])
+
+
+def bias_gelu(g: GraphBuilder, x: str, name: str, bias: FloatArray) -> str:
+    """Exact (erf) GELU of `x + bias`."""
+    return g.node("BiasGelu", [x, g.constant(f"{name}.bias", bias)], [f"{name}.gelu"], domain=MS)
+
+
+def last_position(g: GraphBuilder, x: str) -> str:
+    """[B, S, …] to [B, 1, …]: what follows is computed for the last token only."""
+    index = g.constant("last_index", np.array([-1], dtype=np.int64))
+    return g.node("Gather", [x, index], [f"{x}.last"], axis=1)
+
+
+def lengths_from_mask(g: GraphBuilder, mask: str) -> tuple[str, str]:
+    """(seqlens_k, total length) of an attention mask [B, T] of ones, padded with zeros on the right."""
+    axis = g.constant("mask_axis", np.array([1], dtype=np.int64))
+    one = g.constant("one", np.array(1, dtype=np.int64))
+    lengths = g.node("ReduceSum", [mask, axis], ["mask.lengths"], keepdims=0)
+    last = g.node("Sub", [lengths, one], ["mask.last"])
+    shape = g.node("Shape", [mask], ["mask.shape"])
+    total = g.node("Gather", [shape, one], ["mask.total"], axis=0)
+    return (
+        g.node("Cast", [last], ["seqlens_k"], to=TensorProto.INT32),
+        g.node("Cast", [total], ["total_sequence_length"], to=TensorProto.INT32),
+    )

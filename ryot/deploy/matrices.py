@@ -1,0 +1,140 @@
+"""The forms a weight matrix takes in a graph: float32, dynamic int8, and blocks of 4 or 8 bits.
+
+    # N output features, K input features, C blocks along K, E values of one block
+
+A form knows its numbers and its size; `blocks.py` knows which operator multiplies with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ryot.deploy.weights import FloatArray
+
+ByteArray = NDArray[np.uint8]
+
+#: Block sizes that MatMulNBits and GatherBlockQuantized have kernels for.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatMatrix:
+    """Plain float32."""
+
+    values_NK: FloatArray
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values_NK.nbytes
+
+    def dequantize(self) -> FloatArray:
+        """The values the runtime multiplies with, [N, K]."""
+        return self.values_NK
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicMatrix:
+    """int8 with one scale for each output feature; activations are quantized to uint8 when the graph runs."""
+
+    codes_NK: NDArray[np.int8]
+    scales_N: FloatArray
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_NK.nbytes + self.scales_N.nbytes
+
+    def dequantize(self) -> FloatArray:
+        """The values the runtime multiplies with, [N, K]."""
+        return self.codes_NK.astype(np.float32) * self.scales_N[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMatrix:
+    """4 or 8 bits with one scale for each block of input features; codes are unsigned around 2^(bits-1)."""
+
+    codes_NCE: ByteArray
+    """One code a byte, not packed; values past K are the zero code."""
+    scales_NC: FloatArray
+    bits: int
+    num_inputs: int
+
+    @property
+    def block_size(self) -> int:
+        return self.codes_NCE.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_NCE.size * self.bits // 8 + self.scales_NC.nbytes
+
+    def packed(self) -> ByteArray:
+        """Codes as the runtime stores them, [N, C, E * bits / 8]; of two 4-bit codes the first is the low half."""
+        if self.bits == 8:
+            return self.codes_NCE
+        return self.codes_NCE[..., 0::2] | (self.codes_NCE[..., 1::2] << 4)
+
+    def dequantize(self) -> FloatArray:
+        """The values the runtime multiplies with, [N, K]."""
+        zero = 1 << (self.bits - 1)
+        values = (self.codes_NCE.astype(np.float32) - zero) * self.scales_NC[..., None]
+        return values.reshape(len(values), -1)[:, : self.num_inputs]
+
+
+Matrix = FloatMatrix | DynamicMatrix | BlockMatrix
+
+
+def block_size_for(num_inputs: int, wanted: int) -> int:
+    """The largest block size up to `wanted` that divides `num_inputs`; `wanted` itself when none does.
+
+    A block that does not divide is padded, which costs bytes and time.
+    """
+    fitting = [b for b in BLOCK_SIZES if b <= wanted and num_inputs % b == 0]
+    return max(fitting, default=wanted)
+
+
+def quantize_dynamic(values_NK: FloatArray, *, bits: int) -> DynamicMatrix:
+    """Round to nearest, symmetric for each output feature.
+
+    `bits` is 7 where the CPU adds two products of an unsigned and a signed byte in 16 bits with saturation (x86
+    without VNNI): 255 * 64 * 2 fits, 255 * 127 * 2 does not. 8 elsewhere.
+    """
+    limit = (1 << (bits - 1)) - 1
+    scales_N = np.abs(values_NK).max(axis=1) / np.float32(limit)
+    scales_N = np.where(scales_N == 0, np.float32(1), scales_N).astype(np.float32)
+    codes = np.clip(np.rint(values_NK / scales_N[:, None]), -limit, limit).astype(np.int8)
+    return DynamicMatrix(codes, scales_N)
+
+
+def split_blocks(values_NK: FloatArray, block_size: int) -> FloatArray:
+    """[N, K] as [N, C, E], zeros after the end."""
+    N, K = values_NK.shape
+    C = -(-K // block_size)
+    padded = np.pad(values_NK, ((0, 0), (0, C * block_size - K))) if K % block_size else values_NK
+    return padded.reshape(N, C, block_size)
+
+
+def block_scales(blocks: FloatArray, bits: int) -> FloatArray:
+    """One scale for each block (the last axis). At 4 bits the value of largest size gets the code -8 exactly."""
+    zero = 1 << (bits - 1)
+    if bits == 8:
+        scales = np.abs(blocks).max(axis=-1) / np.float32(zero - 1)
+    else:
+        index = np.abs(blocks).argmax(axis=-1, keepdims=True)
+        scales = np.take_along_axis(blocks, index, axis=-1)[..., 0] / np.float32(-zero)
+    return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+
+
+def encode_blocks(blocks: FloatArray, scales: FloatArray, bits: int) -> ByteArray:
+    """Codes nearest to `blocks` under the given scales."""
+    zero = 1 << (bits - 1)
+    return np.clip(np.rint(blocks / scales[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+
+
+def quantize_blocks(values_NK: FloatArray, *, bits: int, block_size: int) -> BlockMatrix:
+    """Round to nearest in blocks of `block_size` inputs (or a smaller one that divides K)."""
+    K = values_NK.shape[1]
+    blocks = split_blocks(values_NK, block_size_for(K, block_size))
+    scales = block_scales(blocks, bits)
+    return BlockMatrix(encode_blocks(blocks, scales, bits), scales, bits, K)

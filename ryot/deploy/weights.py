@@ -1,0 +1,122 @@
+"""The weights of a checkpoint as numpy arrays, checked before anything is built from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ryot.config import ModelConfig
+from ryot.errors import ExportError
+from ryot.train.hf import config_from_hf, state_from_hf
+from ryot.train.model import OPT_POSITION_OFFSET
+
+FloatArray = NDArray[np.float32]
+
+#: The fused attention operator works on whole SIMD vectors of a head.
+HEAD_DIM_MULTIPLE = {"opt": 8, "llama": 16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderWeights:
+    """A decoder's shape and its float32 arrays under the names of `Decoder.state_dict()`, matrices [out, in]."""
+
+    cfg: ModelConfig
+    arrays: Mapping[str, FloatArray]
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self.arrays[name]
+
+    @property
+    def linears(self) -> list[str]:
+        """Names (without `.weight`) of the matrices that a matrix product uses, in the order they are used.
+
+        A tied head is not among them: it is `embedding`.
+        """
+        ff = "gate_up" if self.cfg.architecture == "llama" else "up"
+        names = [f"layers.{i}.{m}" for i in range(self.cfg.num_layers) for m in ("attn.qkv", "attn.out", ff, "down")]
+        return names if self.cfg.tie_embeddings else [*names, "head"]
+
+
+def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every array that a decoder of this shape has."""
+    D, F, V, QKV = cfg.dim, cfg.ff_dim, cfg.vocab_size, cfg.dim + 2 * cfg.kv_dim
+    llama = cfg.architecture == "llama"
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, D)}
+    if not llama:
+        shapes["positions.weight"] = (cfg.max_seq_len + OPT_POSITION_OFFSET, D)
+    matrices = {"attn.qkv": (QKV, D), "attn.out": (D, D), "down": (D, F)}
+    matrices["gate_up" if llama else "up"] = (2 * F if llama else F, D)
+    for i in range(cfg.num_layers):
+        for name, shape in matrices.items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+            if not llama:
+                shapes[f"layers.{i}.{name}.bias"] = shape[:1]
+        for norm in ("attn_norm", "ff_norm"):
+            for kind in ("weight",) if llama else ("weight", "bias"):
+                shapes[f"layers.{i}.{norm}.{kind}"] = (D,)
+    if llama:
+        shapes["final_norm.weight"] = (D,)
+    if not cfg.tie_embeddings:
+        shapes["head.weight"] = (V, D)
+    return shapes
+
+
+def check_head_dim(cfg: ModelConfig) -> None:
+    """Raise `ExportError` when the fused attention operator cannot take heads of this width."""
+    multiple = HEAD_DIM_MULTIPLE[cfg.architecture]
+    if cfg.head_dim % multiple:
+        raise ExportError(
+            f"head size {cfg.head_dim} (dim {cfg.dim} / {cfg.num_heads} heads): "
+            f"GroupQueryAttention takes multiples of {multiple} for {cfg.architecture}",
+            hint="train with another num_heads",
+        )
+
+
+def load_decoder_weights(checkpoint: Path) -> DecoderWeights:
+    """Read `config.json` and `model.safetensors` of a checkpoint folder.
+
+    Raises `CheckpointError` for an architecture or a tensor name that is not known, and `ExportError` for a file that
+    is missing or cut short, a shape that does not fit the config, a head size that the runtime cannot take, and
+    values that are not finite.
+    """
+    config_path, weights_path = checkpoint / "config.json", checkpoint / "model.safetensors"
+    try:
+        cfg = config_from_hf(json.loads(config_path.read_text(encoding="utf-8")), str(config_path))
+    except OSError as error:
+        raise ExportError(f"{config_path}: cannot be read ({error.strerror})", hint="give a checkpoint folder") from error
+    except json.JSONDecodeError as error:
+        raise ExportError(f"{config_path}: not valid JSON ({error})") from error
+    check_head_dim(cfg)
+    try:
+        tensors = load_file(weights_path)
+    except OSError as error:
+        raise ExportError(f"{weights_path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise ExportError(
+            f"{weights_path}: cut short or damaged ({error})", hint="train again, or copy the checkpoint again"
+        ) from error
+    state = state_from_hf(cfg, tensors, str(weights_path))
+    arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
+    check_arrays(cfg, arrays, str(weights_path))
+    return DecoderWeights(cfg=cfg, arrays=arrays)
+
+
+def check_arrays(cfg: ModelConfig, arrays: Mapping[str, FloatArray], where: str) -> None:
+    """Raise `ExportError` for a shape that does not fit `cfg` or a value that is not finite."""
+    for name, shape in expected_shapes(cfg).items():
+        array = arrays[name]
+        if array.shape != shape:
+            raise ExportError(f"{where}: {name} is {list(array.shape)}, expected {list(shape)} by config.json")
+        bad = int(array.size - np.isfinite(array).sum())
+        if bad:
+            raise ExportError(
+                f"{where}: {name} has {bad} values that are not finite (NaN or infinity) of {array.size}",
+                hint="go back to an earlier checkpoint",
+            )

@@ -204,7 +204,9 @@ class VariantConfig:
 
     def __post_init__(self) -> None:
         steps, warmup = self.num_steps, self.train.warmup_fraction
-        _require(steps >= 1, "tokens", self.train.tokens, f"at least one step of {self.step_tokens} tokens ({self.name})")
+        _require(
+            steps >= 1, "tokens", self.train.tokens, f"at least one step of {self.step_tokens} tokens ({self.name})"
+        )
         _require(
             warmup == 0 or steps * warmup >= 1,
             "tokens",
@@ -269,7 +271,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if hint in expected:
-        _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, expected[hint])
+        _require(
+            isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, expected[hint]
+        )
     return value
 
 
@@ -314,7 +318,8 @@ def find_named(folder: str, name: str) -> Path:
     path = PACKAGE / folder / f"{name}.toml"
     if name not in list_named(folder):
         raise ConfigError(
-            unknown(folder.removesuffix("s"), name, list_named(folder)), hint=f"or give a path to your own {folder[:-1]}.toml"
+            unknown(folder.removesuffix("s"), name, list_named(folder)),
+            hint=f"or give a path to your own {folder[:-1]}.toml",
         )
     return path
 
@@ -373,4 +378,3 @@ def _plain(value: object) -> object:
 def replace(config: T, **changes: Any) -> T:
     """A copy of a config with some fields changed, checked again."""
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
-

@@ -1,18 +1,18 @@
 """Every error that ryot raises on purpose, and the exit code each one ends a command with.
 
-    RyotError                 1  something failed
-    ├── ConfigError           2  an option, a recipe, a target or a path named by the user is wrong
-    ├── DataError             1  the corpus cannot be used
-    ├── CheckpointError       1  a checkpoint is cut short, changed or of a newer schema
-    ├── TrainingError         1  a safety gate stopped a variant
-    ├── ExportError           1  a graph cannot be built from these weights
-    ├── BundleError           1  a bundle is cut short, changed or of a newer schema
-    │   └── ContextError      1  more tokens were asked for than the context holds
-    ├── MeasureError          1  a measurement could not be taken
-    ├── ClusterError          1  Ray cannot be started, reached or used
-    ├── TargetMissed          3  a target was missed, or the measurement cannot tell
-    ├── QualityError          4  a gate failed: no form is left to package, or one asked for by name breached
-    └── Interrupted         130  a signal ended the run; it can be resumed
+RyotError                 1  something failed
+├── ConfigError           2  an option, a recipe, a target or a path named by the user is wrong
+├── DataError             1  the corpus cannot be used
+├── CheckpointError       1  a checkpoint is cut short, changed or of a newer schema
+├── TrainingError         1  a safety gate stopped a variant
+├── ExportError           1  a graph cannot be built from these weights
+├── BundleError           1  a bundle is cut short, changed or of a newer schema
+│   └── ContextError      1  more tokens were asked for than the context holds
+├── MeasureError          1  a measurement could not be taken
+├── ClusterError          1  Ray cannot be started, reached or used
+├── TargetMissed          3  a target was missed, or the measurement cannot tell
+├── QualityError          4  a gate failed: no form is left to package, or one asked for by name breached
+└── Interrupted         130  a signal ended the run; it can be resumed
 """
 
 from __future__ import annotations

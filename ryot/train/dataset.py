@@ -97,7 +97,9 @@ class Batches:
             self._epoch = epoch
             self._order = np.random.default_rng((self._seed, epoch)).permutation(self._num_sequences)
         chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        window = torch.from_numpy(self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64))
+        window = torch.from_numpy(
+            self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
+        )
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
@@ -110,7 +112,9 @@ def load_dataset(path: Path) -> Dataset:
     try:
         meta = json.loads((path / "meta.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"dataset {path}: meta.json cannot be read", hint="remove the folder; it is made again") from error
+        raise DataError(
+            f"dataset {path}: meta.json cannot be read", hint="remove the folder; it is made again"
+        ) from error
     dataset = Dataset(
         path=path,
         name=meta["name"],
@@ -144,7 +148,8 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
         if not parts:
             size = sum(len(d.text) for d in corpus.documents)
             raise DataError(
-                f"data: {corpus.name} has {size} characters, too few for a {split} split", hint="give more text with --data"
+                f"data: {corpus.name} has {size} characters, too few for a {split} split",
+                hint="give more text with --data",
             )
     tokenizer = train_tokenizer(texts["train"], vocab_size)
     draft = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=path.parent))

@@ -1,0 +1,167 @@
+"""Checkpoints: a Hugging Face folder plus `training/`, written so that it is there whole or not at all.
+
+config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+training/state.json           step, wall time, resolved recipe and kernel plan
+training/state.safetensors    optimizer moments and the random generator's state
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ryot.config import ModelConfig
+from ryot.errors import CheckpointError
+from ryot.train.hf import END_OF_TEXT_ID, config_from_hf, config_to_hf, state_from_hf, state_to_hf
+from ryot.train.model import Decoder
+from ryot.train.tokenizer import tokenizer_config
+
+SCHEMA = 1
+_WEIGHTS = "model.safetensors"
+_STATE = "training/state.json"
+_STATE_TENSORS = "training/state.safetensors"
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    cfg: ModelConfig,
+    state: Mapping[str, Tensor],
+    tokenizer_json: bytes,
+    training: Mapping[str, Any] | None = None,
+    training_tensors: Mapping[str, Tensor] | None = None,
+) -> str:
+    """Write a checkpoint that appears under `directory` only when all of it is on disk; returns its digest.
+
+    `state` is `Decoder.state_dict()`. Raises `CheckpointError` when the disk is full or the folder exists.
+    """
+    if directory.exists():
+        raise CheckpointError(f"checkpoint {directory}: exists already; checkpoints are never overwritten")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {
+        "config.json": _json(config_to_hf(cfg)),
+        "generation_config.json": _json(
+            {"eos_token_id": END_OF_TEXT_ID, "bos_token_id": END_OF_TEXT_ID, "do_sample": False}
+        ),
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": _json(tokenizer_config(cfg.max_seq_len)),
+        _WEIGHTS: safetensors.torch.save(state_to_hf(cfg, state), metadata={"format": "pt"}),
+    }
+    if training is not None:
+        files[_STATE] = _json({"schema": SCHEMA, **training})
+        files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        for name, data in files.items():
+            path = draft / name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        draft.chmod(0o755)
+        os.replace(draft, directory)
+        _fsync_folder(directory.parent)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return checkpoint_digest(directory)
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """sha256 over the names and contents of all files of a checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The shape of a checkpoint. Raises `CheckpointError` when it is no checkpoint or of a kind that cannot be run."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"checkpoint {directory}: config.json is missing", hint="give the folder of one checkpoint"
+        )
+    return config_from_hf(_read_json(path), str(path))
+
+
+def load_weights(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint under Hugging Face's names. Raises `CheckpointError` for a file cut short."""
+    try:
+        return safetensors.numpy.load_file(directory / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {_WEIGHTS} cannot be read ({error})") from error
+
+
+def load_model(directory: Path) -> Decoder:
+    """The decoder of a checkpoint, in evaluation mode."""
+    cfg = read_model_config(directory)
+    tensors = {name: torch.from_numpy(array) for name, array in load_weights(directory).items()}
+    model = Decoder(cfg)
+    _load_state(model, state_from_hf(cfg, tensors, str(directory)), directory)
+    return model.eval()
+
+
+def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save_checkpoint` got as `training` and `training_tensors`.
+
+    Raises `CheckpointError` when it is missing, cut short or of a newer schema.
+    """
+    if not (directory / _STATE).exists():
+        raise CheckpointError(f"checkpoint {directory}: {_STATE} is missing, so training cannot go on from it")
+    training = _read_json(directory / _STATE)
+    if training.get("schema", 0) > SCHEMA:
+        raise CheckpointError(
+            f"checkpoint {directory}: schema {training['schema']}, expected at most {SCHEMA}", hint="use a newer ryot"
+        )
+    try:
+        return training, safetensors.torch.load_file(directory / _STATE_TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {_STATE_TENSORS} cannot be read ({error})") from error
+
+
+def _load_state(model: Decoder, state: dict[str, Tensor], directory: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if state[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"checkpoint {directory}: {name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object")
+    return values
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,297 @@
+"""The training loop: one variant with one seed, in slices, stoppable and resumable at any step.
+
+A step depends only on the weights, the optimizer's state and the step's number, so a training that goes on from a
+checkpoint computes what it would have computed anyway: bit for bit on one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ryot.config import KernelPlan, VariantConfig, to_mapping
+from ryot.errors import CheckpointError
+from ryot.events import EvalEvent, Event, StepEvent
+from ryot.train.checkpoint import load_training_state, load_weights, save_checkpoint
+from ryot.train.dataset import Batches, Dataset, load_dataset
+from ryot.train.evaluate import FULL_WINDOWS, QUICK_WINDOWS, evaluate
+from ryot.train.gates import check_step
+from ryot.train.hf import state_from_hf
+from ryot.train.loss import cross_entropy
+from ryot.train.model import Decoder
+from ryot.train.optimizer import build_optimizer, schedule_factor
+from ryot.train.sensors import read_frequency_mhz, read_temperature_c
+
+#: How often a run reports: step events and losses on the way, both spread evenly over its steps.
+STEP_EVENTS = 100
+EVALS_ON_THE_WAY = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One training: a recipe, a seed and the data."""
+
+    variant: VariantConfig
+    seed: int
+    dataset_dir: str
+    """Folder that `load_dataset` reads."""
+
+    @property
+    def key(self) -> str:
+        """Name of the job in paths and messages."""
+        return f"{self.variant.name}/seed-{self.seed}"
+
+
+class TrainStep:
+    """The computation of one optimizer step under a kernel plan; `benchmarks/` and tuning time it on its own."""
+
+    def __init__(self, model: Decoder, variant: VariantConfig, plan: KernelPlan):
+        self.model, self.variant, self.plan = model, variant, plan
+        self.model.checkpoint_activations = variant.train.checkpoint_activations
+        self.optimizer = build_optimizer(model, variant.train, plan)
+        self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
+        self._scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
+        self._parameters = list(model.parameters())
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean loss in nats per token, under the plan's autocast."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
+        cast = torch.autocast(self.plan.device, dtype=dtype) if dtype else contextlib.nullcontext()
+        with cast:
+            h_BTD, _ = self._trunk(inputs_BT)
+            return cross_entropy(
+                h_BTD.flatten(0, 1), self.model.head_weight_VD, targets_BT.flatten(), self.plan.loss_chunk
+            )
+
+    def warm_up(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+        """Run forward and backward once, without a step, so that all compiling is done; returns the seconds it took."""
+        begin = time.perf_counter()
+        for x, y in self._micro_batches(inputs_BT, targets_BT)[:1]:
+            self.loss(x, y).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin
+
+    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, lr_factor: float) -> tuple[float, float]:
+        """Take one step; returns its loss and its gradient norm before clipping."""
+        micro = self._micro_batches(inputs_BT, targets_BT)
+        total = 0.0
+        for x, y in micro:
+            loss = self.loss(x, y) / len(micro)
+            self._scaler.scale(loss).backward()
+            total += loss.item()
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.clip_norm).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+        n = self.variant.train.accumulate
+        device = self.plan.device
+        return [(x.to(device), y.to(device)) for x, y in zip(inputs_BT.chunk(n), targets_BT.chunk(n))]
+
+
+class Trainer:
+    """A training in progress. Make it new, or go on from a checkpoint with `resume`."""
+
+    def __init__(self, job: TrainJob, plan: KernelPlan):
+        torch.set_num_threads(plan.threads)
+        torch.manual_seed(job.seed)
+        self.job, self.plan = job, plan
+        variant = job.variant
+        self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
+        self.model = Decoder(variant.model, plan.attention).to(plan.device).train()
+        self._take_step = TrainStep(self.model, variant, plan)
+        self._batches = Batches(
+            self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
+        )
+        self.num_steps = variant.num_steps
+        self.step = 0
+        self.train_wall_s = 0.0
+        self.compile_s = 0.0
+        self.grad_norm_max = 0.0
+        self._first_loss: float | None = None
+        self._compiled = not plan.compile
+        self._since = _Window()
+        self._process = psutil.Process()
+
+    @classmethod
+    def resume(cls, job: TrainJob, plan: KernelPlan, checkpoint: Path) -> Trainer:
+        """A training that goes on after the last step of `checkpoint`.
+
+        Raises `CheckpointError` when the checkpoint was made with another recipe, seed, corpus or kernel plan, with
+        the first difference.
+        """
+        state, tensors = load_training_state(checkpoint)
+        trainer = cls(job, plan)
+        for name, value in trainer._identity().items():
+            if state["identity"].get(name) != value:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint}: {name} was {state['identity'].get(name)!r}, now {value!r}",
+                    hint="resume with the options of the first run, or start a new run",
+                )
+        weights = {k: torch.from_numpy(v) for k, v in load_weights(checkpoint).items()}
+        trainer.model.load_state_dict(state_from_hf(job.variant.model, weights, str(checkpoint)))
+        trainer._load_optimizer(tensors)
+        trainer.step = state["step"]
+        trainer.train_wall_s, trainer.compile_s = state["train_wall_s"], state["compile_s"]
+        trainer.grad_norm_max, trainer._first_loss = state["grad_norm_max"], state["first_loss"]
+        return trainer
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is spent."""
+        return self.step >= self.num_steps
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen so far."""
+        return self.step * self.job.variant.step_tokens
+
+    def run_slice(self, max_seconds: float, max_steps: int | None = None) -> list[Event]:
+        """Train for about `max_seconds` (at least one step); returns what is to be told.
+
+        Held-out losses are taken before the first step, evenly on the way, and in full (validation and test) after the
+        last. Raises `TrainingError` when a safety gate is breached; the step that breached it is not taken back.
+        """
+        events: list[Event] = []
+        if self.step == 0:
+            events.append(self.evaluate("val", FULL_WINDOWS))
+        if not self._compiled:
+            self.compile_s += self._take_step.warm_up(*self._batches.batch(self.step))
+            self._compiled = True
+        begin = time.perf_counter()
+        last = self.num_steps if max_steps is None else min(self.num_steps, self.step + max_steps)
+        while self.step < last:
+            self._train_one()
+            if self._due(STEP_EVENTS):
+                events.append(self._step_event())
+            if not self.done and self._due(EVALS_ON_THE_WAY):
+                events.append(self.evaluate("val", QUICK_WINDOWS))
+            if time.perf_counter() - begin >= max_seconds:
+                break
+        if self.done and self.step > 0:
+            events += [self.evaluate("val", FULL_WINDOWS), self.evaluate("test", FULL_WINDOWS)]
+        return events
+
+    def evaluate(self, split: str, windows: int) -> EvalEvent:
+        """The held-out loss now, as an event."""
+        held_out = evaluate(self.model, self.dataset, split, windows)
+        return EvalEvent(
+            variant=self.job.variant.name,
+            seed=self.job.seed,
+            step=self.step,
+            tokens=self.tokens,
+            train_wall_s=self.train_wall_s,
+            split=split,
+            loss=held_out.loss,
+            bits_per_byte=held_out.bits_per_byte,
+        )
+
+    def save(self, directory: Path) -> str:
+        """Write a checkpoint with everything that `resume` needs; returns its digest."""
+        optimizer = {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self._take_step.optimizer.state[parameter].items()
+        }
+        return save_checkpoint(
+            directory,
+            cfg=self.job.variant.model,
+            state=self.model.state_dict(),
+            tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
+            training={
+                "step": self.step,
+                "train_wall_s": self.train_wall_s,
+                "compile_s": self.compile_s,
+                "grad_norm_max": self.grad_norm_max,
+                "first_loss": self._first_loss,
+                "identity": self._identity(),
+            },
+            training_tensors={**optimizer, "torch_rng": torch.get_rng_state()},
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be gone on from."""
+        return {
+            "variant": to_mapping(self.job.variant),
+            "seed": self.job.seed,
+            "corpus_sha256": self.dataset.corpus_sha256,
+            "plan": to_mapping(self.plan),
+        }
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        state = self._take_step.optimizer.state
+        for name, parameter in self.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        torch.set_rng_state(tensors["torch_rng"])
+
+    def _train_one(self) -> None:
+        begin = time.perf_counter()
+        inputs, targets = self._batches.batch(self.step)
+        factor = schedule_factor(self.job.variant.train, self.step, self.num_steps)
+        loss, norm = self._take_step(inputs, targets, factor)
+        elapsed = time.perf_counter() - begin
+        if self._first_loss is None:
+            self._first_loss = loss
+        check_step(self.step, loss, norm, first_loss=self._first_loss, vocab_size=self.job.variant.model.vocab_size)
+        self.step += 1
+        self.train_wall_s += elapsed
+        self.grad_norm_max = max(self.grad_norm_max, norm)
+        self._since.add(loss, norm, elapsed)
+
+    def _due(self, times: int) -> bool:
+        """Whether one of `times` evenly spread points of the run has just been passed."""
+        return self.step * times // self.num_steps > (self.step - 1) * times // self.num_steps
+
+    def _step_event(self) -> StepEvent:
+        window, self._since = self._since, _Window()
+        cpu = self._process.cpu_times()
+        factor = schedule_factor(self.job.variant.train, self.step - 1, self.num_steps)
+        return StepEvent(
+            variant=self.job.variant.name,
+            seed=self.job.seed,
+            step=self.step,
+            num_steps=self.num_steps,
+            tokens=self.tokens,
+            loss=window.loss / window.steps,
+            grad_norm=window.grad_norm,
+            learning_rate=self.job.variant.train.learning_rate * factor,
+            tokens_per_s=window.steps * self.job.variant.step_tokens / window.wall_s,
+            train_wall_s=self.train_wall_s,
+            rss_bytes=self._process.memory_info().rss,
+            cpu_s=cpu.user + cpu.system,
+            temperature_c=read_temperature_c(),
+            frequency_mhz=read_frequency_mhz(),
+        )
+
+
+@dataclass(slots=True)
+class _Window:
+    """Sums over the steps since the last step event."""
+
+    steps: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    wall_s: float = 0.0
+
+    def add(self, loss: float, grad_norm: float, wall_s: float) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm = max(self.grad_norm, grad_norm)
+        self.wall_s += wall_s

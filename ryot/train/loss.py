@@ -1,0 +1,64 @@
+"""Cross-entropy of the next token, whole or in chunks of rows so that the logits stay in cache.
+
+# R rows (batch x time), D model dim, V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `h @ W.T`; the gradients are made in the forward pass, chunk by chunk.
+
+    No more than `chunk` rows of logits exist at a time, and each is read while it is still in cache. The matrix
+    products run in `h`'s type, the softmax in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int) -> Tensor:
+        rows = h_RD.shape[0]
+        W = W_VD.detach().to(h_RD.dtype)
+        dh_RD = torch.empty_like(h_RD)
+        dW_VD = torch.zeros_like(W_VD)
+        total = h_RD.new_zeros((), dtype=torch.float32)
+        for start in range(0, rows, chunk):
+            h = h_RD[start : start + chunk]
+            target = targets_R[start : start + chunk, None]
+            logits = (h @ W.t()).float()
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_target = logits.gather(1, target)
+            weights = logits.exp_()
+            sums = weights.sum(dim=1, keepdim=True)
+            total += (sums.log() - of_target).sum()
+            # d loss / d logits = (softmax - one hot) / rows
+            weights *= 1.0 / rows / sums
+            weights.scatter_add_(1, target, weights.new_full(target.shape, -1.0 / rows))
+            d_logits = weights.to(h.dtype)
+            torch.mm(d_logits, W, out=dh_RD[start : start + chunk])
+            if h.dtype == dW_VD.dtype:
+                dW_VD.addmm_(d_logits.t(), h)
+            else:
+                dW_VD += d_logits.t() @ h
+        ctx.save_for_backward(dh_RD, dW_VD)
+        return total / rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+        dh_RD, dW_VD = ctx.saved_tensors
+        (grad,) = grads
+        return dh_RD * grad.to(dh_RD.dtype), dW_VD * grad, None, None
+
+
+def cross_entropy(h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int = 0) -> Tensor:
+    """Mean loss in nats per token of predicting `targets_R` from `h_RD @ W_VD.T`; `chunk` 0 makes all logits at once."""
+    if chunk and torch.is_grad_enabled():
+        dtype = (
+            torch.get_autocast_dtype(h_RD.device.type) if torch.is_autocast_enabled(h_RD.device.type) else h_RD.dtype
+        )
+        return _ChunkedCrossEntropy.apply(h_RD.to(dtype), W_VD, targets_R, chunk)  # type: ignore[no-any-return]
+    return F.cross_entropy(F.linear(h_RD, W_VD).float(), targets_R)

@@ -1,0 +1,252 @@
+"""Medians, intervals and the look for noise in timings taken by fresh, interleaved processes.
+
+Samples inside one process share its memory layout, its core and its moment, so they are strongly correlated: thirty
+of them are far from thirty independent facts. The unit that repeats is the *round* (one fresh process an arm). Every
+interval here therefore comes from the rounds, on the log scale, with Student's factor for how few they are.
+
+The standard error has two levels: the spread of the round medians, and what a bootstrap of the samples inside the
+rounds gives. The first already contains the second; the larger of the two counts, for three rounds may agree by luck.
+A percentile interval of a bootstrap over rounds is far too narrow at 3 to 5 rounds (it cannot leave their range:
+Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4), hence Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Rounds = Sequence[Sequence[float]]
+"""One inner list of samples a round."""
+
+RESAMPLES = 400
+#: Between-process spread (standard deviation of the log) taken for granted where one round cannot show it: several
+#: times what a quiet machine has, so that a single round can pass or fail a limit only by a wide margin.
+ONE_ROUND_SPREAD = 0.10
+#: Fewest samples that carry a percentile: MLPerf's early-stopping rule at confidence 0.99.
+PERCENTILE_COUNTS = {50: 1, 90: 64, 95: 130, 99: 662}
+#: Above these a recording is called noisy.
+NOISY_CALIBRATION, NOISY_SPREAD, NOISY_LOAD = 0.10, 0.15, 0.5
+
+_T975 = {
+    1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622, 10: 2.2281,
+    12: 2.1788, 15: 2.1314, 20: 2.0860, 30: 2.0423, 60: 2.0003, 120: 1.9799,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its 95 % interval; `rounds` says how many processes stand behind it."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+    def holds(self, number: float) -> bool:
+        """Whether `number` lies in the interval, ends included."""
+        return self.low <= number <= self.high
+
+
+def t_quantile(df: float) -> float:
+    """Student's t at 0.975 for `df` degrees of freedom: a table, linear in 1/df between its entries."""
+    assert df >= 1, df
+    inverse = [1 / d for d in reversed(_T975)]
+    return float(np.interp(1 / df, [0.0, *inverse], [1.95996, *reversed(_T975.values())]))
+
+
+def round_medians(rounds: Rounds) -> list[float]:
+    """The median of each round that has samples."""
+    return [float(np.median(r)) for r in rounds if len(r)]
+
+
+def median_of_rounds(rounds: Rounds) -> float:
+    """The median over rounds of each round's median: what the tables print."""
+    return float(np.median(round_medians(rounds)))
+
+
+def value_interval(rounds: Rounds, *, seed: int = 0) -> Interval | None:
+    """The median over rounds with its interval; None when no round has samples. Samples must be above 0."""
+    kept = [r for r in rounds if len(r)]
+    if not kept:
+        return None
+    logs = np.log(round_medians(kept))
+    boots = _bootstrapped_logs(kept, np.random.default_rng(seed))
+    return _interval(logs, boots, math.exp(float(np.median(logs))), 1.0)
+
+
+def ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval | None:
+    """The median over rounds of a's median over b's, paired by position, with its interval.
+
+    Round k of `a` was measured beside round k of `b`; a pair of which either side has no samples is left out. None
+    when no pair is left. Pairing takes out what moved both arms (a slow drift of the clock, a warm afternoon).
+    """
+    pairs = [(x, y) for x, y in zip(a, b, strict=False) if len(x) and len(y)]
+    if not pairs:
+        return None
+    rng = np.random.default_rng(seed)
+    logs = np.log(round_medians([x for x, _ in pairs])) - np.log(round_medians([y for _, y in pairs]))
+    boots = _bootstrapped_logs([x for x, _ in pairs], rng) - _bootstrapped_logs([y for _, y in pairs], rng)
+    return _interval(logs, boots, math.exp(float(np.median(logs))), math.sqrt(2))
+
+
+def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval | None:
+    """The ratio of two recordings that were not interleaved (Welch's interval on the logs of the round medians)."""
+    left, right = value_interval(a, seed=seed), value_interval(b, seed=seed)
+    if left is None or right is None:
+        return None
+    # A half width is t times the standard error; going back gives each side's error and degrees of freedom.
+    sides = []
+    for interval in (left, right):
+        df = max(interval.rounds - 1, 1)
+        factor = t_quantile(df) if interval.rounds > 1 else 1.96
+        sides.append((math.log(interval.high / interval.low) / 2 / factor, df))
+    (ea, da), (eb, db) = sides
+    variance = ea**2 + eb**2
+    df = max(1.0, variance**2 / (ea**4 / da + eb**4 / db)) if variance > 0 else float(da + db)
+    half = t_quantile(df) * math.sqrt(variance)
+    ratio = left.value / right.value
+    return Interval(ratio, ratio * math.exp(-half), ratio * math.exp(half), min(left.rounds, right.rounds))
+
+
+Difference = Literal["lower", "higher", "no difference"]
+
+
+def call_difference(interval: Interval) -> Difference:
+    """`no difference` when the ratio's interval holds 1, else on which side of 1 it lies."""
+    if interval.holds(1.0):
+        return "no difference"
+    return "lower" if interval.high < 1 else "higher"
+
+
+def _interval(logs: np.ndarray, boots: np.ndarray, value: float, one_round_factor: float) -> Interval:
+    """Student's interval around the mean log of the rounds.
+
+    `boots` [R, RESAMPLES] holds bootstrapped logs of each round's median, samples drawn inside the round.
+    """
+    num_rounds = len(logs)
+    inside = float(boots.mean(axis=0).std())
+    if num_rounds == 1:
+        half = 1.96 * math.hypot(ONE_ROUND_SPREAD * one_round_factor, inside)
+    else:
+        between = float(logs.std(ddof=1)) / math.sqrt(num_rounds)
+        half = t_quantile(num_rounds - 1) * max(between, inside)
+    centre = float(logs.mean())
+    # The printed value is the median; for very skewed rounds it may lie outside an interval around the mean.
+    low, high = min(math.exp(centre - half), value), max(math.exp(centre + half), value)
+    return Interval(value, low, high, num_rounds)
+
+
+def _bootstrapped_logs(rounds: Rounds, rng: np.random.Generator) -> np.ndarray:
+    """[R, RESAMPLES] logs of medians of circular blocks drawn inside each round.
+
+    Blocks of about sqrt(n) samples keep most of the correlation between neighbours in each draw.
+    """
+    out = np.empty((len(rounds), RESAMPLES))
+    for row, samples in zip(out, rounds):
+        values = np.log(np.asarray(samples, dtype=np.float64))
+        count = len(values)
+        if count < 3:
+            row[:] = np.median(values)
+            continue
+        block = max(1, round(math.sqrt(count)))
+        starts = rng.integers(count, size=(RESAMPLES, -(-count // block)))
+        index = (starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count] % count
+        row[:] = np.median(values[index], axis=1)
+    return out
+
+
+def percentile(samples: Sequence[float], p: int) -> float | None:
+    """The `p`-th percentile, or None when there are too few samples to carry it (see PERCENTILE_COUNTS)."""
+    return float(np.percentile(samples, p)) if len(samples) >= PERCENTILE_COUNTS[p] else None
+
+
+def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    """Every percentile that the samples carry, as {"p50": …}."""
+    found = {f"p{p}": percentile(samples, p) for p in PERCENTILE_COUNTS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def lag1_autocorrelation(samples: Sequence[float]) -> float | None:
+    """Correlation of each sample with the next one; None for fewer than 3 samples or no spread."""
+    values = np.asarray(samples, dtype=np.float64)
+    if len(values) < 3 or float(values.std()) == 0:
+        return None
+    centred = values - values.mean()
+    return float((centred[:-1] * centred[1:]).sum() / (centred**2).sum())
+
+
+def outlier_positions(samples: Sequence[float], *, deviations: float = 5.0) -> list[int]:
+    """Positions of samples farther than `deviations` robust standard deviations above the median.
+
+    The robust deviation is 1.4826 times the median absolute deviation, at least 2 % of the median (timers have steps).
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    if len(values) < 5:
+        return []
+    middle = float(np.median(values))
+    spread = max(1.4826 * float(np.median(np.abs(values - middle))), 0.02 * abs(middle))
+    return [int(i) for i in np.flatnonzero(values > middle + deviations * spread)]
+
+
+def describe_spread(rounds: Rounds) -> dict[str, Any]:
+    """What the spread of one arm comes from: first-run effect, outliers, correlation inside and between processes."""
+    kept = [list(r) for r in rounds if len(r)]
+    if not kept:
+        return {}
+    medians = round_medians(kept)
+    correlations = [c for c in map(lag1_autocorrelation, kept) if c is not None]
+    rest = [float(np.median(r[1:])) for r in kept if len(r) > 1]
+    firsts = [r[0] for r in kept if len(r) > 1]
+    return {
+        "round_medians": medians,
+        "between_rounds": max(medians) / min(medians) - 1,
+        "first_over_rest": float(np.median(np.divide(firsts, rest))) if rest else None,
+        "lag1": float(np.median(correlations)) if correlations else None,
+        "outliers": [[k, i] for k, r in enumerate(rounds) for i in outlier_positions(r)],
+    }
+
+
+def find_noise(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on what disturbed the machine while `results` (measure results as mappings) were taken.
+
+    Looks at the calibration loop that each process runs before and after, at the load average before it, and at the
+    spread of each arm's rounds. Empty on a quiet machine.
+    """
+    notes = []
+    loops = [float(v) for r in results for v in (r.get("calibration_ms") or ()) if v]
+    if loops and max(loops) / min(loops) - 1 > NOISY_CALIBRATION:
+        notes.append(
+            f"the same calibration loop took {min(loops):.1f} to {max(loops):.1f} ms"
+            f" (a quiet machine stays within {NOISY_CALIBRATION:.0%})"
+        )
+    excess = [
+        (_before(r) - float(r.get("threads") or 1), r) for r in results if _before(r) - float(r.get("threads") or 1) > 0
+    ]
+    busy = [(e, r) for e, r in excess if e > NOISY_LOAD]
+    if busy:
+        worst, result = max(busy, key=lambda pair: pair[0])
+        notes.append(
+            f"load average {_before(result):.1f} before {len(busy)} of {len(results)} measurements:"
+            f" about {worst:.1f} more than the measurement itself makes"
+        )
+    by_arm: dict[str, list[float]] = {}
+    for result in results:
+        if result.get("ok") and result.get("ttft_ms"):
+            by_arm.setdefault(str(result.get("arm")), []).append(float(np.median(result["ttft_ms"])))
+    for arm, medians in by_arm.items():
+        if max(medians) / min(medians) - 1 > NOISY_SPREAD:
+            notes.append(f"{arm}: the rounds' median TTFT lies between {min(medians):.2f} and {max(medians):.2f} ms")
+    return notes
+
+
+def _before(result: Mapping[str, Any]) -> float:
+    """The 1-minute load average before the measurement, 0 where it was not recorded."""
+    load = result.get("load_average") or ()
+    first = load[0] if len(load) else 0.0
+    if isinstance(first, (list, tuple)):
+        first = first[0]
+    return float(first or 0.0)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ryot.errors import BundleError
 
@@ -27,8 +27,6 @@ TOKENIZER_NAME = "tokenizer.json"
 GRAPH_ROLES = ("standard", "prefill", "decode")
 KV_DTYPES = ("float32", "int8")
 REBUILD_HINT = "build it again with 'ryot-deploy bundle', or copy it to the device again"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

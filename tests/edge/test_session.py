@@ -1,0 +1,149 @@
+"""The decoder against the standard graph of the same bundle, computed in one piece by a plain `session.run`."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from ryot.edge.bundle import Bundle
+from ryot.edge.session import Decoder
+from ryot.errors import BundleError, ConfigError, ContextError
+
+# fp32 with sums of at most a few hundred terms, logits of about 2 in size: the order of summation differs between
+# a whole pass and a cached step by some 1e-6; ten times that is the limit.
+TOLERANCE = 2e-5
+
+
+def full_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
+    """Logits [S, V] of all positions of one sequence, without any cache."""
+    session = ort.InferenceSession(bundle.path / bundle.graphs["standard"], providers=["CPUExecutionProvider"])
+    shape = bundle.model
+    feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+    if bundle.position_ids:
+        feeds["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
+    empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
+    for layer in range(shape.num_layers):
+        feeds |= {f"past_key_values.{layer}.key": empty, f"past_key_values.{layer}.value": empty}
+    return session.run(["logits"], feeds)[0][0]
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 384, length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 63])
+def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(bundle: Bundle, length: int) -> None:
+    ids = prompt(64)
+    expected = full_logits(bundle, ids)
+    decoder = Decoder(bundle)
+    decoder.prefill([ids[:length]])
+    for position in range(length, 64):
+        assert decoder.position == position
+        np.testing.assert_allclose(decoder.logits[0], expected[position - 1], atol=TOLERANCE)
+        assert decoder.next_token[0] == decoder.logits[0].argmax()
+        decoder.next_token[0] = ids[position]
+        decoder.step()
+    np.testing.assert_allclose(decoder.logits[0], expected[-1], atol=TOLERANCE)
+
+
+def test_greedy_tokens_are_fed_back_by_the_runtime(bundle: Bundle) -> None:
+    decoder = Decoder(bundle)
+    ids = list(prompt(10))
+    decoder.prefill([ids])
+    for _ in range(20):
+        ids.append(int(decoder.next_token[0]))
+        decoder.step()
+    expected = full_logits(bundle, np.array(ids)).argmax(-1)
+    assert ids[10:] == expected[9:29].tolist()
+
+
+def test_a_new_prompt_forgets_the_old_one(bundle: Bundle) -> None:
+    decoder, fresh = Decoder(bundle), Decoder(bundle)
+    decoder.prefill([prompt(60, seed=1)])
+    decoder.step()
+    for d in (decoder, fresh):
+        d.prefill([prompt(9, seed=2)])
+        d.step()
+    np.testing.assert_array_equal(decoder.logits, fresh.logits)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (3, 40, 11)], ids=["same length", "ragged"])
+def test_rows_of_a_batch_equal_rows_alone(bundle: Bundle, lengths: tuple[int, ...]) -> None:
+    prompts = [prompt(n, seed=i) for i, n in enumerate(lengths)]
+    batch = Decoder(bundle, batch_size=3)
+    batch.prefill(prompts)
+    alone = [Decoder(bundle) for _ in prompts]
+    for decoder, ids in zip(alone, prompts, strict=True):
+        decoder.prefill([ids])
+    for _ in range(15):
+        for row, decoder in enumerate(alone):
+            np.testing.assert_allclose(batch.logits[row], decoder.logits[0], atol=TOLERANCE)
+            assert batch.next_token[row] == decoder.next_token[0]
+            decoder.step()
+        batch.step()
+
+
+def test_one_prompt_can_be_shared_by_all_rows(bundle: Bundle) -> None:
+    shared, alone = Decoder(bundle, batch_size=4), Decoder(bundle)
+    shared.prefill_shared(prompt(12))
+    alone.prefill([prompt(12)])
+    for _ in range(5):
+        for row in range(4):
+            np.testing.assert_allclose(shared.logits[row], alone.logits[0], atol=TOLERANCE)
+        shared.step()
+        alone.step()
+
+
+def test_rows_can_be_replaced_by_copies_of_others(bundle: Bundle) -> None:
+    decoder, alone = Decoder(bundle, batch_size=3), Decoder(bundle)
+    decoder.prefill([prompt(12), prompt(20, seed=1), prompt(5, seed=2)])
+    alone.prefill([prompt(5, seed=2)])
+    decoder.step()
+    alone.step()
+    decoder.keep_rows([2, 2, 0])
+    assert decoder.position == 13
+    decoder.step()
+    alone.step()
+    for row in (0, 1):
+        np.testing.assert_allclose(decoder.logits[row], alone.logits[0], atol=TOLERANCE)
+
+
+def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(bundle: Bundle) -> None:
+    decoder = Decoder(bundle)
+    decoder.prefill([prompt(64)])
+    with pytest.raises(ContextError, match="context of 64 tokens is full"):
+        decoder.step()
+    with pytest.raises(ContextError, match="prompt has 65 tokens, the context holds 64"):
+        decoder.prefill([prompt(65)])
+
+
+def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(bundle: Bundle) -> None:
+    short, full = Decoder(bundle, max_len=20), Decoder(bundle)
+    for decoder in (short, full):
+        decoder.prefill([prompt(15)])
+    for _ in range(5):
+        short.step()
+        full.step()
+        np.testing.assert_allclose(short.logits, full.logits, atol=TOLERANCE)
+    with pytest.raises(ContextError) as caught:
+        short.step()
+    assert caught.value.hint is not None and "64" in caught.value.hint
+
+
+def test_an_id_outside_the_vocabulary_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="outside the vocabulary, 0 to 383"):
+        Decoder(bundle).prefill([[1, 384]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"threads": 0}, "threads: got 0"),
+        ({"batch_size": -1}, "batch_size: got -1"),
+        ({"max_len": 65}, "max_len: got 65"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(bundle: Bundle, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Decoder(bundle, **sizes)

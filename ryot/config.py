@@ -81,7 +81,7 @@ class ModelConfig:
             self.head_dim % multiple == 0,
             "num_heads",
             self.num_heads,
-            f"heads of a multiple of {multiple} wide (dim {self.dim} gives {self.head_dim}); the fused operator takes no other",
+            f"heads {multiple}, {2 * multiple}, … wide, as the fused operator takes (dim {self.dim} gives {self.head_dim})",
         )
         if self.architecture == "opt":
             _require(self.num_kv_heads == self.num_heads, "num_kv_heads", self.num_kv_heads, "num_heads (opt)")

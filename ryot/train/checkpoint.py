@@ -73,7 +73,7 @@ def save_checkpoint(
                 file.flush()
                 os.fsync(file.fileno())
         draft.chmod(0o755)
-        os.replace(draft, directory)
+        draft.replace(directory)
         _fsync_folder(directory.parent)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
@@ -140,7 +140,8 @@ def _load_state(model: Decoder, state: dict[str, Tensor], directory: Path) -> No
     for name, parameter in model.named_parameters():
         if state[name].shape != parameter.shape:
             raise CheckpointError(
-                f"checkpoint {directory}: {name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
+                f"checkpoint {directory}: {name} has shape {tuple(state[name].shape)}, "
+                f"expected {tuple(parameter.shape)}"
             )
     model.load_state_dict(state)
 

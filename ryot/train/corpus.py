@@ -105,7 +105,7 @@ def _find_files(path: str) -> Iterable[tuple[Path, Path]]:
         return [(given, f) for f in files]
     if given.is_file():
         return [(given.parent, given)]
-    if glob.has_magic(path) and (matches := sorted(glob.glob(str(given), recursive=True))):
+    if glob.has_magic(path) and (matches := sorted(glob.glob(str(given), recursive=True))):  # noqa: PTH207
         return [(Path(m).parent, Path(m)) for m in matches if Path(m).is_file()]
     raise ConfigError(f"data: {path} does not exist", hint="--data takes UTF-8 text files, folders and globs")
 
@@ -140,7 +140,8 @@ def _json_lines(name: str, text: str, file: Path) -> list[Document]:
 
 def _cut(document: Document) -> list[Document]:
     """The document in blocks of about 4096 characters, cut after a line end where there is one."""
-    blocks, rest = [], document.text
+    blocks: list[Document] = []
+    rest = document.text
     while rest:
         end = len(rest)
         if end > _BLOCK_CHARS:

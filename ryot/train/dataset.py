@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Dataset:
         return np.memmap(self.path / f"{split}.bin", dtype=_token_dtype(self.vocab_size), mode="r")
 
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
-        """Evenly spread stretches of a split, int64 [n, length + 1] with n at most `count`: inputs and, shifted, targets."""
+        """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and, shifted, targets."""
         tokens = self.tokens(split)
         fit = (len(tokens) - 1) // length
         if fit < 1:
@@ -70,7 +69,8 @@ class Dataset:
             self.windows(split, 1, length)
         if (have := (self.num_tokens["train"] - 1) // length) < batch_size:
             raise DataError(
-                f"data: the training split has {have} sequences of {length} tokens, expected at least a batch of {batch_size}",
+                f"data: the training split has {have} sequences of {length} tokens, "
+                f"expected at least a batch of {batch_size}",
                 hint="give more text with --data",
             )
 
@@ -170,7 +170,7 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
         }
         (draft / "meta.json").write_text(json.dumps(meta, indent=1))
         draft.chmod(0o755)
-        os.replace(draft, path)
+        draft.replace(path)
     except OSError:
         # Another run may have finished the same folder first: its content is the same.
         shutil.rmtree(draft, ignore_errors=True)

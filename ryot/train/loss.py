@@ -55,7 +55,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int = 0) -> Tensor:
-    """Mean loss in nats per token of predicting `targets_R` from `h_RD @ W_VD.T`; `chunk` 0 makes all logits at once."""
+    """Mean loss in nats per token of predicting `targets_R` from `h_RD @ W_VD.T`.
+
+    `chunk` is the number of rows of logits made at a time in training, 0 for all at once.
+    """
     if chunk and torch.is_grad_enabled():
         dtype = (
             torch.get_autocast_dtype(h_RD.device.type) if torch.is_autocast_enabled(h_RD.device.type) else h_RD.dtype

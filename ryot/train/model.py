@@ -3,10 +3,10 @@
     # B batch, T new tokens, P past tokens, S = P + T, N query heads, K kv heads, G = N / K, H head dim,
     # D model dim, F feed-forward dim, V vocabulary
 
-`opt` is the historical SimpleTransformerModel made causal: learned positions, post-norm layers, GELU (erf), biases, no
-norm after the last layer, which is OPT with `do_layer_norm_before=False`. `llama` has RoPE (half rotation), pre-RMSNorm,
-SwiGLU and grouped-query heads, no biases. Query, key and value are one matrix, gate and up are one matrix; `hf.py` takes
-them apart.
+`opt` is the historical SimpleTransformerModel made causal: learned positions, post-norm layers, GELU (erf), biases,
+no norm after the last layer, which is OPT with `do_layer_norm_before=False`. `llama` has RoPE (half rotation),
+pre-RMSNorm, SwiGLU and grouped-query heads, no biases. Query, key and value are one matrix, gate and up are one
+matrix; `hf.py` takes them apart.
 """
 
 from __future__ import annotations

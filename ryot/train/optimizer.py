@@ -12,7 +12,9 @@ from ryot.train.model import Decoder
 
 def build_optimizer(model: Decoder, cfg: TrainConfig, plan: KernelPlan) -> torch.optim.AdamW:
     """AdamW over groups embedding (tables, tied head), head and matrices (all else); each group keeps its `peak_lr`."""
-    tables, head, rest = [], [], []
+    tables: list[torch.nn.Parameter] = []
+    head: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         kind = name.split(".")[0]
         (tables if kind in ("embedding", "positions") else head if kind == "head" else rest).append(parameter)

@@ -59,13 +59,17 @@ class GraphBuilder:
             self._known.add(name)
         return name
 
-    def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
+    def node(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> str:
         """Add a node named after its first output, which is returned. An empty input or output name is one left out."""
         missing = [name for name in inputs if name and name not in self._known]
         assert not missing, f"{op} {outputs[0]}: inputs {missing} are made by no earlier node"
         repeated = [name for name in outputs if name in self._known]
         assert not repeated, f"{op}: {repeated} is made twice"
-        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes))
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes)
+        )
         self._known.update(name for name in outputs if name)
         return outputs[0]
 
@@ -157,7 +161,12 @@ def add_rms_norm(
 
 
 def add_layer_norm(
-    g: GraphBuilder, x: str, residual: str, name: str, weights: tuple[FloatArray, FloatArray, FloatArray], epsilon: float
+    g: GraphBuilder,
+    x: str,
+    residual: str,
+    name: str,
+    weights: tuple[FloatArray, FloatArray, FloatArray],
+    epsilon: float,
 ) -> str:
     """LayerNorm(x + bias of x + residual); `weights` are the norm's weight and bias, and the bias of x."""
     weight, bias, x_bias = weights

@@ -140,7 +140,9 @@ class _DecoderGraph:
         # The offset is taken off the table here, so that position 0 is row 0.
         table = np.ascontiguousarray(self.weights["positions.weight"][OPT_POSITION_OFFSET:])
         tokens = blocks.embed(self.g, ids, "embedding", self.matrices["embedding"])
-        return self.g.node("Add", [tokens, blocks.embed(self.g, positions, "positions", FloatMatrix(table))], ["embedded"])
+        return self.g.node(
+            "Add", [tokens, blocks.embed(self.g, positions, "positions", FloatMatrix(table))], ["embedded"]
+        )
 
     def _drop_positions(self, x: str) -> str:
         # In the last layer only attention looks at other positions; what follows it is needed for one token.

@@ -73,7 +73,8 @@ class BlockMatrix:
         """Codes as the runtime stores them, [N, C, E * bits / 8]; of two 4-bit codes the first is the low half."""
         if self.bits == 8:
             return self.codes_NCE
-        return self.codes_NCE[..., 0::2] | (self.codes_NCE[..., 1::2] << 4)
+        low, high = self.codes_NCE[..., 0::2], self.codes_NCE[..., 1::2]
+        return np.bitwise_or(low, np.left_shift(high, 4), dtype=np.uint8)
 
     def dequantize(self) -> FloatArray:
         """The values the runtime multiplies with, [N, K]."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ryot.config import ModelConfig
 from ryot.errors import ExportError
-from ryot.train.hf import config_from_hf, state_from_hf
+from ryot.train.checkpoint import load_weights, read_model_config
+from ryot.train.hf import state_from_hf
 from ryot.train.model import OPT_POSITION_OFFSET
 
 FloatArray = NDArray[np.float32]
@@ -82,29 +81,16 @@ def check_head_dim(cfg: ModelConfig) -> None:
 def load_decoder_weights(checkpoint: Path) -> DecoderWeights:
     """Read `config.json` and `model.safetensors` of a checkpoint folder.
 
-    Raises `CheckpointError` for an architecture or a tensor name that is not known, and `ExportError` for a file that
-    is missing or cut short, a shape that does not fit the config, a head size that the runtime cannot take, and
+    Raises `CheckpointError` for an architecture or a tensor name that is not known and for a file that is missing or
+    cut short, `ExportError` for a head size that the runtime cannot take, a shape that does not fit the config, and
     values that are not finite.
     """
-    config_path, weights_path = checkpoint / "config.json", checkpoint / "model.safetensors"
-    try:
-        cfg = config_from_hf(json.loads(config_path.read_text(encoding="utf-8")), str(config_path))
-    except OSError as error:
-        raise ExportError(f"{config_path}: cannot be read ({error.strerror})", hint="give a checkpoint folder") from error
-    except json.JSONDecodeError as error:
-        raise ExportError(f"{config_path}: not valid JSON ({error})") from error
+    cfg = read_model_config(checkpoint)
     check_head_dim(cfg)
-    try:
-        tensors = load_file(weights_path)
-    except OSError as error:
-        raise ExportError(f"{weights_path}: cannot be read ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise ExportError(
-            f"{weights_path}: cut short or damaged ({error})", hint="train again, or copy the checkpoint again"
-        ) from error
-    state = state_from_hf(cfg, tensors, str(weights_path))
+    tensors = {name: torch.from_numpy(array) for name, array in load_weights(checkpoint).items()}
+    state = state_from_hf(cfg, tensors, str(checkpoint))
     arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
-    check_arrays(cfg, arrays, str(weights_path))
+    check_arrays(cfg, arrays, str(checkpoint))
     return DecoderWeights(cfg=cfg, arrays=arrays)
 
 

@@ -1,0 +1,190 @@
+"""The writing side of a bundle: everything in the folder but the graphs, and its appearance in one piece.
+
+Built twice from the same inputs the folder is byte-identical: no clock time, no absolute path and no random number
+goes into any file but `record.json`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ryot
+from ryot.config import ModelConfig
+from ryot.deploy.forms import STANDARD_GRAPH
+from ryot.edge import bundle as edge_bundle
+from ryot.errors import ExportError
+
+PACKAGE = Path(ryot.__file__).parent
+RUNTIME = "runtime"
+#: What a checkpoint and a bundle have in common; the first is required.
+CHECKPOINT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    A folder that is already at `target` is replaced if it is a bundle; anything else raises `ExportError`.
+    """
+    if target.exists() and not (target / edge_bundle.MANIFEST_NAME).is_file() and any(target.iterdir()):
+        raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"{target.parent}: cannot be written to ({error.strerror})") from error
+    try:
+        stage.chmod(0o755)
+        yield stage
+        if target.exists():
+            shutil.rmtree(target)
+        stage.replace(target)
+    except OSError as error:
+        raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Sorted, indented JSON with a newline at the end."""
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_checkpoint_files(checkpoint: Path, folder: Path) -> None:
+    """Copy config and tokenizer files byte for byte. Raises `ExportError` when config or tokenizer is missing."""
+    for name in CHECKPOINT_FILES:
+        source = checkpoint / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+        elif name in ("config.json", "tokenizer.json"):
+            raise ExportError(f"checkpoint {checkpoint}: {name} is missing")
+
+
+def runtime_modules() -> list[Path]:
+    """Files of `ryot.edge` and of every module of ours that they import, relative to the package's parent."""
+    pending = [p.relative_to(PACKAGE.parent) for p in sorted((PACKAGE / "edge").glob("*.py"))]
+    found: set[Path] = set()
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found.add(path)
+        pending += _imported_modules(path)
+    packages = {parent / "__init__.py" for path in found for parent in path.parents if parent.parts}
+    return sorted(found | packages)
+
+
+def _imported_modules(path: Path) -> list[Path]:
+    tree = ast.parse((PACKAGE.parent / path).read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = []
+    for name in sorted(names):
+        if name.split(".")[0] == "ryot":
+            stem = Path(*name.split("."))
+            files += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if (PACKAGE.parent / p).is_file()]
+    return files
+
+
+def copy_runtime(folder: Path) -> None:
+    """Copy the modules that run on the device to `runtime/`, and `run.py` beside it, byte for byte."""
+    for path in runtime_modules():
+        destination = folder / RUNTIME / path
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE.parent / path, destination)
+    shutil.copyfile(PACKAGE / "deploy" / "bundle_run.py", folder / "run.py")
+
+
+def write_requirements(folder: Path, onnxruntime_min: str) -> None:
+    """`requirements.txt`: all that a device needs."""
+    lines = [f"onnxruntime>={onnxruntime_min},<2", "numpy>=2.0,<3", "tokenizers>=0.21,<1"]
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_genai_config(folder: Path, cfg: ModelConfig, *, token_ids: Mapping[str, int], shared_buffer: bool) -> None:
+    """`genai_config.json`, with which onnxruntime-genai runs the standard graph.
+
+    Its type `llama` feeds no positions, `decoder` feeds what the graph has: the learned positions of opt.
+    """
+    inputs = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    if cfg.architecture == "opt":
+        inputs["position_ids"] = "position_ids"
+    decoder = {
+        "filename": STANDARD_GRAPH,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "head_size": cfg.head_dim,
+        "hidden_size": cfg.dim,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "num_hidden_layers": cfg.num_layers,
+        "inputs": inputs,
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "llama" if cfg.architecture == "llama" else "decoder",
+        "context_length": cfg.max_seq_len,
+        "vocab_size": cfg.vocab_size,
+        "decoder": decoder,
+        **token_ids,
+    }
+    search = {"max_length": cfg.max_seq_len, "do_sample": False, "past_present_share_buffer": shared_buffer}
+    write_json(folder / "genai_config.json", {"model": model, "search": search})
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """`ryot_manifest.json` with the size and sha256 of every other file of the folder. Written last."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": edge_bundle.hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (edge_bundle.MANIFEST_NAME, edge_bundle.RECORD_NAME)
+    }
+    write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
+
+
+def model_entry(cfg: ModelConfig) -> dict[str, Any]:
+    """The manifest's `model` table."""
+    return {
+        "architecture": cfg.architecture,
+        "vocab_size": cfg.vocab_size,
+        "dim": cfg.dim,
+        "num_layers": cfg.num_layers,
+        "num_heads": cfg.num_heads,
+        "num_kv_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "ff_dim": cfg.ff_dim,
+        "context_length": cfg.max_seq_len,
+        "num_parameters": cfg.num_parameters,
+        "tie_embeddings": cfg.tie_embeddings,
+    }
+
+
+def finish_bundle(form: Path, target: Path, record: Mapping[str, Any]) -> Path:
+    """Copy a form to `target` as the final bundle, with `record.json` beside its files.
+
+    Raises `BundleError` when the form's files are not those of its manifest.
+    """
+    edge_bundle.load_bundle(form)
+    with staged_folder(target) as stage:
+        shutil.copytree(form, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        write_json(stage / edge_bundle.RECORD_NAME, record)
+    return target

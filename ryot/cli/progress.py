@@ -1,0 +1,111 @@
+"""Live progress on stderr: one line a training where stderr is a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from typing import TextIO
+
+from ryot.events import CheckpointEvent, EvalEvent, Event, GateEvent, MeasureEvent, StageEvent, StepEvent
+
+#: Without a terminal, a training is heard of at these shares of its budget.
+PLAIN_STEPS = 10
+REDRAW_S = 0.2
+
+
+class Progress:
+    """Listens to a run's events and shows them; use as a context manager so that the terminal is left clean."""
+
+    def __init__(self, stream: TextIO = sys.stderr):
+        self._stream = stream
+        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._rows: dict[str, str] = {}
+        self._val_loss: dict[str, float] = {}
+        self._tenths: dict[str, int] = {}
+        self._drawn = 0
+        self._last_draw = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._draw(force=True)
+        self._drawn = 0
+        self._rows.clear()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._step(event)
+        elif isinstance(event, EvalEvent):
+            self._val_loss[f"{event.variant}/{event.seed}"] = event.loss
+        elif isinstance(event, StageEvent):
+            self._stage(event)
+        elif isinstance(event, GateEvent) and not event.passed:
+            self._say(f"gate {event.gate} breached by {event.variant}: {event.detail}")
+        elif isinstance(event, MeasureEvent):
+            self._measure(event)
+        elif isinstance(event, CheckpointEvent):
+            pass  # every slice has one; the journal keeps them
+
+    def _step(self, event: StepEvent) -> None:
+        key = f"{event.variant}/{event.seed}"
+        share = event.step / event.num_steps
+        left = event.train_wall_s / share * (1 - share) if share else 0.0
+        held_out = f"  val {self._val_loss[key]:.3f}" if key in self._val_loss else ""
+        text = (
+            f"{event.variant} seed {event.seed} {share:4.0%}  step {event.step}/{event.num_steps}  loss {event.loss:.3f}"
+            f"{held_out}  norm {event.grad_norm:.2f}  lr {event.learning_rate:.1e}  {event.tokens_per_s:,.0f} tok/s"
+            f"  {left:.0f} s left"
+        )
+        self._rows[key] = text
+        if self._live:
+            self._draw()
+        elif (tenth := int(share * PLAIN_STEPS)) > self._tenths.get(key, 0):
+            self._tenths[key] = tenth
+            self._say(text)
+        if event.step == event.num_steps:
+            self._rows.pop(key, None)
+            if self._live:
+                self._say(text)
+
+    def _stage(self, event: StageEvent) -> None:
+        who = f" {event.variant} seed {event.seed}" if event.variant else ""
+        took = f" in {event.wall_s:.1f} s" if event.wall_s is not None else ""
+        detail = f": {event.detail}" if event.detail else ""
+        words = {"begin": "begins", "end": f"done{took}", "cached": "done before", "failed": "failed"}
+        if event.status != "begin" or event.detail:
+            self._say(f"{event.stage}{who} {words[event.status]}{detail}")
+
+    def _measure(self, event: MeasureEvent) -> None:
+        if not event.ok:
+            self._say(f"measure {event.arm} round {event.round} failed: {event.reason}")
+        elif self._live:
+            self._rows["measure"] = (
+                f"measure round {event.round + 1}  {event.arm}  {event.ttft_ms:.2f} ms  {event.decode_tok_s:,.0f} tok/s"
+            )
+            self._draw()
+
+    def _say(self, text: str) -> None:
+        self._erase()
+        self._stream.write(text + "\n")
+        self._draw(force=True)
+        self._stream.flush()
+
+    def _draw(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if not self._live or (not force and now - self._last_draw < REDRAW_S):
+            return
+        self._last_draw = now
+        self._erase()
+        width = max(20, shutil.get_terminal_size().columns - 1)
+        for row in self._rows.values():
+            self._stream.write(row[:width] + "\n")
+        self._drawn = len(self._rows)
+        self._stream.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\x1b[{self._drawn}A\x1b[J")
+            self._drawn = 0

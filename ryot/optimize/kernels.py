@@ -1,0 +1,237 @@
+"""KernelOptimizer, the training half: times real steps of a variant on this machine and picks the fastest plan.
+
+One setting is varied at a time, in the order in which they pay (attention, loss, optimizer, dtype), each from the best
+plan so far; the two candidates of a setting take steps in turn, so that a drifting machine slows both. A candidate counts only
+when its losses over the same few steps stay within `LOSS_TOLERANCE` of fp32 eager. Compiling is tried last, and only
+where the steps that are left could pay for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, replace, to_mapping
+from ryot.edge.machine import describe_cpu
+from ryot.train.dataset import Batches, Dataset
+from ryot.train.loop import TrainStep
+from ryot.train.model import Decoder
+
+log = logging.getLogger(__name__)
+
+#: Nats that the mean loss of the fixed run may differ from fp32 eager's: a tenth of the spread between seeds of a
+#: whole training (0.02 to 0.035, measured), so that a plan cannot be told from another one by what it learns.
+LOSS_TOLERANCE = 0.003
+#: bf16 rounds to 8 bits of mantissa: over the same few steps its loss is looser by nature.
+LOSS_TOLERANCE_HALF = 0.02
+#: Steps of the fixed run: 1 to warm up, then the timed ones.
+WARM_STEPS, TIMED_STEPS = 1, 4
+#: A candidate must beat the plan so far by this much; less is noise.
+MIN_GAIN = 1.03
+#: Seconds that compiling forward and backward takes with an empty cache, at the least (measured: 10 to 50).
+COLD_COMPILE_S = 15.0
+#: The most that compiling was seen to save of a step on a CPU.
+BEST_COMPILE_SAVING = 0.35
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A plan that was tried, and what came of it."""
+
+    plan: KernelPlan
+    changed: str
+    """The setting that differs from the plan it was tried against."""
+    step_ms: float
+    """Median of the timed steps."""
+    loss: float
+    """Mean training loss of the fixed run, nats per token."""
+    compile_s: float
+    verdict: str
+    """Why it was taken or not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelDecision:
+    """The plan chosen for a variant on this machine, with its evidence."""
+
+    plan: KernelPlan
+    candidates: tuple[Candidate, ...]
+    cpu: str
+    cached: bool
+
+
+def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *, threads: int = 1) -> KernelDecision:
+    """The fastest kernel plan for `variant` on this machine; a variant that is not to be tuned keeps its own.
+
+    Looked up in `cache_dir` by CPU, torch version, shape and threads; measured (a few seconds) when not there. Call it
+    on the core the training will run on, with nothing else running there.
+    """
+    cpu = describe_cpu()
+    start = replace(variant.kernels, threads=threads)
+    if not variant.tune:
+        return KernelDecision(plan=start, candidates=(), cpu=cpu["model"], cached=False)
+    key = digest(
+        cpu["model"], cpu["isa"], torch.__version__, variant.model, _step_shape(variant), start, os.environ.get(_MALLOC)
+    )
+    path = cache_dir / "kernels" / f"{key[:16]}.json"
+    if path.exists():
+        return _load(path)
+    decision = _measure(variant, start, dataset, cpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
+    draft.replace(path)
+    return decision
+
+
+def format_decision(variant: str, decision: KernelDecision) -> str:
+    """The decision and every candidate, one a line, for people."""
+    lines = [f"kernels of {variant} on {decision.cpu}: {_describe(decision.plan)}"]
+    lines += [
+        f"  {c.changed:<22} {c.step_ms:8.2f} ms a step  loss {c.loss:.4f}  {c.verdict}" for c in decision.candidates
+    ]
+    return "\n".join(lines)
+
+
+_MALLOC = "GLIBC_TUNABLES"
+
+
+def _step_shape(variant: VariantConfig) -> list[int]:
+    train = variant.train
+    return [train.batch_size, train.accumulate, variant.num_steps]
+
+
+def _describe(plan: KernelPlan) -> str:
+    return ", ".join(f"{k}={v}" for k, v in to_mapping(plan).items())
+
+
+class _FixedRun:
+    """The same few training steps under one plan, taken one at a time."""
+
+    def __init__(self, variant: VariantConfig, plan: KernelPlan, batches: Batches):
+        torch.manual_seed(0)
+        model = Decoder(variant.model, plan.attention).to(plan.device).train()
+        self.plan, self._batches = plan, batches
+        self._take_step = TrainStep(model, variant, plan)
+        self.compile_s = self._take_step.warm_up(*batches.batch(0)) if plan.compile else 0.0
+        self.losses: list[float] = []
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        begin = time.perf_counter()
+        loss, _ = self._take_step(*self._batches.batch(len(self.losses)), 1.0)
+        self.times.append(time.perf_counter() - begin)
+        self.losses.append(loss)
+
+    @property
+    def step_ms(self) -> float:
+        return statistics.median(self.times[WARM_STEPS:]) * 1e3
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+
+def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: Mapping[str, Any]) -> KernelDecision:
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(start.threads)
+    batches = Batches(dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=0)
+    reference = _run_all([_FixedRun(variant, KernelPlan(threads=start.threads, device=start.device), batches)])[0]
+    best, tried = start, []
+    try:
+        for setting, values in _settings(start):
+            plans = [best, *(replace(best, **{setting: v}) for v in values if v != getattr(best, setting))]
+            runs = _run_all([_FixedRun(variant, plan, batches) for plan in plans])
+            best, candidates = _pick(setting, runs, reference)
+            tried += candidates
+        if (reason := _compile_refusal(variant, tried, best)) is None:
+            runs = _run_all([_FixedRun(variant, plan, batches) for plan in (best, replace(best, compile=True))])
+            best, candidates = _pick("compile", runs, reference, steps=variant.num_steps)
+            tried += candidates
+        else:
+            log.info("compile is not tried for %s: %s", variant.name, reason)
+    finally:
+        torch.set_num_threads(threads_before)
+    return KernelDecision(plan=best, candidates=tuple(tried), cpu=cpu["model"], cached=False)
+
+
+def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[Any, ...]]]:
+    half = ("bf16",) if start.device == "cpu" or torch.cuda.is_bf16_supported() else ("fp16",)
+    return (
+        ("attention", ("explicit", "sdpa")),
+        ("loss_chunk", (0, 128, 256, 512)),
+        ("fused_optimizer", (True, False)),
+        ("dtype", ("fp32", *half)),
+    )
+
+
+def _run_all(runs: list[_FixedRun]) -> list[_FixedRun]:
+    for _ in range(WARM_STEPS + TIMED_STEPS):
+        for run in runs:
+            run.step()
+    return runs
+
+
+def _pick(
+    setting: str, runs: list[_FixedRun], reference: _FixedRun, *, steps: int | None = None
+) -> tuple[KernelPlan, list[Candidate]]:
+    """The best of `runs`, of which the first is the plan so far; with `steps`, a candidate also earns its compiling back."""
+    so_far, best = runs[0], runs[0]
+    for run in runs[1:]:
+        if _refusal(run, reference) is None and run.step_ms * MIN_GAIN < best.step_ms and _pays(run, so_far, steps):
+            best = run
+    candidates = []
+    for run in runs:
+        verdict = "taken" if run is best else _refusal(run, reference)
+        if verdict is None:
+            verdict = "not faster" if _pays(run, so_far, steps) else f"compiling ({run.compile_s:.0f} s) does not pay"
+        candidates.append(
+            Candidate(
+                plan=run.plan,
+                changed=f"{setting}={getattr(run.plan, setting)}",
+                step_ms=run.step_ms,
+                loss=run.loss,
+                compile_s=run.compile_s,
+                verdict=verdict,
+            )
+        )
+    return best.plan, candidates
+
+
+def _refusal(run: _FixedRun, reference: _FixedRun) -> str | None:
+    limit = LOSS_TOLERANCE if run.plan.dtype == "fp32" else LOSS_TOLERANCE_HALF
+    off = abs(run.loss - reference.loss)
+    return None if off <= limit else f"loss is {off:.4f} from fp32 eager's, allowed {limit}"
+
+
+def _pays(run: _FixedRun, so_far: _FixedRun, steps: int | None) -> bool:
+    return steps is None or (so_far.step_ms - run.step_ms) / 1e3 * steps > run.compile_s
+
+
+def _compile_refusal(variant: VariantConfig, tried: Sequence[Candidate], best: KernelPlan) -> str | None:
+    """Why compiling is not worth trying, or None."""
+    if best.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return "there is no C++ compiler"
+    step_s = next(c.step_ms for c in reversed(tried) if c.plan == best) / 1e3
+    saving = BEST_COMPILE_SAVING * step_s * variant.num_steps
+    if saving < COLD_COMPILE_S:
+        return f"it can save at most {saving:.0f} s of this run and costs at least {COLD_COMPILE_S:.0f} s"
+    return None
+
+
+def _load(path: Path) -> KernelDecision:
+    values = json.loads(path.read_text())
+    candidates = tuple(build_from_mapping(Candidate, c, str(path)) for c in values.pop("candidates"))
+    plan = build_from_mapping(KernelPlan, values["plan"], str(path))
+    return KernelDecision(plan=plan, candidates=candidates, cpu=values["cpu"], cached=True)

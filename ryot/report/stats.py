@@ -31,7 +31,7 @@ PERCENTILE_COUNTS = {50: 1, 90: 64, 95: 130, 99: 662}
 #: Above these a recording is called noisy.
 NOISY_CALIBRATION, NOISY_SPREAD, NOISY_LOAD = 0.10, 0.15, 0.5
 
-_T975 = {
+_T975: dict[int, float] = {
     1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622, 10: 2.2281,
     12: 2.1788, 15: 2.1314, 20: 2.0860, 30: 2.0423, 60: 2.0003, 120: 1.9799,
 }  # fmt: skip
@@ -101,7 +101,7 @@ def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval 
     # A half width is t times the standard error; going back gives each side's error and degrees of freedom.
     sides = []
     for interval in (left, right):
-        df = max(interval.rounds - 1, 1)
+        df = float(max(interval.rounds - 1, 1))
         factor = t_quantile(df) if interval.rounds > 1 else 1.96
         sides.append((math.log(interval.high / interval.low) / 2 / factor, df))
     (ea, da), (eb, db) = sides
@@ -245,8 +245,8 @@ def find_noise(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _before(result: Mapping[str, Any]) -> float:
     """The 1-minute load average before the measurement, 0 where it was not recorded."""
-    load = result.get("load_average") or ()
-    first = load[0] if len(load) else 0.0
+    load: Any = result.get("load_average") or [0.0]
+    first = load[0]
     if isinstance(first, (list, tuple)):
         first = first[0]
     return float(first or 0.0)

@@ -1,13 +1,13 @@
 """Targets: contracts on latency, throughput, memory, size, quality and context, read from TOML.
 
-    summary = "one line for people"
-    prefer = "smallest"            # or "fastest": what to choose among the forms that pass
-    [limits]                       # every key carries its unit; MB is 10^6 bytes
-    ttft_ms = 120
-    [device]                       # left out when the target is this machine, whatever it is
-    name = "Raspberry Pi 5"
-    [sources]                      # where each number comes from, by its key
-    ttft_ms = "…"
+summary = "one line for people"
+prefer = "smallest"            # or "fastest": what to choose among the forms that pass
+[limits]                       # every key carries its unit; MB is 10^6 bytes
+ttft_ms = 120
+[device]                       # left out when the target is this machine, whatever it is
+name = "Raspberry Pi 5"
+[sources]                      # where each number comes from, by its key
+ttft_ms = "…"
 """
 
 from __future__ import annotations

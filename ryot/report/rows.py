@@ -1,0 +1,346 @@
+"""The one schema behind the table, Markdown, CSV, JSON and HTML, and how a report is kept on disk.
+
+`samples` of a form holds what each measuring process sent, untouched; every number that a table prints is computed
+from it (and from `size_bytes`, `quality` and the variant's own row). MB is 10^6 bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ryot.errors import ConfigError
+
+SCHEMA = 1
+REPORT_FILE = "report.json"
+RECORD_FILE = "record.json"
+
+VerdictWord = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+Curve = tuple[tuple[float, float, float], ...]
+"""Points of (tokens, train_wall_s, nats per token)."""
+T = TypeVar("T")
+
+
+def arm_name(variant: str, seed: int, precision: str) -> str:
+    """The name by which a form is measured: `optimized/seed-0/int8-dyn`, like its folder in the run."""
+    return f"{variant}/seed-{seed}/{precision}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantRow:
+    """What one training of one variant gave; losses in nats per token, `bpb` in bits per byte."""
+
+    name: str
+    seed: int
+    params: int
+    tokens: int
+    """Training tokens seen."""
+    train_wall_s: float | None = None
+    """Time in training steps, evaluation, checkpoints and compilation excluded."""
+    compile_s: float | None = None
+    tokens_per_s: float | None = None
+    initial_val_loss: float | None = None
+    val_loss: float | None = None
+    val_bpb: float | None = None
+    test_loss: float | None = None
+    test_bpb: float | None = None
+    grad_norm_max: float | None = None
+    time_to_baseline_loss_s: float | None = None
+    """`train_wall_s` when this training is complete and ended at or below the baseline's validation loss."""
+    concurrent: bool = False
+    """Whether other variants trained on the same machine at the same time."""
+    failed: str = ""
+    """Why training was stopped; empty when it was not."""
+    summary: str = ""
+    curve: Curve = ()
+    """Held-out (validation) loss."""
+    train_curve: Curve = ()
+    """Training loss, thinned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormRow:
+    """One exported form of one training: its size, quality, measured figures and verdicts."""
+
+    variant: str
+    seed: int
+    precision: str
+    size_bytes: int
+    ttft_ms: float | None = None
+    decode_tok_s: float | None = None
+    peak_rss_bytes: int | None = None
+    load_ms: float | None = None
+    first_ttft_ms: float | None = None
+    """The first prefill of the process, which the warm figures leave out."""
+    e2e_ttft_ms: float | None = None
+    """Like `ttft_ms`, with tokenization."""
+    runs: int = 0
+    """Processes started."""
+    runs_ok: int = 0
+    context_tokens: int | None = None
+    quality: Mapping[str, float | None] = field(default_factory=dict)
+    """kl, top1, bpb, bpb_ratio: against this variant's own fp32."""
+    passed: bool = True
+    """Whether the parity and quality gates let the form through."""
+    reason: str = ""
+    """Why a gate or the measurement failed; empty when none did."""
+    verdicts: Mapping[str, Mapping[str, VerdictWord | None]] = field(default_factory=dict)
+    """By target, then ttft, throughput, memory, size, quality, context; None where the target sets no limit."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of each measured figure, by its field's name."""
+    percentiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of `ttft_ms` and `token_ms`, only those that the samples carry."""
+    spread: Mapping[str, Any] = field(default_factory=dict)
+    """What the spread comes from, by metric: see stats.describe_spread."""
+    pareto: bool = False
+    """Whether no other form is at least as good in size, speed and bits per byte, and better in one."""
+    chosen: bool = False
+    path: str = ""
+    """The form's bundle folder, relative to the run folder."""
+    samples: tuple[Mapping[str, Any], ...] = ()
+    """One measure result a process, in order of the rounds."""
+
+    @property
+    def arm(self) -> str:
+        return arm_name(self.variant, self.seed, self.precision)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The ratio a / b of one metric with its 95 % interval."""
+
+    metric: str
+    a: str
+    b: str
+    ratio: float
+    low: float | None
+    high: float | None
+    """None where one value stands on each side and no interval can be given."""
+    verdict: Literal["lower", "higher", "no difference", "single values"]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One limit of one target, held against one form."""
+
+    target: str
+    variant: str
+    seed: int
+    precision: str
+    metric: str
+    limit_key: str
+    limit: float
+    value: float | None
+    low: float | None
+    high: float | None
+    """In the limit's unit."""
+    verdict: VerdictWord
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Which form goes into the bundle, and why, in one sentence; empty names when none does."""
+
+    variant: str = ""
+    seed: int = 0
+    precision: str = ""
+    reason: str
+    missed: tuple[str, ...] = ()
+    """What the nearest form misses, when none passes every limit."""
+    exit_code: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AblationRow:
+    """What one optimization, alone or with the others, bought against the baseline; one entry a seed."""
+
+    name: str
+    train_wall_s: tuple[float, ...]
+    val_loss: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything that a run found out."""
+
+    schema: int = SCHEMA
+    kind: Literal["report", "record"] = "report"
+    """`record` is a bundle's own: one form, without the others."""
+    run_id: str
+    command: str
+    created_at: str
+    """UTC, ISO 8601."""
+    ryot_version: str = ""
+    preset: str = ""
+    quick: bool = False
+    """Made with a small budget: not comparable with other reports."""
+    baseline: str = ""
+    """Arm that the ratios are against."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    """name, sha256, train_tokens, val_tokens, test_tokens; tokenizer_sha256 and vocab_size where known."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved configuration, kernel decisions included."""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    """stage, variant, wall_s."""
+    targets: tuple[Mapping[str, Any], ...] = ()
+    variants: tuple[VariantRow, ...] = ()
+    rows: tuple[FormRow, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    choice: Choice | None = None
+    ablation: tuple[AblationRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Warnings for the reader: a noisy machine, a fallback, a form that died."""
+    bundle: str | None = None
+    """The bundle's folder, relative to the run folder."""
+
+    def variant_of(self, row: FormRow) -> VariantRow | None:
+        """The training that a form comes from."""
+        return next((v for v in self.variants if (v.name, v.seed) == (row.variant, row.seed)), None)
+
+    def row_of(self, arm: str) -> FormRow | None:
+        """The form with this arm name."""
+        return next((r for r in self.rows if r.arm == arm), None)
+
+
+_PARTS: dict[str, type] = {
+    "variants": VariantRow,
+    "rows": FormRow,
+    "comparisons": Comparison,
+    "verdicts": Verdict,
+    "ablation": AblationRow,
+}
+
+
+def report_to_dict(report: Report) -> dict[str, Any]:
+    """The report as plain JSON values; numbers that are not finite become null."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(report))
+    return plain
+
+
+def report_from_dict(values: Mapping[str, Any], where: str) -> Report:
+    """The report that `report_to_dict` made `values` from; `ConfigError` beginning with `where` when it did not."""
+    if not isinstance(values, Mapping) or "schema" not in values:
+        raise ConfigError(f"{where}: not a ryot report (it has no 'schema')")
+    if values["schema"] != SCHEMA:
+        raise ConfigError(
+            f"{where}: schema {values['schema']!r}, this version reads schema {SCHEMA}",
+            hint="read it with the ryot version that wrote it, or run again"
+            + (f" (it was written by ryot {values['ryot_version']})" if values.get("ryot_version") else ""),
+        )
+    try:
+        built: dict[str, Any] = _known(Report, values)
+        for name, cls in _PARTS.items():
+            built[name] = tuple(cls(**_known(cls, part)) for part in values.get(name, ()))
+        if values.get("choice"):
+            built["choice"] = Choice(**_known(Choice, values["choice"]))
+        return Report(**built)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}: not a complete ryot report ({error})") from error
+
+
+def save_report(report: Report, path: Path) -> None:
+    """Write the report as JSON so that a reader sees the old file or the new one, never a part."""
+    write_atomically(path, json.dumps(report_to_dict(report), indent=1, allow_nan=False) + "\n")
+
+
+def load_report(path: Path) -> Report:
+    """The report of a file, a run folder (report.json) or a bundle (record.json)."""
+    file = find_report(path)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}: not JSON, or cut short ({error})") from error
+    return report_from_dict(values, str(file))
+
+
+def find_report(path: Path) -> Path:
+    """The report file that a path stands for."""
+    if path.is_dir():
+        for name in (REPORT_FILE, RECORD_FILE):
+            if (path / name).is_file():
+                return path / name
+        raise ConfigError(
+            f"{path}: holds neither {REPORT_FILE} nor {RECORD_FILE}",
+            hint="give a finished run folder, a bundle or a report file",
+        )
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file", hint="give a run folder, a bundle or a report file")
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one beside it, fsynced before it takes the name."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def build_record(report: Report, row: FormRow) -> Report:
+    """The part of a report that goes into the bundle of `row`: that form, its training, its verdicts and ratios."""
+    training = report.variant_of(row)
+    return dataclasses.replace(
+        report,
+        kind="record",
+        variants=(dataclasses.replace(training, curve=(), train_curve=()),) if training else (),
+        rows=(row,),
+        comparisons=tuple(c for c in report.comparisons if row.arm == c.a),
+        verdicts=tuple(
+            v for v in report.verdicts if (v.variant, v.seed, v.precision) == (row.variant, row.seed, row.precision)
+        ),
+        ablation=(),
+        stages=(),
+    )
+
+
+def load_schema() -> dict[str, Any]:
+    """The JSON Schema of report.json and record.json."""
+    schema: dict[str, Any] = json.loads((files("ryot.report") / "report.schema.json").read_text(encoding="utf-8"))
+    return schema
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that `cls` has fields for, with lists as tuples; later additions to the schema are dropped."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: _tuples(v) for k, v in values.items() if k in names and k not in _PARTS}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, str) or value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Iterable):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,20 +1,24 @@
-"""Exports a checkpoint: one bundle folder for each precision."""
+"""Exports a checkpoint: one bundle folder for each precision, each scored against fp32."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 import ryot
 from ryot.deploy import bundle
 from ryot.deploy.blocks import OPSET
+from ryot.deploy.card import render_card
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.forms import (
     QuantizeOptions,
@@ -25,28 +29,98 @@ from ryot.deploy.forms import (
     serialize,
     split_pair,
 )
+from ryot.deploy.golden import make_golden
+from ryot.deploy.graph import build_graph
+from ryot.deploy.matrices import Matrix
+from ryot.deploy.quality import MAX_BPB_RATIO, EvalData, Quality, evaluate_forms, quality_windows, worst
+from ryot.deploy.standard import StandardGraph
+from ryot.deploy.verify import PARITY_ROWS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
-from ryot.edge.bundle import DATA_NAME
-from ryot.train.checkpoint import checkpoint_digest
+from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
+from ryot.train.checkpoint import checkpoint_digest, load_model
 from ryot.train.hf import END_OF_TEXT_ID
+
+log = logging.getLogger(__name__)
 
 #: Oldest onnxruntime whose CPU kernels run these graphs.
 ONNXRUNTIME_MIN = "1.24"
 #: Held-out prompts of the context's length that a bundle carries, for measuring.
 NUM_PROMPTS = 16
 
+Matrices = Mapping[str, Matrix]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """What a bundle says about itself, and how its weights are quantized."""
+    """What a bundle says about itself, and how its weights are quantized and judged."""
 
     name: str = "ryot"
     variant: str = ""
     seed: int = 0
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
-    corpus_sha256: str = ""
+    max_bpb_ratio: float = MAX_BPB_RATIO
+    """Bits per byte over those of fp32, above which a form is no candidate."""
+    split: str = "test"
+    """The split that quality is reported on."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe, kept in the manifest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormResult:
+    """One exported form and the judgement on its quality."""
+
+    precision: str
+    path: Path
+    size_bytes: int
+    """Of all the bundle's files."""
+    parity: ParityResult
+    """Of the fp32 graphs that the form was quantized from."""
+    quality: Quality
+    passed: bool
+    reason: str
+    """Why it did not pass; empty if it did."""
+
+
+def export_variant(
+    checkpoint: Path,
+    out_root: Path,
+    precisions: Sequence[str],
+    data: EvalData,
+    *,
+    options: ExportOptions,
+    on_form: Callable[[FormResult], None] = lambda _: None,
+) -> list[FormResult]:
+    """Export a checkpoint in every precision to `out_root/PRECISION`, gate and score each.
+
+    The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all forms are scored against
+    them on one pass over the held-out text. Raises `QualityError` when parity fails and nothing can be trusted; a form
+    that is merely worse than the limit comes back with `passed` false.
+    """
+    for precision in precisions:
+        check_precision(precision)
+    check_onnxruntime(ort.__version__, ONNXRUNTIME_MIN)
+    weights = load_decoder_weights(checkpoint)
+    context = weights.cfg.max_seq_len
+    windows = quality_windows(data, options.split, context)
+    halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
+    matrices = {half: quantize_matrices(weights, half, options.quantize) for half in ("fp32", *halves)}
+    identity = _Identity(
+        checkpoint, weights, options, data.corpus_sha256, data.windows("val", NUM_PROMPTS, context)[:, :context]
+    )
+    with tempfile.TemporaryDirectory(prefix="ryot-export-") as scratch:
+        fp32_path = _export(identity, Path(scratch) / "fp32", "fp32", matrices, None, 0.0)
+        parity = check_parity(load_model(checkpoint), fp32_path, windows[:PARITY_ROWS, :-1])
+        graphs = {half: _standard_graph(Path(scratch) / half, weights, matrices[half]) for half in matrices}
+        qualities = evaluate_forms(graphs.pop("fp32"), graphs, windows, data.byte_lengths)
+    results = []
+    for precision in precisions:
+        prefill, decode = split_pair(precision)
+        quality = worst(qualities[prefill], qualities[decode])
+        path = _export(identity, out_root / precision, precision, matrices, quality, parity.tolerance)
+        results.append(_judge(precision, path, parity, quality, options.max_bpb_ratio))
+        on_form(results[-1])
+    return results
 
 
 def export_form(
@@ -56,47 +130,98 @@ def export_form(
     *,
     options: ExportOptions,
     prompts: NDArray[np.int64],
+    corpus_sha256: str = "",
 ) -> Path:
-    """Build the bundle of one precision at `target`; it appears whole or not at all.
+    """Build the bundle of one precision at `target` without scoring it; it appears whole or not at all.
 
-    `prompts` are held-out token ids [n, context] for measuring.
+    `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from.
     """
     check_precision(precision)
+    check_onnxruntime(ort.__version__, ONNXRUNTIME_MIN)
     weights = load_decoder_weights(checkpoint)
+    matrices = {half: quantize_matrices(weights, half, options.quantize) for half in split_pair(precision)}
+    _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
+    identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
+    return _export(identity, target, precision, matrices, None, SAFETY * torch_error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What all forms of one checkpoint have in common."""
+
+    checkpoint: Path
+    weights: DecoderWeights
+    options: ExportOptions
+    corpus_sha256: str
+    prompts: NDArray[np.int64]
+
+
+def _judge(precision: str, path: Path, parity: ParityResult, quality: Quality, limit: float) -> FormResult:
+    passed = quality.bpb_ratio <= limit
+    return FormResult(
+        precision=precision,
+        path=path,
+        size_bytes=load_bundle(path, verify=False).size_bytes,
+        parity=parity,
+        quality=quality,
+        passed=passed,
+        reason="" if passed else f"bits per byte {quality.bpb_ratio:.4f} of fp32's, limit {limit:.4f}",
+    )
+
+
+def _standard_graph(folder: Path, weights: DecoderWeights, matrices: Matrices) -> StandardGraph:
+    folder.mkdir(exist_ok=True)
+    with DataFile(folder / DATA_NAME) as data:
+        model = build_graph("standard", weights, matrices, data)
+    (folder / "model.onnx").write_bytes(serialize(model))
+    return StandardGraph(folder / "model.onnx")
+
+
+def _export(
+    identity: _Identity,
+    target: Path,
+    precision: str,
+    matrices: Mapping[str, Matrices],
+    quality: Quality | None,
+    rounding_error: float,
+) -> Path:
+    weights = identity.weights
+    prefill, decode = split_pair(precision)
     with bundle.staged_folder(target) as stage:
-        write_graphs(stage, weights, precision, options.quantize)
-        bundle.copy_checkpoint_files(checkpoint, stage)
+        with DataFile(stage / DATA_NAME) as data:
+            for name, model in build_graphs(weights, precision, matrices, data).items():
+                (stage / name).write_bytes(serialize(model))
+        bundle.copy_checkpoint_files(identity.checkpoint, stage)
         bundle.write_requirements(stage, ONNXRUNTIME_MIN)
         bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
-        bundle.write_manifest(stage, manifest_values(checkpoint, weights, precision, options, prompts))
+        values = _manifest_values(identity, precision, quality)
+        bundle.write_manifest(stage, values)
+        golden, tolerance = make_golden(
+            load_bundle(stage, verify=False),
+            weights,
+            matrices[prefill],
+            matrices[decode],
+            identity.prompts,
+            rounding_error=rounding_error,
+        )
+        (stage / "README.md").write_text(render_card(values), encoding="utf-8")
+        bundle.write_manifest(stage, {**values, "golden": golden, "tolerance": tolerance})
+    log.info("%s: exported to %s", precision, target)
     return target
 
 
-def write_graphs(folder: Path, weights: DecoderWeights, precision: str, options: QuantizeOptions) -> None:
-    """Write the graphs of a form and their data file."""
-    matrices = {half: quantize_matrices(weights, half, options) for half in split_pair(precision)}
-    with DataFile(folder / DATA_NAME) as data:
-        for name, model in build_graphs(weights, precision, matrices, data).items():
-            (folder / name).write_bytes(serialize(model))
-
-
-def manifest_values(
-    checkpoint: Path,
-    weights: DecoderWeights,
-    precision: str,
-    options: ExportOptions,
-    prompts: NDArray[np.int64],
-) -> dict[str, Any]:
-    """The manifest without its list of files."""
+def _manifest_values(identity: _Identity, precision: str, quality: Quality | None) -> dict[str, Any]:
+    """The manifest without its list of files and its golden prompts."""
+    options, cfg = identity.options, identity.weights.cfg
     return {
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
         "precision": precision,
-        "model": bundle.model_entry(weights.cfg),
+        "model": bundle.model_entry(cfg),
         "graphs": graph_files(precision),
-        "position_ids": weights.cfg.architecture == "opt",
+        "position_ids": cfg.architecture == "opt",
         "kv_dtype": "float32",
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
@@ -104,12 +229,12 @@ def manifest_values(
         "onnxruntime_min": ONNXRUNTIME_MIN,
         "golden": [],
         "tolerance": 0.0,
-        "prompts": prompts[:NUM_PROMPTS].tolist(),
+        "prompts": identity.prompts[:NUM_PROMPTS].tolist(),
         "quantization": {},
-        "quality": {},
+        "quality": {} if quality is None else quality.as_dict(),
         "provenance": {
-            "checkpoint_sha256": checkpoint_digest(checkpoint),
-            "corpus_sha256": options.corpus_sha256,
+            "checkpoint_sha256": checkpoint_digest(identity.checkpoint),
+            "corpus_sha256": identity.corpus_sha256,
             "ryot_version": ryot.__version__,
             **{f"{name}_version": version(name) for name in ("torch", "onnx", "onnxruntime")},
         },

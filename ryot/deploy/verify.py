@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
     difference = 0.0
     for edges in _edges(ids_BT.shape[1]):
         # With a cache the fused attention takes one new token of each row, or several of one row.
-        single = any(b - a > 1 for a, b in zip(edges[1:], edges[2:]))
+        single = any(b - a > 1 for a, b in itertools.pairwise(edges[1:]))
         rows = slice(0, 1) if single else slice(None)
         found = _run_in_pieces(graph, ids_BT[rows], edges)
         off = float(np.abs(found - expected[rows, : edges[-1]]).max())
@@ -163,7 +164,7 @@ def _run_in_pieces(graph: StandardGraph, ids_BT: NDArray[np.int64], edges: list[
     """Logits of the positions up to the last edge, fed piece by piece."""
     past: Past | None = None
     parts = []
-    for start, end in zip(edges, edges[1:]):
+    for start, end in itertools.pairwise(edges):
         logits, past = graph.run(ids_BT[:, start:end], past)
         parts.append(logits)
     return np.concatenate(parts, axis=1)

@@ -1,0 +1,40 @@
+"""A thread that works through results one by one, so that the scheduler never waits for an export."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class CallbackThread:
+    """Calls `function` for each thing put in, in order; keeps the first exception for `finish`."""
+
+    def __init__(self, function: Callable[[Any], None]):
+        self._function = function
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        # A daemon, so that a second Ctrl-C does not wait for the export in flight.
+        self._thread = threading.Thread(target=self._work, name="on-done", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Any) -> None:
+        """Queue one call."""
+        self._queue.put((item,))
+
+    def finish(self, abandon: Callable[[], bool]) -> None:
+        """Wait until all is done, or `abandon()` is true; raises what the function raised first."""
+        self._queue.put(None)
+        while self._thread.is_alive() and not abandon():
+            self._thread.join(timeout=0.2)
+        if self._error:
+            raise self._error
+
+    def _work(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._function(*entry)
+                except BaseException as error:  # handed to the thread that waits in `finish`
+                    self._error = error

@@ -1,0 +1,590 @@
+"""The scheduler of trainings: many variants and seeds on whatever cores there are, losing nothing to what dies.
+
+    waiting --room on a node--> starting --trainer built--> training --last checkpoint accepted--> done
+       ^                                                        |
+       +------- worker, node or link lost: back-off ------------+--- safety gate, bug, too many losses --> failed
+
+Each worker is asked for one slice of a few seconds at a time. A checkpoint that comes with a slice's report counts
+once the journal says so; after a loss the training goes on from the last one that does, in a new attempt with a
+folder of its own. Reports of an attempt that was given up are never looked at again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ryot
+from ryot.cluster.callbacks import CallbackThread
+from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.cluster.journal import Accepted, Journal
+from ryot.cluster.placement import Placement
+from ryot.cluster.probe import probe_nodes
+from ryot.cluster.runtime import Cluster, Node
+from ryot.cluster.signals import StopSignals
+from ryot.cluster.worker import Assignment, Saved, SliceReport, Started, TrainWorker
+from ryot.config import KernelPlan, digest, to_mapping
+from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
+from ryot.events import CheckpointEvent, EvalEvent, Event, StageEvent
+from ryot.train.checkpoint import checkpoint_digest
+from ryot.train.dataset import load_dataset
+from ryot.train.loop import TrainJob
+
+log = logging.getLogger(__name__)
+
+#: How long the driver sleeps at most before it looks at signals and free cores again.
+_TICK_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriverOptions:
+    """How trainings are sliced, kept and retried."""
+
+    slice_s: float = 3.0
+    """Seconds of training between two reports of a worker."""
+    checkpoint_every_s: float = 30.0
+    """Seconds between two checkpoints; a slice longer than that ends with one."""
+    keep_checkpoints: int = 2
+    """Accepted checkpoints of a training that stay on disk."""
+    max_losses: int = 6
+    """Losses in a row, without a checkpoint accepted in between, after which a training is failed."""
+    backoff_s: float = 0.5
+    """Wait before the first retry; doubles with each further loss, up to 30 s."""
+    start_timeout_s: float = 120.0
+    """Time in which a worker must have built its trainer."""
+    slice_timeout_s: float = 1800.0
+    """Time after which a slice that has not reported (a hung worker) counts as lost."""
+    max_hours: float | None = None
+    """Hours after which the run is stopped as by a signal."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedJob:
+    """A training and how its steps are computed; `plan.threads` is the number of cores it gets."""
+
+    job: TrainJob
+    plan: KernelPlan
+    digest: str
+    """Over everything that decides what the training learns."""
+
+    @property
+    def key(self) -> str:
+        """Name of the job in the journal, in paths and in messages."""
+        return self.job.key
+
+    @property
+    def cost(self) -> float:
+        """Rough work in it, to start long ones first."""
+        variant = self.job.variant
+        return float(variant.train.tokens) * variant.model.num_parameters / self.plan.threads
+
+
+def plan_job(job: TrainJob, plan: KernelPlan) -> PlannedJob:
+    """The job with the digest of its inputs: recipe, seed, corpus, kernel plan and ryot's version."""
+    corpus = load_dataset(Path(job.dataset_dir)).corpus_sha256
+    return PlannedJob(job, plan, digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How one training ended."""
+
+    variant: str
+    seed: int
+    checkpoint: Path | None
+    """The last accepted checkpoint; of a failed training possibly None."""
+    sha256: str
+    step: int
+    attempts: int
+    facts: dict[str, Any]
+    """tokens, train_wall_s, compile_s, grad_norm_max, initial_val_loss, val_loss, val_bpb, test_loss, test_bpb and
+    evals, the list of [step, tokens, train_wall_s, val_loss]."""
+    cached: bool = False
+    """Whether it was finished before this driver started."""
+    error: RyotError | None = None
+
+
+OnDone = Callable[[TrainResult], None]
+
+
+@dataclass(slots=True)
+class _Task:
+    """A training on its way through the driver."""
+
+    planned: PlannedJob
+    attempts: int = 0
+    losses: int = 0
+    not_before: float = 0.0
+    accepted: list[Accepted] = field(default_factory=list)
+    """Newest first."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 0
+    wall_begin: float = 0.0
+    result: TrainResult | None = None
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One actor, the cores it holds and the call it works on."""
+
+    actor: Any
+    node: Node
+    threads: int
+    task: _Task
+    ref: Any = None
+    doing: str = "start"
+    since: float = field(default_factory=time.monotonic)
+
+
+class Driver:
+    """Runs trainings to their end; `train_variants` is the way in."""
+
+    def __init__(
+        self,
+        jobs: Sequence[PlannedJob],
+        *,
+        cluster: Cluster,
+        run_dir: Path,
+        journal: Journal,
+        emit: Callable[[Event], None],
+        options: DriverOptions,
+        on_done: OnDone | None,
+        signals: StopSignals,
+    ):
+        self.cluster, self.run_dir, self.journal = cluster, run_dir.absolute(), journal
+        self.emit, self.options, self.signals = emit, options, signals
+        self.tasks = [_Task(p) for p in jobs]
+        self.waiting: list[_Task] = []
+        self.lanes: list[_Lane] = []
+        self.placement = Placement(cluster)
+        self.travels: set[Path] = set()
+        """Folders that not every node sees: what is in them comes and goes as bytes."""
+        self.stopping = ""
+        self._datasets: dict[Path, Any] = {}
+        self._callbacks = CallbackThread(on_done) if on_done else None
+        self._deadline = time.monotonic() + options.max_hours * 3600 if options.max_hours else None
+
+    def run(self) -> list[TrainResult]:
+        """Train all; one result a job, in their order. Raises `Interrupted` and `ClusterError`."""
+        try:
+            for task in self.tasks:
+                self._recall(task)
+            if self.waiting:
+                self._look_at_cluster()
+            while (self.waiting and not self.stopping) or self.lanes:
+                self._heed_signals()
+                self._fill()
+                self._wait()
+                self._give_up_hung()
+            if self._callbacks:
+                self._callbacks.finish(lambda: self.signals.stop_at_once)
+        finally:
+            for lane in list(self.lanes):
+                self._close(lane, kill=True)
+        if self.stopping:
+            raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.run_dir}")
+        return [t.result for t in self.tasks if t.result]
+
+    def _look_at_cluster(self) -> None:
+        """Refuse what can't be run, and find out what the nodes see."""
+        for threads in {t.planned.plan.threads for t in self.waiting}:
+            self.placement.check_fits(threads, "training")
+        if self.cluster.embedded:
+            return
+        datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
+        facts = probe_nodes(self.cluster, [self.run_dir, *datasets])
+        self.placement.only(set(facts))
+        self.travels = {
+            path for path in (self.run_dir, *datasets) if not all(f.seen.get(str(path), False) for f in facts.values())
+        }
+        if self.run_dir in self.travels:
+            log.info("nodes do not see %s: checkpoints travel through the driver", self.run_dir)
+
+    def _heed_signals(self) -> None:
+        if self.signals.stop_at_once:
+            raise Interrupted(f"stopped at once; what was accepted so far is in {self.run_dir}")
+        if self.stopping:
+            return
+        if self.signals.stop:
+            self.stopping = "stopped by a signal"
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            self.stopping = "the time limit was reached"
+        if self.stopping:
+            for lane in [lane for lane in self.lanes if lane.doing == "start"]:
+                self._close(lane, kill=True)
+
+    def _wait(self) -> None:
+        import ray
+
+        refs = [lane.ref for lane in self.lanes]
+        if not refs:
+            time.sleep(_TICK_S)
+            return
+        ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK_S)
+        for lane in [lane for lane in self.lanes if lane.ref in ready]:
+            self._collect(lane)
+
+    # What is known from before
+
+    def _recall(self, task: _Task) -> None:
+        """Take up what the journal says about a training: ended, begun or new."""
+        key, inputs = task.planned.key, task.planned.digest
+        task.accepted = self.journal.accepted(key, inputs)
+        self._drop_damaged(task)
+        if task.accepted:
+            task.facts = dict(task.accepted[0].facts)
+        outcome = self.journal.outcome(key, inputs)
+        if outcome and outcome["record"] == "failed" and outcome["final"]:
+            self._finish(task, error=TrainingError(outcome["reason"]), cached=True)
+        elif outcome and outcome["record"] == "done" and task.accepted and task.accepted[0].path == outcome["path"]:
+            self._finish(task, cached=True)
+        else:
+            self.waiting.append(task)
+
+    def _drop_damaged(self, task: _Task) -> None:
+        """Reject the newest accepted checkpoints until one is on disk as it was accepted."""
+        while task.accepted:
+            newest = task.accepted[0]
+            path = self.run_dir / newest.path
+            if path.is_dir() and checkpoint_digest(path) == newest.sha256:
+                return
+            reason = "has changed since it was accepted" if path.is_dir() else "is missing"
+            self.journal.append("rejected", key=task.planned.key, path=newest.path, reason=reason)
+            task.accepted.pop(0)
+            then = f"going on from step {task.accepted[0].step}" if task.accepted else "starting over"
+            log.warning("checkpoint %s %s; %s", newest.path, reason, then)
+            self._tell(task, "rejected", f"{newest.path} {reason}; {then}")
+
+    # Starting
+
+    def _fill(self) -> None:
+        """Give each free core to the longest waiting training."""
+        now = time.monotonic()
+        self.waiting.sort(key=lambda t: -t.planned.cost)
+        for task in list(self.waiting):
+            if task.not_before > now or self.stopping:
+                continue
+            threads = task.planned.plan.threads
+            node = self.placement.take(threads)
+            if node is None:
+                continue
+            self.waiting.remove(task)
+            lane = _Lane(self._make_actor(node, threads), node, threads, task)
+            self.lanes.append(lane)
+            self._assign(lane, task)
+
+    def _make_actor(self, node: Node, threads: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # A restarted actor would answer from a fresh constructor as if nothing had happened.
+        options: dict[str, Any] = {
+            "num_cpus": threads,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+        }
+        return ray.remote(**options)(TrainWorker).remote(threads)
+
+    def _assign(self, lane: _Lane, task: _Task) -> None:
+        planned = task.planned
+        task.attempt = self.journal.next_attempt(planned.key)
+        task.attempts += 1
+        task.wall_begin = task.wall_begin or time.monotonic()
+        newest = task.accepted[0] if task.accepted else None
+        self.journal.append(
+            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=lane.node.hostname
+        )
+        assignment = Assignment(
+            job=planned.job,
+            plan=planned.plan,
+            folder=str(self._attempt_folder(task)),
+            resume=str(self.run_dir / newest.path) if newest else None,
+            travels=self.run_dir in self.travels,
+        )
+        dataset_dir = Path(planned.job.dataset_dir)
+        dataset = self._packed_dataset(dataset_dir) if dataset_dir in self.travels else None
+        checkpoint = pack_folder(self.run_dir / newest.path) if assignment.travels and newest else None
+        self._prune(task)
+        lane.task = task
+        self._call(lane, "start", lane.actor.start.remote(assignment, dataset, checkpoint))
+
+    def _attempt_folder(self, task: _Task) -> Path:
+        job = task.planned.job
+        return self.run_dir / "variants" / job.variant.name / f"seed-{job.seed}" / f"attempt-{task.attempt}"
+
+    def _packed_dataset(self, dataset_dir: Path) -> Any:
+        import ray
+
+        if dataset_dir not in self._datasets:
+            self._datasets[dataset_dir] = ray.put(pack_folder(dataset_dir))
+        return self._datasets[dataset_dir]
+
+    def _call(self, lane: _Lane, doing: str, ref: Any) -> None:
+        lane.ref, lane.doing, lane.since = ref, doing, time.monotonic()
+
+    # Collecting
+
+    def _collect(self, lane: _Lane) -> None:
+        """Take in what a worker says, and ask for what comes next."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
+
+        try:
+            answer = ray.get(lane.ref)
+        except RayTaskError as error:
+            self._collect_exception(lane, error.cause)
+            return
+        except RuntimeEnvSetupError as error:
+            raise ClusterError(
+                f"node {lane.node.hostname}: its workers cannot be set up: {str(error).splitlines()[0]}",
+                hint="each node needs Python, Ray and torch in the versions of constraints.txt",
+            ) from error
+        except RayError as error:
+            self._lose(lane, error)
+            return
+        if isinstance(answer, Started):
+            self._on_started(lane, answer)
+        else:
+            self._on_report(lane, answer)
+
+    def _collect_exception(self, lane: _Lane, cause: BaseException) -> None:
+        if isinstance(cause, RyotError) and lane.doing == "start":
+            # The folder was whole when the driver looked: a path the worker cannot see, or not now.
+            self._lose(lane, cause)
+            return
+        reason = f"{type(cause).__name__}: {cause}" if not isinstance(cause, RyotError) else str(cause)
+        self._fail(
+            lane, TrainingError(f"{lane.task.planned.key}: {reason}", hint="the worker's log is in logs/"), final=False
+        )
+
+    def _on_started(self, lane: _Lane, started: Started) -> None:
+        cores = f"cores {','.join(map(str, started.cores))}" if started.cores else "not pinned"
+        self._tell(
+            lane.task, "begin", f"step {started.step} on {started.hostname}, {cores}, attempt {lane.task.attempt}"
+        )
+        self._next_slice(lane)
+
+    def _next_slice(self, lane: _Lane) -> None:
+        self._call(lane, "slice", lane.actor.run_slice.remote(self.options.slice_s, self.options.checkpoint_every_s))
+
+    def _on_report(self, lane: _Lane, report: SliceReport) -> None:
+        task = lane.task
+        for event in report.events:
+            self.emit(event)
+        task.facts = _merge_facts(task.facts, report)
+        if report.unwritten:
+            raise ClusterError(
+                str(report.unwritten), hint="make room (or restore the shared path), then resume the run"
+            )
+        if report.saved:
+            self._accept(task, report.saved)
+        if report.breach:
+            self._fail(lane, report.breach, final=True)
+        elif report.done:
+            newest = task.accepted[0]
+            self.journal.append("done", key=task.planned.key, digest=task.planned.digest, path=newest.path)
+            self._finish(task)
+            self._next_task(lane)
+        elif self.stopping and (report.saved or lane.doing == "save"):
+            self._close(lane)
+        elif self.stopping:
+            self._call(lane, "save", lane.actor.save.remote())
+        else:
+            self._next_slice(lane)
+
+    def _accept(self, task: _Task, saved: Saved) -> None:
+        """Make a checkpoint count: its files are checked, then the journal names it, then older ones go."""
+        path = Path(saved.path)
+        if saved.packed is not None:
+            unpack_folder(saved.packed, path)
+        # On one machine the worker's own reading was of the same pages.
+        if not path.is_dir() or (not self.cluster.embedded and checkpoint_digest(path) != saved.sha256):
+            raise ClusterError(
+                f"checkpoint {path}: the worker wrote it, but it is not what the driver reads there",
+                hint="is the shared path mounted here and on every node?",
+            )
+        relative = path.relative_to(self.run_dir).as_posix()
+        accepted = Accepted(relative, saved.sha256, saved.step, task.attempt, dict(task.facts))
+        planned = task.planned
+        self.journal.append(
+            "checkpoint",
+            key=planned.key,
+            digest=planned.digest,
+            attempt=task.attempt,
+            step=saved.step,
+            path=relative,
+            sha256=saved.sha256,
+            facts=task.facts,
+        )
+        task.accepted.insert(0, accepted)
+        task.losses = 0
+        job = planned.job
+        self.emit(
+            CheckpointEvent(
+                variant=job.variant.name, seed=job.seed, step=saved.step, path=relative, sha256=saved.sha256
+            )
+        )
+        self._prune(task)
+
+    def _prune(self, task: _Task) -> None:
+        """Remove the files of this training that do not count: old checkpoints and leftovers of earlier attempts."""
+        keep = {self.run_dir / a.path for a in task.accepted[: self.options.keep_checkpoints]}
+        current = self._attempt_folder(task)
+        for attempt in current.parent.glob("attempt-*"):
+            for path in attempt.iterdir():
+                # The attempt in progress may be writing a draft next to its checkpoints.
+                if path not in keep and not (attempt == current and path.name.startswith(".")):
+                    shutil.rmtree(path, ignore_errors=True)
+            if attempt != current and not any(attempt.iterdir()):
+                shutil.rmtree(attempt, ignore_errors=True)
+
+    # Ending
+
+    def _next_task(self, lane: _Lane) -> None:
+        """Keep a worker that is warm for the next training of the same width, or let it go."""
+        now = time.monotonic()
+        for task in self.waiting:
+            if task.planned.plan.threads == lane.threads and task.not_before <= now and not self.stopping:
+                self.waiting.remove(task)
+                self._assign(lane, task)
+                return
+        self._close(lane)
+
+    def _finish(self, task: _Task, error: RyotError | None = None, cached: bool = False) -> None:
+        job = task.planned.job
+        newest = task.accepted[0] if task.accepted else None
+        task.result = TrainResult(
+            variant=job.variant.name,
+            seed=job.seed,
+            checkpoint=self.run_dir / newest.path if newest else None,
+            sha256=newest.sha256 if newest else "",
+            step=newest.step if newest else 0,
+            attempts=task.attempts,
+            facts=task.facts,
+            cached=cached,
+            error=error,
+        )
+        wall_s = time.monotonic() - task.wall_begin if task.wall_begin else 0.0
+        status = "failed" if error else "cached" if cached else "end"
+        self._tell(task, status, str(error or ""), wall_s)
+        if self._callbacks:
+            self._callbacks.put(task.result)
+
+    def _fail(self, lane: _Lane, error: RyotError, *, final: bool) -> None:
+        """End a training; the others go on. A `final` failure would happen again: resuming does not try it."""
+        task = lane.task
+        log.error("%s failed: %s", task.planned.key, error)
+        self.journal.append("failed", key=task.planned.key, digest=task.planned.digest, reason=str(error), final=final)
+        self._finish(task, error=error)
+        self._next_task(lane)
+
+    def _lose(self, lane: _Lane, error: BaseException) -> None:
+        """A worker is gone: try again from the last accepted checkpoint, later each time."""
+        task = lane.task
+        self._close(lane, kill=True)
+        task.losses += 1
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if task.losses > self.options.max_losses:
+            reason = f"{task.planned.key}: lost {task.losses} workers in a row; the last: {reason}"
+            self.journal.append("failed", key=task.planned.key, digest=task.planned.digest, reason=reason, final=False)
+            self._finish(task, error=ClusterError(reason, hint="resume the run when the cluster is well again"))
+            return
+        wait_s = min(30.0, self.options.backoff_s * 2 ** (task.losses - 1))
+        task.not_before = time.monotonic() + wait_s
+        step = task.accepted[0].step if task.accepted else 0
+        log.warning(
+            "%s: worker on %s lost (%s); again from step %d", task.planned.key, lane.node.hostname, reason, step
+        )
+        self._tell(
+            task, "lost", f"{type(error).__name__} on {lane.node.hostname}; again from step {step} in {wait_s:g} s"
+        )
+        self._drop_damaged(task)
+        task.facts = dict(task.accepted[0].facts) if task.accepted else {}
+        self.waiting.append(task)
+
+    def _give_up_hung(self) -> None:
+        now = time.monotonic()
+        for lane in list(self.lanes):
+            limit = self.options.start_timeout_s if lane.doing == "start" else self.options.slice_timeout_s
+            if now - lane.since > limit:
+                self._lose(lane, TimeoutError(f"no report within {limit:g} s"))
+
+    def _close(self, lane: _Lane, *, kill: bool = False) -> None:
+        """End an actor and free its cores."""
+        import ray
+        from ray.exceptions import RayError
+
+        if not kill:
+            try:
+                ray.get(lane.actor.leave.remote(), timeout=5)
+            except RayError as error:
+                log.info("worker on %s did not leave in order (%s)", lane.node.hostname, type(error).__name__)
+        ray.kill(lane.actor, no_restart=True)
+        self.lanes.remove(lane)
+        self.placement.give_back(lane.node, lane.threads)
+
+    def _tell(self, task: _Task, status: str, detail: str = "", wall_s: float | None = None) -> None:
+        job = task.planned.job
+        self.emit(
+            StageEvent(
+                stage="train", status=status, variant=job.variant.name, seed=job.seed, wall_s=wall_s, detail=detail
+            )
+        )
+
+
+def _merge_facts(facts: dict[str, Any], report: SliceReport) -> dict[str, Any]:
+    """What is known after a report: the worker's counters and the held-out losses among its events."""
+    merged = {**facts, **report.facts}
+    evals = list(facts.get("evals", []))
+    for event in report.events:
+        if not isinstance(event, EvalEvent):
+            continue
+        if event.split == "val":
+            if event.step == 0:
+                merged["initial_val_loss"] = event.loss
+            merged["val_loss"], merged["val_bpb"] = event.loss, event.bits_per_byte
+            if not evals or event.step > evals[-1][0]:
+                evals.append([event.step, event.tokens, event.train_wall_s, event.loss])
+        else:
+            merged["test_loss"], merged["test_bpb"] = event.loss, event.bits_per_byte
+    merged["evals"] = evals
+    return merged
+
+
+def train_variants(
+    jobs: Sequence[PlannedJob],
+    *,
+    cluster: Cluster,
+    run_dir: Path,
+    journal: Journal,
+    emit: Callable[[Event], None],
+    options: DriverOptions | None = None,
+    on_done: OnDone | None = None,
+) -> list[TrainResult]:
+    """Train all jobs on the cluster and return one result each, in their order; the longest is started first.
+
+    What the journal knows as ended is not done again. `on_done` is called in a thread of its own, for one result
+    after the other, while other trainings go on; failed and cached ones included. What it raises is raised here once
+    all trainings have ended.
+
+    A first SIGINT or SIGTERM lets the slices in flight end and raises `Interrupted`; a second one raises it at once.
+    Raises `ClusterError` when the cluster, the disk or a request cannot carry the run; it can be resumed then.
+    """
+    with StopSignals() as signals:
+        driver = Driver(
+            jobs,
+            cluster=cluster,
+            run_dir=run_dir,
+            journal=journal,
+            emit=emit,
+            options=options or DriverOptions(),
+            on_done=on_done,
+            signals=signals,
+        )
+        return driver.run()

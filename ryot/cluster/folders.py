@@ -1,0 +1,47 @@
+"""Folders as bytes, for clusters whose machines share no path."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from ryot.cluster.journal import fsync_folder
+from ryot.errors import ClusterError
+
+
+def pack_folder(folder: Path) -> bytes:
+    """All files of a folder as an uncompressed tar (weights do not compress)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.add(path, arcname=path.relative_to(folder).as_posix(), recursive=False)
+    return buffer.getvalue()
+
+
+def unpack_folder(packed: bytes, folder: Path) -> None:
+    """Write what `pack_folder` gave, so that `folder` is there whole or not at all. Raises `ClusterError`."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ClusterError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(draft, filter="data")
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        draft.chmod(0o755)
+        draft.replace(folder)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise ClusterError(
+            f"{folder}: cannot be written ({error.strerror})", hint="make room, then resume the run"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""Ctrl-C twice: the first signal asks to stop at the next good moment, the second to stop at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from ryot.errors import EXIT_INTERRUPTED
+
+
+class StopSignals:
+    """Counts SIGINT and SIGTERM while it is entered; a third one ends the process on the spot.
+
+    Outside the main thread, where Python delivers no signals, it counts nothing.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def stop(self) -> bool:
+        """Whether to finish what is in flight and stop."""
+        return self.count >= 1
+
+    @property
+    def stop_at_once(self) -> bool:
+        """Whether to stop without finishing anything."""
+        return self.count >= 2
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                b"\nstopping after the slice in flight; once more to stop at once\n",
+            )
+        elif self.count >= 3:
+            os._exit(EXIT_INTERRUPTED)
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,174 @@
+"""The actor that trains: it holds some cores of one machine and works through one assignment after the other.
+
+It decides nothing about recovery. It computes slices, writes checkpoints into the folder of its own attempt, and
+tells the driver; whether a checkpoint counts is the driver's to say.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ryot.cluster import keeper
+from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
+from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.config import KernelPlan, replace
+from ryot.errors import CheckpointError, RyotError, TrainingError
+from ryot.events import Event
+from ryot.train.loop import Trainer, TrainJob
+
+SCRATCH_PREFIX = "ryot-worker-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """One attempt at one training."""
+
+    job: TrainJob
+    plan: KernelPlan
+    folder: str
+    """Where this attempt's checkpoints go; with `travels` a path of the driver's machine that only names them."""
+    resume: str | None
+    """The checkpoint to go on from."""
+    travels: bool = False
+    """Whether this machine sees none of the driver's paths, so that checkpoints and data come and go as bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where and from which step an assignment goes on."""
+
+    hostname: str
+    pid: int
+    cores: list[int]
+    """Empty when the worker is not pinned."""
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint as the worker wrote it."""
+
+    step: int
+    path: str
+    sha256: str
+    packed: bytes | None = field(default=None, repr=False)
+    """Its files, when the driver cannot see `path`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceReport:
+    """What a worker has done since its last report."""
+
+    step: int
+    done: bool
+    events: list[Event]
+    saved: Saved | None
+    facts: dict[str, Any]
+    breach: RyotError | None = None
+    """The safety gate that stopped the training."""
+    unwritten: RyotError | None = None
+    """Why a checkpoint that was due could not be written."""
+
+
+class TrainWorker:
+    """The body of the Ray actor (`driver.py` wraps it); plain methods, so that it can be read without Ray."""
+
+    def __init__(self, threads: int):
+        self.claim = CoreClaim(threads) if not has_cpu_quota() else None
+        if self.claim and self.claim.cores:
+            pin_process(self.claim.cores)
+        self._trainer: Trainer | None = None
+        self._assignment: Assignment | None = None
+        self._saved_step = -1
+        self._saved_at = 0.0
+        self._scratch: Path | None = None
+        self._scratch_lock = -1
+
+    def start(self, assignment: Assignment, dataset: bytes | None = None, checkpoint: bytes | None = None) -> Started:
+        """Build the trainer, new or from a checkpoint. `dataset` and `checkpoint` are folders packed by the driver."""
+        self._trainer = None
+        job = assignment.job
+        resume = Path(assignment.resume) if assignment.resume else None
+        if assignment.travels:
+            scratch = self._fresh_scratch()
+            if dataset is not None:
+                unpack_folder(dataset, scratch / "dataset")
+                job = replace(job, dataset_dir=str(scratch / "dataset"))
+            if checkpoint is not None:
+                resume = scratch / "resume"
+                unpack_folder(checkpoint, resume)
+        trainer = Trainer.resume(job, assignment.plan, resume) if resume else Trainer(job, assignment.plan)
+        self._trainer, self._assignment = trainer, assignment
+        self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
+        cores = self.claim.cores if self.claim else []
+        return Started(socket.gethostname(), os.getpid(), cores, trainer.step)
+
+    def run_slice(self, max_seconds: float, checkpoint_every_s: float) -> SliceReport:
+        """Train for about `max_seconds`; save when a checkpoint is due and always after the last step."""
+        assert self._trainer is not None
+        try:
+            events = self._trainer.run_slice(max_seconds)
+        except TrainingError as error:
+            return self._report([], breach=error)
+        due = time.monotonic() - self._saved_at >= checkpoint_every_s
+        return self._report(events, save=due or self._trainer.done)
+
+    def save(self) -> SliceReport:
+        """Save now, unless the last checkpoint is of this step."""
+        return self._report([], save=True)
+
+    def _report(self, events: list[Event], *, save: bool = False, breach: TrainingError | None = None) -> SliceReport:
+        trainer = self._trainer
+        assert trainer is not None
+        saved, unwritten = None, None
+        if save:
+            try:
+                saved = self._save()
+            except CheckpointError as error:
+                unwritten = error
+        facts = {
+            "tokens": trainer.tokens,
+            "train_wall_s": trainer.train_wall_s,
+            "compile_s": trainer.compile_s,
+            "grad_norm_max": trainer.grad_norm_max,
+        }
+        return SliceReport(trainer.step, trainer.done, events, saved, facts, breach, unwritten)
+
+    def _save(self) -> Saved | None:
+        trainer, assignment = self._trainer, self._assignment
+        assert trainer is not None and assignment is not None
+        if trainer.step == self._saved_step:
+            return None
+        name = f"step-{trainer.step:08d}"
+        path = Path(assignment.folder) / name
+        target = path
+        if assignment.travels:
+            assert self._scratch is not None
+            target = self._scratch / name
+        sha256 = trainer.save(target)
+        packed = pack_folder(target) if assignment.travels else None
+        if assignment.travels:
+            shutil.rmtree(target)
+        self._saved_step, self._saved_at = trainer.step, time.monotonic()
+        return Saved(trainer.step, str(path), sha256, packed)
+
+    def _fresh_scratch(self) -> Path:
+        self.leave()
+        base = Path(tempfile.gettempdir())
+        keeper.sweep_stale(base, SCRATCH_PREFIX)
+        self._scratch, self._scratch_lock = keeper.make_folder(base, SCRATCH_PREFIX)
+        return self._scratch
+
+    def leave(self) -> None:
+        """Remove what this worker wrote on its own machine; after a kill the next worker there does it."""
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            os.close(self._scratch_lock)
+            self._scratch = None

@@ -7,7 +7,7 @@ from typing import Any
 
 _CARD = """# {name}
 
-A decoder language model of {num_parameters:,} parameters that runs on a CPU with `onnxruntime`, `numpy` and `tokenizers`.
+A decoder language model of {num_parameters:,} parameters. It needs `onnxruntime`, `numpy` and `tokenizers`, no more.
 
     python -m venv .venv && .venv/bin/pip install -r requirements.txt
     .venv/bin/python run.py --prompt "def "
@@ -17,7 +17,7 @@ A decoder language model of {num_parameters:,} parameters that runs on a CPU wit
 |---|---|
 | variant, seed | {variant}, {seed} |
 | precision | {precision} |
-| architecture | {architecture}: {num_layers} layers of width {dim}, {num_heads} query and {num_kv_heads} key-value heads |
+| architecture | {architecture}: {num_layers} layers, width {dim}, {num_heads} query, {num_kv_heads} key-value heads |
 | vocabulary, context | {vocab_size} tokens, {context_length} tokens |
 {quality}| checkpoint | sha256 {checkpoint_sha256:.16} |
 | corpus | sha256 {corpus_sha256:.16} |
@@ -32,11 +32,11 @@ It was trained on one corpus and continues text of that kind; it was not taught 
 writes may be wrong. Prompt and answer together hold {context_length} tokens.
 """
 
-_ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model with the
-inputs and outputs that onnxruntime-genai expects. Both read their weights from `model.onnx.data`.
+_ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model
+with the inputs and outputs that onnxruntime-genai expects. Both read their weights from `model.onnx.data`.
 """
-_TWO_SESSIONS = """`prefill.onnx` runs the prompt and `decode.onnx` each further token; `model.onnx` is the same model with the
-inputs and outputs that onnxruntime-genai expects. All read their weights from `model.onnx.data`.
+_TWO_SESSIONS = """`prefill.onnx` runs the prompt and `decode.onnx` each further token; `model.onnx` is the same model
+with the inputs and outputs that onnxruntime-genai expects. All read their weights from `model.onnx.data`.
 """
 
 

@@ -12,6 +12,7 @@ from ryot.deploy.export import ExportOptions, export_form
 from ryot.edge.bundle import DATA_NAME, load_bundle
 from ryot.edge.session import Decoder
 from ryot.train.checkpoint import load_model
+
 from .conftest import CONTEXT, VOCAB_SIZE
 
 # Both sides sum at most a few hundred products of order 1 in float32, in different orders: each logit differs by some

@@ -81,7 +81,7 @@ class ModelConfig:
             self.head_dim % multiple == 0,
             "num_heads",
             self.num_heads,
-            f"heads {multiple}, {2 * multiple}, … wide, as the fused operator takes (dim {self.dim} gives {self.head_dim})",
+            f"heads of a multiple of {multiple} (dim {self.dim} gives {self.head_dim}), as the fused operator takes",
         )
         if self.architecture == "opt":
             _require(self.num_kv_heads == self.num_heads, "num_kv_heads", self.num_kv_heads, "num_heads (opt)")
@@ -123,6 +123,8 @@ class TrainConfig:
     """Peak rate of the embedding table (and of a tied head)."""
     head_learning_rate: float
     """Peak rate of an untied head."""
+    output_rate: float = 1.0
+    """Factor on `learning_rate` for the matrices that write to the residual stream (attention output, down)."""
     warmup_fraction: float
     """Share of the steps in which the rate rises from 0."""
     schedule: Schedule
@@ -147,7 +149,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "accumulate"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
-        for name in ("learning_rate", "embedding_learning_rate", "head_learning_rate", "clip_norm", "epsilon"):
+        for name in (
+            "learning_rate",
+            "embedding_learning_rate",
+            "head_learning_rate",
+            "output_rate",
+            "clip_norm",
+            "epsilon",
+        ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("warmup_fraction", "decay_fraction", "beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")

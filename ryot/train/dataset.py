@@ -52,7 +52,7 @@ class Dataset:
         return np.memmap(self.path / f"{split}.bin", dtype=_token_dtype(self.vocab_size), mode="r")
 
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
-        """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and, shifted, targets."""
+        """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
         tokens = self.tokens(split)
         fit = (len(tokens) - 1) // length
         if fit < 1:

@@ -166,7 +166,7 @@ class Trainer:
         """
         events: list[Event] = []
         if self.step == 0:
-            events.append(self.evaluate("val", FULL_WINDOWS))
+            events.append(self.evaluate("val", QUICK_WINDOWS))
         if not self._compiled:
             self.compile_s += self._take_step.warm_up(*self._batches.batch(self.step))
             self._compiled = True

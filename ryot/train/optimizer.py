@@ -11,29 +11,35 @@ from ryot.train.model import Decoder
 
 
 def build_optimizer(model: Decoder, cfg: TrainConfig, plan: KernelPlan) -> torch.optim.AdamW:
-    """AdamW over groups embedding (tables, tied head), head and matrices (all else); each group keeps its `peak_lr`."""
-    tables: list[torch.nn.Parameter] = []
-    head: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
+    """AdamW with a group for each learning rate; a group keeps its rate as `peak_lr`.
+
+    Groups are: tables (embedding, a tied head, positions), an untied head, outputs (the matrices that write to the
+    residual stream) and all else.
+    """
+    rates = {
+        "tables": cfg.embedding_learning_rate,
+        "head": cfg.head_learning_rate,
+        "outputs": cfg.learning_rate * cfg.output_rate,
+        "rest": cfg.learning_rate,
+    }
+    groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        kind = name.split(".")[0]
-        (tables if kind in ("embedding", "positions") else head if kind == "head" else rest).append(parameter)
-    groups = [
-        {"params": params, "lr": rate, "peak_lr": rate}
-        for params, rate in (
-            (tables, cfg.embedding_learning_rate),
-            (head, cfg.head_learning_rate),
-            (rest, cfg.learning_rate),
-        )
-        if params
-    ]
+        groups[_group_of(name)].append(parameter)
     return torch.optim.AdamW(
-        groups,
+        [{"params": params, "lr": rates[n], "peak_lr": rates[n]} for n, params in groups.items() if params],
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.epsilon,
         weight_decay=cfg.weight_decay,
         fused=plan.fused_optimizer or None,
     )
+
+
+def _group_of(name: str) -> str:
+    if name.startswith(("embedding.", "positions.")):
+        return "tables"
+    if name.startswith("head."):
+        return "head"
+    return "outputs" if name.endswith(("attn.out.weight", "down.weight")) else "rest"
 
 
 def schedule_factor(cfg: TrainConfig, step: int, num_steps: int) -> float:

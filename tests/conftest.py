@@ -1,0 +1,53 @@
+"""What several test folders need: a small corpus on disk, a tiny recipe, a trained checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from ryot.config import KernelPlan, VariantConfig, build_from_mapping, resolve_variant, to_mapping
+from ryot.train.corpus import Corpus, Document, load_corpus
+from ryot.train.dataset import Dataset, prepare_dataset
+from ryot.train.loop import Trainer, TrainJob
+
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 384
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """Real text, small: the json and email packages of the standard library."""
+    documents = [d for d in load_corpus().documents if d.name.startswith(("json/", "email/", "asyncio/"))]
+    return Corpus(name="stdlib-part", documents=tuple(Document(d.name, d.text) for d in documents))
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare_dataset(corpus, VOCAB_SIZE, tmp_path_factory.mktemp("cache"))[0]
+
+
+def tiny_variant(name: str, *, steps: int = 12, **train: object) -> VariantConfig:
+    """The packaged recipe `name` at a size that trains in a second: 32 wide, 2 layers, context 32."""
+    values = to_mapping(resolve_variant(name, "reference"))
+    values["model"] |= {"vocab_size": VOCAB_SIZE, "dim": 64, "ff_dim": 64, "max_seq_len": CONTEXT}
+    values["train"] |= {"batch_size": 4, "tokens": steps * 4 * CONTEXT, "warmup_fraction": 0.25, **train}
+    return build_from_mapping(VariantConfig, values, name)
+
+
+@pytest.fixture(scope="session", params=["baseline", "optimized"])
+def trained(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished checkpoint of either architecture."""
+    job = TrainJob(variant=tiny_variant(request.param), seed=0, dataset_dir=str(dataset.path))
+    trainer = Trainer(job, KernelPlan())
+    trainer.run_slice(60)
+    path = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    trainer.save(path)
+    return path

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ryot.errors import ConfigError, DataError
+from ryot.train.corpus import SPLITS, Corpus, load_corpus
+from ryot.train.dataset import Dataset, load_dataset, prepare_dataset
+from ryot.train.hf import END_OF_TEXT_ID
+
+
+def test_default_corpus_is_the_standard_library_split_92_4_4() -> None:
+    corpus = load_corpus()
+    sizes = {s: sum(len(t.encode()) for t in corpus.texts(s)) for s in SPLITS}
+    total = sum(sizes.values())
+    assert total > 8_000_000
+    assert 0.88 < sizes["train"] / total < 0.96
+    assert not any("site-packages" in d.name or "/test/" in f"/{d.name}" for d in corpus.documents)
+    assert [d.name for d in corpus.documents] == sorted(d.name for d in corpus.documents)
+
+
+def test_shards_hold_the_text_and_nothing_else(corpus: Corpus, dataset: Dataset) -> None:
+    ids = dataset.tokens("val").astype(np.int64)
+    assert (ids == END_OF_TEXT_ID).sum() == len(corpus.texts("val"))
+    assert dataset.tokenizer.decode(ids.tolist()) == "".join(corpus.texts("val"))
+    assert dataset.byte_lengths[ids].sum() == sum(len(t.encode()) for t in corpus.texts("val"))
+
+
+def test_shards_are_found_again_by_content(corpus: Corpus, dataset: Dataset) -> None:
+    again, cached = prepare_dataset(corpus, dataset.vocab_size, dataset.path.parent.parent)
+    assert cached and again.path == dataset.path
+    changed = Corpus(name=corpus.name, documents=corpus.documents[:-1])
+    assert changed.sha256 != corpus.sha256
+
+
+def test_files_folders_globs_and_json_lines_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/one.txt").write_text("one\n" * 2000)
+    (tmp_path / "a/.hidden").write_bytes(b"\0")
+    (tmp_path / "two.jsonl").write_text('{"text": "zwei"}\n\n{"text": "drei"}\n')
+    texts = [d.text for d in load_corpus([str(tmp_path / "a"), str(tmp_path / "*.jsonl")]).documents]
+    assert "".join(texts) == "one\n" * 2000 + "zwei" + "drei"
+    assert len(texts) > 3  # few documents are cut into blocks, so that each split gets some
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no files"),
+        ({"x.txt": b""}, "holds no text"),
+        ({"x.bin": b"\x7fELF\0\0"}, "x.bin is a binary file, expected UTF-8 text"),
+        ({"x.txt": b"gr\xfc\xdfe"}, r"x.txt is not UTF-8 \(byte 0xfc at offset 2\)"),
+        ({"x.jsonl": b'{"body": "x"}\n'}, "line 1 has no string field 'text'"),
+        ({"x.jsonl": b"{\n"}, "line 1 is not JSON"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        load_corpus([str(tmp_path)])
+
+
+def test_a_path_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="data: /no/such does not exist"):
+        load_corpus(["/no/such"])
+
+
+def test_a_corpus_too_small_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("tiny")
+    with pytest.raises(DataError, match="has 4 characters, too few for a (train|val|test) split"):
+        prepare_dataset(load_corpus([str(tmp_path / "x.txt")]), 300, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_a_vocabulary_larger_than_the_corpus_carries_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    small = Corpus(name="small", documents=corpus.documents[:6])
+    if not all(small.texts(s) for s in SPLITS):
+        small = Corpus(name="small", documents=corpus.documents)
+    with pytest.raises(ConfigError, match=r"vocab_size: got 900000, but this corpus carries only \d+ tokens"):
+        prepare_dataset(small, 900_000, tmp_path)
+
+
+def test_a_shard_cut_short_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    import shutil
+
+    path = Path(shutil.copytree(dataset.path, tmp_path / "d"))
+    (path / "val.bin").write_bytes((path / "val.bin").read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"val\.bin has \d+ bytes, expected \d+"):
+        load_dataset(path)
+
+
+def test_a_sequence_longer_than_the_shards_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match=r"the val split has \d+ tokens, expected more than one sequence of 10000000"):
+        dataset.check_sequences(10_000_000, 1)

@@ -70,7 +70,8 @@ def build_report(
 ) -> Report:
     """The report of a run.
 
-    `results` are measure results (dataclasses or mappings) whose `arm` is `rows.arm_name` of a form. Forms that were
+    `results` are measure results (dataclasses or mappings) whose `arm` is `rows.arm_name` of a form, with the batch
+    size where it is not 1. Forms that were
     not measured (a gate stopped them) get a row without figures. `variants` may lack a form's training, as when only
     a bundle is measured.
     """
@@ -78,7 +79,14 @@ def build_report(
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for result in plain:
         by_arm.setdefault(str(result["arm"]), []).append(result)
-    rows = [build_row(f, by_arm.get(arm_name(f.variant, f.seed, f.precision), [])) for f in forms]
+    rows = [
+        build_row(
+            facts,
+            by_arm.get(arm := arm_name(facts.variant, facts.seed, facts.precision), []),
+            [r for name, found in by_arm.items() if name.startswith(f"{arm}/batch-") for r in found],
+        )
+        for facts in forms
+    ]
     verdicts = []
     for k, row in enumerate(rows):
         per_target = {t.name: judge_form(row, t, machine) for t in targets}
@@ -115,13 +123,16 @@ def build_report(
     return dataclasses.replace(report, notes=(*notes, *_warnings(report, plain, targets)))
 
 
-def build_row(facts: FormFacts, results: Sequence[Mapping[str, Any]]) -> FormRow:
+def build_row(
+    facts: FormFacts, results: Sequence[Mapping[str, Any]], batch_results: Sequence[Mapping[str, Any]] = ()
+) -> FormRow:
     """A form's row: medians over rounds with intervals, percentiles, and what the spread comes from."""
     row = FormRow(
         **{f.name: getattr(facts, f.name) for f in dataclasses.fields(facts)},
         runs=len(results),
         runs_ok=sum(bool(r.get("ok")) for r in results),
-        samples=tuple(sorted(results, key=lambda r: int(r.get("round", 0)))),
+        samples=_in_order(results),
+        batch_samples=_in_order(batch_results),
     )
     figures: dict[str, Any] = {}
     intervals: dict[str, tuple[float, float]] = {}
@@ -141,10 +152,23 @@ def build_row(facts: FormFacts, results: Sequence[Mapping[str, Any]]) -> FormRow
         row,
         **figures,
         intervals=intervals,
+        batch_tok_s=_batch_rates(row.batch_samples),
         percentiles={name: percentiles(values) for name, values in carried.items() if values},
         spread={m: s for m in ("ttft_ms", "decode_tok_s") if (s := describe_spread(samples_of(row, m)))},
         reason=row.reason or (death_reason(row) if row.runs > row.runs_ok else ""),
     )
+
+
+def _in_order(results: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(sorted(results, key=lambda r: (int(r.get("batch_size") or 1), int(r.get("round") or 0))))
+
+
+def _batch_rates(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    rates: dict[str, list[list[float]]] = {}
+    for result in results:
+        if result.get("ok") and result.get("decode_tok_s"):
+            rates.setdefault(str(result.get("batch_size") or 1), []).append(list(result["decode_tok_s"]))
+    return {size: median_of_rounds(rounds) for size, rounds in rates.items()}
 
 
 def peak_bytes(result: Mapping[str, Any]) -> int:

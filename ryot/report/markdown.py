@@ -39,7 +39,11 @@ def title(report: Report) -> str:
 
 def facts_line(report: Report) -> str:
     """Command, date and version in one line."""
-    facts = [f"`{report.command}`", report.created_at, f"ryot {report.ryot_version}"]
+    facts = [
+        f"`{report.command}`",
+        report.created_at.replace("T", " ").replace("+00:00", " UTC"),
+        f"ryot {report.ryot_version}",
+    ]
     if report.preset:
         facts.append(f"preset {report.preset}")
     if report.quick:
@@ -81,7 +85,7 @@ def latency_columns(report: Report) -> list[Column]:
     rows = [r for r in report.rows if r.runs_ok]
 
     def column(name: str, header: str, get: Any, decimals: int | None = None) -> Column:
-        return Column(name, header, tuple(get(r) for r in rows), decimals, name in ("variant", "precision"))
+        return Column(name, header, tuple(get(r) for r in rows), decimals, needed=name != "seed")
 
     def spread(key: str, scale: float = 1.0, offset: float = 0.0) -> Any:
         def get(row: Any) -> float | None:
@@ -103,6 +107,7 @@ def latency_columns(report: Report) -> list[Column]:
         column("seed", "seed", lambda r: str(r.seed)),
         column("precision", "precision", lambda r: r.precision),
         column("load", "load\nms", lambda r: r.load_ms, 1),
+        column("cold", "cold start\nms", lambda r: r.cold_start_ms, 0),
         column("first", "first TTFT\nms", lambda r: r.first_ttft_ms, 2),
         column("ttft", "TTFT\nms", lambda r: r.ttft_ms, 2),
         column("e2e", "TTFT with tokenization\nms", lambda r: r.e2e_ttft_ms, 2),

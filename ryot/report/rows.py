@@ -29,9 +29,9 @@ Curve = tuple[tuple[float, float, float], ...]
 T = TypeVar("T")
 
 
-def arm_name(variant: str, seed: int, precision: str) -> str:
-    """The name by which a form is measured: `optimized/seed-0/int8-dyn`, like its folder in the run."""
-    return f"{variant}/seed-{seed}/{precision}"
+def arm_name(variant: str, seed: int, precision: str, batch_size: int = 1) -> str:
+    """The name by which a form is measured: `optimized/seed-0/int8-dyn`; with `/batch-16` behind it for a batch."""
+    return f"{variant}/seed-{seed}/{precision}" + (f"/batch-{batch_size}" if batch_size != 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +80,8 @@ class FormRow:
     load_ms: float | None = None
     first_ttft_ms: float | None = None
     """The first prefill of the process, which the warm figures leave out."""
+    cold_start_ms: float | None = None
+    """From the start of the process to its first token."""
     e2e_ttft_ms: float | None = None
     """Like `ttft_ms`, with tokenization."""
     runs: int = 0
@@ -105,8 +107,12 @@ class FormRow:
     chosen: bool = False
     path: str = ""
     """The form's bundle folder, relative to the run folder."""
+    batch_tok_s: Mapping[str, float] = field(default_factory=dict)
+    """Tokens/s of all sequences together, by batch size."""
     samples: tuple[Mapping[str, Any], ...] = ()
     """One measure result a process, in order of the rounds."""
+    batch_samples: tuple[Mapping[str, Any], ...] = ()
+    """The same for batches of more than one sequence."""
 
     @property
     def arm(self) -> str:
@@ -240,7 +246,7 @@ def report_from_dict(values: Mapping[str, Any], where: str) -> Report:
             + (f" (it was written by ryot {values['ryot_version']})" if values.get("ryot_version") else ""),
         )
     try:
-        built: dict[str, Any] = _known(Report, values)
+        built: dict[str, Any] = _known(Report, {k: v for k, v in values.items() if k not in _PARTS})
         for name, cls in _PARTS.items():
             built[name] = tuple(cls(**_known(cls, part)) for part in values.get(name, ()))
         if values.get("choice"):
@@ -323,7 +329,7 @@ def load_schema() -> dict[str, Any]:
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that `cls` has fields for, with lists as tuples; later additions to the schema are dropped."""
     names = {f.name for f in dataclasses.fields(cls)}
-    return {k: _tuples(v) for k, v in values.items() if k in names and k not in _PARTS}
+    return {k: _tuples(v) for k, v in values.items() if k in names}
 
 
 def _tuples(value: Any) -> Any:

@@ -6,7 +6,7 @@ from ryot.report.rows import FormRow
 from ryot.report.stats import Interval, ratio_interval
 
 #: Metrics that a fresh process measures, by the field that a table prints.
-TIMED = ("ttft_ms", "decode_tok_s", "e2e_ttft_ms", "first_ttft_ms", "load_ms")
+TIMED = ("ttft_ms", "decode_tok_s", "e2e_ttft_ms", "first_ttft_ms", "cold_start_ms", "load_ms")
 
 
 def samples_of(row: FormRow, metric: str) -> list[list[float]]:

@@ -171,11 +171,15 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
 
 
 def lag1_autocorrelation(samples: Sequence[float]) -> float | None:
-    """Correlation of each sample with the next one; None for fewer than 3 samples or no spread."""
+    """Correlation of each sample's rank with the next one's; None for fewer than 3 samples or no spread.
+
+    Ranks, because one outlier would otherwise hide any correlation of the rest.
+    """
     values = np.asarray(samples, dtype=np.float64)
     if len(values) < 3 or float(values.std()) == 0:
         return None
-    centred = values - values.mean()
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    centred = ranks - ranks.mean()
     return float((centred[:-1] * centred[1:]).sum() / (centred**2).sum())
 
 

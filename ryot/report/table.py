@@ -97,16 +97,18 @@ def form_columns(report: Report) -> list[Column]:
         column("bpb_ratio", "bpb\nratio", lambda r: r.quality.get("bpb_ratio"), decimals=4),
         column("kl", "KL\nnats", lambda r: r.quality.get("kl"), decimals=4),
         column("top1", "top-1\n%", lambda r: _percent(r.quality.get("top1")), decimals=1),
+        *(
+            Column(f"batch_{n}_tok_s", f"batch {n}\ntok/s", tuple(r.batch_tok_s.get(n) for r in rows), decimals=0)
+            for n in dict.fromkeys(n for r in rows for n in r.batch_tok_s)
+        ),
         column("ttft_ratio", "TTFT ratio\n[95 %]", lambda r: ratio_text(report, r, "ttft_ms")),
         column("tok_s_ratio", "tok/s ratio\n[95 %]", lambda r: ratio_text(report, r, "decode_tok_s"), first=True),
         column("memory_ratio", "memory\nratio", lambda r: ratio_text(report, r, "peak_rss_bytes", interval=False)),
         column("size_ratio", "size\nratio", lambda r: ratio_text(report, r, "size_bytes", interval=False)),
     ]
-    for target in report.targets:
-        name = str(target["name"])
-        columns.append(
-            column(f"verdict_{name}", name, lambda r, name=name: verdict_text(r, name), needed=True, first=True)
-        )
+    for name in (str(target["name"]) for target in report.targets):
+        words = tuple(verdict_text(r, name) for r in rows)
+        columns.append(Column(f"verdict_{name}", name, words, needed=True, first=True))
     return columns
 
 

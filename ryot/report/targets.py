@@ -113,8 +113,20 @@ class Target:
         """Whether `machine` (a recorded environment) is the device; a target without a device is any machine."""
         if self.device is None:
             return True
-        names = " ".join(v for v in machine.values() if isinstance(v, str))
-        return bool(self.device.match) and self.device.match.lower() in names.lower()
+        return bool(self.device.match) and self.device.match.lower() in " ".join(_strings(machine)).lower()
+
+
+def cpu_name(machine: Mapping[str, Any]) -> str:
+    """The CPU's model as a recorded environment names it; `this CPU` where it does not."""
+    cpu = machine.get("cpu")
+    nested = cpu.get("model") if isinstance(cpu, Mapping) else cpu
+    return str(machine.get("cpu_model") or nested or machine.get("model") or "this CPU")
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for v in value.values() for text in _strings(v)]
+    return [value] if isinstance(value, str) else []
 
 
 def list_targets() -> list[Target]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ryot.report.rows import FormRow, Verdict, VerdictWord
-from ryot.report.targets import LIMITS, METRICS, LimitKind, Target
+from ryot.report.targets import LIMITS, METRICS, LimitKind, Target, cpu_name
 
 #: Limits that hold a timed or measured figure; the others are facts of the exported files.
 _MEASURED = ("ttft_ms", "decode_tok_s", "peak_rss_mb")
@@ -31,7 +31,7 @@ def overall(verdicts: Mapping[str, VerdictWord | None]) -> VerdictWord:
 
 def place_note(target: Target, machine: Mapping[str, Any]) -> str:
     """How far the verdict reaches: the device itself, or this CPU under the device's limits."""
-    cpu = str(machine.get("cpu_model") or "this CPU")
+    cpu = cpu_name(machine)
     if target.device is None:
         return f"measured on this CPU ({cpu})"
     if target.is_device(machine):

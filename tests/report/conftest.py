@@ -12,13 +12,17 @@ from ryot.report.rows import Report, VariantRow, arm_name
 from ryot.report.targets import load_target
 
 MACHINE = {
-    "cpu_model": "Synthetic CPU 3.0 GHz",
-    "isa": ["avx2", "fma"],
-    "cores": 2,
-    "ram_bytes": 16_000_000_000,
+    "cpu": {
+        "model": "Synthetic CPU 3.0 GHz",
+        "isa": ["avx2"],
+        "cores": 2,
+        "caches": {"L1": 32768, "L2": 524288},
+        "ram_bytes": 16_000_000_000,
+    },
     "governor": "performance",
     "kernel": "6.1.0",
-    "versions": {"python": "3.11", "onnxruntime": "1.26.0", "numpy": "2.4"},
+    "python": "3.11.2",
+    "packages": {"onnxruntime": "1.26.0", "numpy": "2.4"},
 }
 CORPUS = {
     "name": "synthetic",
@@ -60,6 +64,7 @@ def make_result(
         "ok": True,
         "reason": "",
         "load_ms": float(40 * math.exp(rng.normal(0, 0.03))),
+        "cold_start_ms": float(180 * math.exp(rng.normal(0, 0.03))),
         "first_ttft_ms": float(ttft[0] * 2.2),
         "ttft_ms": [round(float(v), 5) for v in ttft],
         "e2e_ttft_ms": [round(float(v) + 0.08, 5) for v in ttft],
@@ -68,6 +73,11 @@ def make_result(
         "peak_rss_bytes": int(peak_mb * 1e6 * math.exp(rng.normal(0, 0.001))),
         "peak_rss_outside_bytes": int(peak_mb * 1e6 * 0.999),
         "memory_limit": "checked",
+        "memory_limit_bytes": 500_000_000,
+        "prompt_tokens": 128,
+        "decode_tokens": 64,
+        "decode_depth": 32,
+        "batch_size": 1,
         "runs": 30,
         "runs_ok": 30,
         "calibration_ms": [20.1, 20.3],

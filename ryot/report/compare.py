@@ -1,0 +1,317 @@
+"""Two reports (or bundles' records) held against each other after the fact, and whether a second one repeats a first.
+
+Recordings made one after the other are not interleaved: what the machine did in between is part of their ratio, and
+the comparison says so. `ryot-deploy compare --measure` measures both sides in the same rounds instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ryot.errors import ConfigError
+from ryot.report.rows import FormRow, Report
+from ryot.report.samples import paired_ratio, samples_of
+from ryot.report.stats import Interval, call_difference, unpaired_ratio_interval
+from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, wrap
+from ryot.report.targets import cpu_name
+
+#: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
+#: quiet machine differ by; memory: the allocator's and the kernel's rounding; quality: int8 kernels of another CPU.
+TIMING_MARGIN, MEMORY_MARGIN, QUALITY_MARGIN = 0.05, 0.02, 0.001
+_TIMED = {"ttft_ms": "TTFT (ms)", "decode_tok_s": "decode (tok/s)", "load_ms": "load (ms)"}
+_PROTOCOL = ("prompt_tokens", "decode_tokens", "decode_depth", "batch_size", "threads")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One metric of one form (or training) in both reports."""
+
+    subject: str
+    metric: str
+    a: float | None
+    b: float | None
+    ratio: float | None
+    """a / b."""
+    low: float | None = None
+    high: float | None = None
+    verdict: Literal["lower", "higher", "no difference", "single values", "not compared"]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareResult:
+    """What two reports say about each other."""
+
+    a: str
+    b: str
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+
+def compare_reports(a: Report, b: Report, *, form_a: str | None = None, form_b: str | None = None) -> CompareResult:
+    """Every form that both reports have, or the two named ones (`variant/precision`).
+
+    Without names and without a form in common the chosen forms are compared. Loss is compared only where corpus and
+    tokenizer are the same; bits per byte always.
+    """
+    pairs = _pair_forms(a, b, form_a, form_b)
+    same_text, text_notes = _same_text(a, b)
+    notes = [*text_notes]
+    together = (a.run_id, a.created_at) == (b.run_id, b.created_at)
+    if not together:
+        notes.append(
+            "The two were measured at different times, not interleaved: their ratios hold the machine's drift too."
+        )
+    if _machine_key(a) != _machine_key(b):
+        notes.append(
+            f"Different machines ({cpu_name(a.machine)}; {cpu_name(b.machine)}):"
+            " timings and memory compare the machines as well."
+        )
+    if a.quick or b.quick:
+        notes.append("At least one is a quick run with a small budget: not comparable.")
+    lines: list[Line] = []
+    for left, right in pairs:
+        subject = _name(left) if _name(left) == _name(right) else f"{_name(left)} / {_name(right)}"
+        lines += _compare_forms(subject, left, right, together)
+    for left_row, right_row in dict.fromkeys(((x.variant, x.seed), (y.variant, y.seed)) for x, y in pairs):
+        lines += _compare_trainings(a, b, left_row, right_row, same_text)
+    return CompareResult(a=a.run_id, b=b.run_id, lines=tuple(lines), notes=tuple(notes))
+
+
+def render_comparison(result: CompareResult, fmt: Format = "table") -> str:
+    """The comparison as text."""
+    if fmt == "json":
+        return json.dumps({"schema": 1, **dataclasses.asdict(result)}, indent=1)
+    rows = result.lines
+    columns = [
+        Column("subject", "form", tuple(r.subject for r in rows), needed=True),
+        Column("metric", "metric", tuple(r.metric for r in rows), needed=True),
+        Column("a", "A", tuple(_number(r.a) for r in rows), needed=True),
+        Column("b", "B", tuple(_number(r.b) for r in rows), needed=True),
+        Column("ratio", "A / B\n[95 %]", tuple(_ratio(r) for r in rows), needed=True),
+        Column("verdict", "A is", tuple(r.verdict for r in rows), needed=True),
+    ]
+    if fmt == "csv":
+        head = "subject,metric,a,b,ratio,low,high,verdict"
+        cells = [(r.subject, r.metric, r.a, r.b, r.ratio, r.low, r.high, r.verdict) for r in rows]
+        return "\n".join([head, *(",".join("" if c is None else str(c) for c in line) for line in cells)])
+    names = [f"A: {result.a}", f"B: {result.b}"]
+    remarks = [*result.notes, *dict.fromkeys(f"{r.metric}: {r.note}" for r in rows if r.note)]
+    if fmt == "md":
+        return "\n\n".join(["\n".join(f"- {n}" for n in names), markdown_table(columns), "\n".join(remarks)])
+    return "\n\n".join(["\n".join(names), plain_table(columns), "\n".join(wrap(r, WIDTH) for r in remarks)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reproduction:
+    """Whether a second measurement agrees with a first, line by line (a is the new report, b the old one)."""
+
+    agrees: bool
+    lines: tuple[Line, ...]
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def check_reproduced(old: Report, new: Report) -> Reproduction:
+    """Hold a new measurement against the report that it repeats.
+
+    A timing differs when its ratio's interval lies wholly outside 1 ± TIMING_MARGIN, memory outside MEMORY_MARGIN;
+    quality may move by QUALITY_MARGIN, size not at all, and no verdict may change. On another machine timings and
+    memory are shown and don't count.
+    """
+    same_machine = _machine_key(old) == _machine_key(new)
+    lines: list[Line] = []
+    differences: list[str] = []
+    notes = [] if same_machine else ["Another machine: timings and memory are shown and don't count."]
+    for before in old.rows:
+        after = new.row_of(before.arm)
+        if after is None:
+            differences.append(f"{_name(before)}: measured then, missing now")
+            continue
+        found = _compare_forms(_name(before), after, before, together=False)
+        lines += found
+        for line in found:
+            margin = _margin(line.metric)
+            timed = line.metric in (*_TIMED.values(), "memory (MB)")
+            if line.metric == _TIMED["load_ms"] or (timed and not same_machine):
+                continue
+            if line.ratio is not None and _outside(line, margin):
+                differences.append(
+                    f"{line.subject}: {line.metric} {_number(line.b)} then, {_number(line.a)} now"
+                    f" (ratio {_ratio(line)}, allowed within {margin:.1%})"
+                )
+        differences += _changed_verdicts(before, after, same_machine)
+    return Reproduction(agrees=not differences, lines=tuple(lines), differences=tuple(differences), notes=tuple(notes))
+
+
+def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> list[str]:
+    facts = ("size", "quality", "context")
+    return [
+        f"{_name(before)}: {target} {metric} was {word}, is {after.verdicts[target].get(metric)}"
+        for target, words in before.verdicts.items()
+        if target in after.verdicts
+        for metric, word in words.items()
+        if after.verdicts[target].get(metric) != word and (same_machine or metric in facts)
+    ]
+
+
+def _margin(metric: str) -> float:
+    if metric == "memory (MB)":
+        return MEMORY_MARGIN
+    if metric == "bits per byte":
+        return QUALITY_MARGIN
+    return 0.0 if metric == "size (MB)" else TIMING_MARGIN
+
+
+def _outside(line: Line, margin: float) -> bool:
+    assert line.ratio is not None
+    low, high = line.low if line.low is not None else line.ratio, line.high if line.high is not None else line.ratio
+    return high < 1 - margin or low > 1 + margin
+
+
+def _compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[Line]:
+    lines = []
+    differing = [k for k in _PROTOCOL if _protocol(a).get(k) != _protocol(b).get(k)]
+    for metric, title in _TIMED.items():
+        left, right = getattr(a, metric), getattr(b, metric)
+        if left is None or right is None:
+            continue
+        if differing:
+            note = "not compared, measured differently: " + ", ".join(
+                f"{k} {_protocol(a).get(k)} and {_protocol(b).get(k)}" for k in differing
+            )
+            lines.append(
+                Line(subject=subject, metric=title, a=left, b=right, ratio=None, verdict="not compared", note=note)
+            )
+            continue
+        interval = (
+            paired_ratio(a, b, metric)
+            if together
+            else unpaired_ratio_interval(samples_of(a, metric), samples_of(b, metric))
+        )
+        lines.append(_line(subject, title, left, right, interval))
+    for title, left, right in (
+        ("memory (MB)", _mb(a.peak_rss_bytes), _mb(b.peak_rss_bytes)),
+        ("size (MB)", a.size_bytes / 1e6, b.size_bytes / 1e6),
+        ("bits per byte", a.quality.get("bpb"), b.quality.get("bpb")),
+    ):
+        if left and right:
+            ratio = left / right
+            lines.append(_line(subject, title, left, right, Interval(ratio, ratio, ratio, 2)))
+    return lines
+
+
+def _compare_trainings(
+    a: Report, b: Report, of_a: tuple[str, int], of_b: tuple[str, int], same_text: bool
+) -> list[Line]:
+    left = next((v for v in a.variants if (v.name, v.seed) == of_a), None)
+    right = next((v for v in b.variants if (v.name, v.seed) == of_b), None)
+    if left is None or right is None:
+        return []
+    subject = f"{left.name} training" if left.name == right.name else f"{left.name} / {right.name} training"
+    lines = []
+    for metric, title in (("train_wall_s", "time (s)"), ("test_bpb", "test bits per byte"), ("test_loss", "test loss")):
+        x, y = getattr(left, metric), getattr(right, metric)
+        if not x or not y:
+            continue
+        if metric == "test_loss" and not same_text:
+            lines.append(
+                Line(
+                    subject=subject, metric=title, a=x, b=y, ratio=None, verdict="not compared",
+                    note="nats per token mean different things for different tokenizers or texts; see bits per byte",
+                )
+            )  # fmt: skip
+            continue
+        concurrent = metric == "train_wall_s" and (left.concurrent or right.concurrent)
+        lines.append(
+            Line(
+                subject=subject, metric=title, a=x, b=y, ratio=x / y, verdict="single values",
+                note="trained beside others on one machine: not for quoting" if concurrent else "",
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _same_text(a: Report, b: Report) -> tuple[bool, list[str]]:
+    """Whether losses in nats per token mean the same in both, and what to say when they don't."""
+    notes = []
+    for key, title in (("sha256", "corpora"), ("tokenizer_sha256", "tokenizers"), ("vocab_size", "vocabularies")):
+        x, y = a.corpus.get(key), b.corpus.get(key)
+        if x != y:
+            short = [str(v)[:12] if v is not None else "not recorded" for v in (x, y)]
+            notes.append(
+                f"Different {title} ({short[0]} and {short[1]}): bits per byte is compared, loss is not"
+                + (", and bits per byte is of different texts." if key == "sha256" else ".")
+            )
+    return not notes, notes
+
+
+def _pair_forms(a: Report, b: Report, form_a: str | None, form_b: str | None) -> list[tuple[FormRow, FormRow]]:
+    if form_a or form_b:
+        return [(_find_form(a, form_a or form_b), _find_form(b, form_b or form_a))]
+    right = {(r.variant, r.precision): r for r in b.rows}
+    common = [(r, right[r.variant, r.precision]) for r in a.rows if (r.variant, r.precision) in right]
+    return common or [(_find_form(a, None), _find_form(b, None))]
+
+
+def _find_form(report: Report, name: str | None) -> FormRow:
+    """The form called `variant/precision`; without a name the chosen one, or the only one."""
+    if name is None:
+        chosen = [r for r in report.rows if r.chosen] or list(report.rows)
+        if not chosen:
+            raise ConfigError(f"report {report.run_id}: holds no form")
+        return chosen[0]
+    for row in report.rows:
+        if name in (_name(row), row.arm):
+            return row
+    raise ConfigError(
+        f"report {report.run_id}: no form {name!r} (it has {', '.join(_name(r) for r in report.rows) or 'none'})"
+    )
+
+
+def _line(subject: str, metric: str, a: float, b: float, interval: Interval | None) -> Line:
+    if interval is None:
+        return Line(subject=subject, metric=metric, a=a, b=b, ratio=a / b, verdict="single values")
+    return Line(
+        subject=subject, metric=metric, a=a, b=b, ratio=interval.value, low=interval.low, high=interval.high,
+        verdict=call_difference(interval),
+    )  # fmt: skip
+
+
+def _protocol(row: FormRow) -> dict[str, Any]:
+    """How the form was measured, from its first process that worked."""
+    return next(({k: s[k] for k in _PROTOCOL if k in s} for s in row.samples if s.get("ok")), {})
+
+
+def _machine_key(report: Report) -> tuple[Any, ...]:
+    cpu = report.machine.get("cpu")
+    return cpu_name(report.machine), cpu.get("cores") if isinstance(cpu, dict) else None
+
+
+def _name(row: FormRow) -> str:
+    return f"{row.variant}/{row.precision}"
+
+
+def _mb(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _ratio(line: Line) -> str:
+    if line.ratio is None:
+        return "-"
+    if line.low is None or line.high is None or line.low == line.high:
+        return f"{line.ratio:.3f}"
+    return f"{line.ratio:.3f} [{line.low:.3f}, {line.high:.3f}]"
+
+
+def all_agree(lines: Sequence[Line]) -> bool:
+    """Whether no line of a comparison shows a difference (what two recordings of the same arm should say)."""
+    return all(line.verdict in ("no difference", "single values", "not compared") for line in lines)

@@ -11,6 +11,6 @@ if __name__ == "__main__":
     # The bundle's own copy comes before any ryot that may be installed, and leaves no files in the bundle.
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(HERE / "runtime"))
-    from ryot.edge.program import main
+    from ryot.edge.cli import run
 
-    sys.exit(main(HERE))
+    sys.exit(run(HERE))

@@ -133,6 +133,8 @@ def _spawn(command: list[str], errors: IO[bytes]) -> Iterator[subprocess.Popen[b
     """Start the child away from the terminal's signals; it is gone when the block ends, however that happens."""
     root = str(Path(ryot.__file__).parent.parent)
     environment = os.environ | _CHILD_THREADS | {"PYTHONPATH": root, SPAWNED_VARIABLE: repr(time.monotonic())}
+    if sys.dont_write_bytecode:  # a bundle's own run.py leaves no files in the bundle
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

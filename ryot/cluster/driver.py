@@ -12,104 +12,29 @@ folder of its own. Reports of an attempt that was given up are never looked at a
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ryot
 from ryot.cluster.callbacks import CallbackThread
-from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.cluster.folders import pack_folder
+from ryot.cluster.jobs import DriverOptions, OnDone, PlannedJob, TrainResult, merge_facts
 from ryot.cluster.journal import Accepted, Journal
 from ryot.cluster.placement import Placement
 from ryot.cluster.probe import probe_nodes
 from ryot.cluster.runtime import Cluster, Node
 from ryot.cluster.signals import StopSignals
-from ryot.cluster.worker import Assignment, Saved, SliceReport, Started, TrainWorker
-from ryot.config import KernelPlan, digest, to_mapping
+from ryot.cluster.store import CheckpointStore
+from ryot.cluster.worker import Assignment, SliceReport, Started, TrainWorker
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
-from ryot.events import CheckpointEvent, EvalEvent, Event, StageEvent
-from ryot.train.checkpoint import checkpoint_digest
-from ryot.train.dataset import load_dataset
-from ryot.train.loop import TrainJob
+from ryot.events import CheckpointEvent, Event, StageEvent
 
 log = logging.getLogger(__name__)
 
 #: How long the driver sleeps at most before it looks at signals and free cores again.
 _TICK_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DriverOptions:
-    """How trainings are sliced, kept and retried."""
-
-    slice_s: float = 3.0
-    """Seconds of training between two reports of a worker."""
-    checkpoint_every_s: float = 30.0
-    """Seconds between two checkpoints; a slice longer than that ends with one."""
-    keep_checkpoints: int = 2
-    """Accepted checkpoints of a training that stay on disk."""
-    max_losses: int = 6
-    """Losses in a row, without a checkpoint accepted in between, after which a training is failed."""
-    backoff_s: float = 0.5
-    """Wait before the first retry; doubles with each further loss, up to 30 s."""
-    start_timeout_s: float = 120.0
-    """Time in which a worker must have built its trainer."""
-    slice_timeout_s: float = 1800.0
-    """Time after which a slice that has not reported (a hung worker) counts as lost."""
-    max_hours: float | None = None
-    """Hours after which the run is stopped as by a signal."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedJob:
-    """A training and how its steps are computed; `plan.threads` is the number of cores it gets."""
-
-    job: TrainJob
-    plan: KernelPlan
-    digest: str
-    """Over everything that decides what the training learns."""
-
-    @property
-    def key(self) -> str:
-        """Name of the job in the journal, in paths and in messages."""
-        return self.job.key
-
-    @property
-    def cost(self) -> float:
-        """Rough work in it, to start long ones first."""
-        variant = self.job.variant
-        return float(variant.train.tokens) * variant.model.num_parameters / self.plan.threads
-
-
-def plan_job(job: TrainJob, plan: KernelPlan) -> PlannedJob:
-    """The job with the digest of its inputs: recipe, seed, corpus, kernel plan and ryot's version."""
-    corpus = load_dataset(Path(job.dataset_dir)).corpus_sha256
-    return PlannedJob(job, plan, digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__))
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """How one training ended."""
-
-    variant: str
-    seed: int
-    checkpoint: Path | None
-    """The last accepted checkpoint; of a failed training possibly None."""
-    sha256: str
-    step: int
-    attempts: int
-    facts: dict[str, Any]
-    """tokens, train_wall_s, compile_s, grad_norm_max, initial_val_loss, val_loss, val_bpb, test_loss, test_bpb and
-    evals, the list of [step, tokens, train_wall_s, val_loss]."""
-    cached: bool = False
-    """Whether it was finished before this driver started."""
-    error: RyotError | None = None
-
-
-OnDone = Callable[[TrainResult], None]
 
 
 @dataclass(slots=True)
@@ -138,7 +63,10 @@ class _Lane:
     task: _Task
     ref: Any = None
     doing: str = "start"
-    since: float = field(default_factory=time.monotonic)
+    since: float = 0.0
+
+    def call(self, doing: str, ref: Any) -> None:
+        self.ref, self.doing, self.since = ref, doing, time.monotonic()
 
 
 class Driver:
@@ -158,6 +86,7 @@ class Driver:
     ):
         self.cluster, self.run_dir, self.journal = cluster, run_dir.absolute(), journal
         self.emit, self.options, self.signals = emit, options, signals
+        self.store = CheckpointStore(self.run_dir, journal, keep=options.keep_checkpoints, reread=not cluster.embedded)
         self.tasks = [_Task(p) for p in jobs]
         self.waiting: list[_Task] = []
         self.lanes: list[_Lane] = []
@@ -165,9 +94,11 @@ class Driver:
         self.travels: set[Path] = set()
         """Folders that not every node sees: what is in them comes and goes as bytes."""
         self.stopping = ""
+        """Why no further slices are asked for."""
         self._datasets: dict[Path, Any] = {}
         self._callbacks = CallbackThread(on_done) if on_done else None
         self._deadline = time.monotonic() + options.max_hours * 3600 if options.max_hours else None
+        self._busy_at = time.monotonic()
 
     def run(self) -> list[TrainResult]:
         """Train all; one result a job, in their order. Raises `Interrupted` and `ClusterError`."""
@@ -178,6 +109,8 @@ class Driver:
                 self._look_at_cluster()
             while (self.waiting and not self.stopping) or self.lanes:
                 self._heed_signals()
+                if not self.cluster.is_whole():
+                    self._restart_cluster()
                 self._fill()
                 self._wait()
                 self._give_up_hung()
@@ -189,21 +122,6 @@ class Driver:
         if self.stopping:
             raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.run_dir}")
         return [t.result for t in self.tasks if t.result]
-
-    def _look_at_cluster(self) -> None:
-        """Refuse what can't be run, and find out what the nodes see."""
-        for threads in {t.planned.plan.threads for t in self.waiting}:
-            self.placement.check_fits(threads, "training")
-        if self.cluster.embedded:
-            return
-        datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
-        facts = probe_nodes(self.cluster, [self.run_dir, *datasets])
-        self.placement.only(set(facts))
-        self.travels = {
-            path for path in (self.run_dir, *datasets) if not all(f.seen.get(str(path), False) for f in facts.values())
-        }
-        if self.run_dir in self.travels:
-            log.info("nodes do not see %s: checkpoints travel through the driver", self.run_dir)
 
     def _heed_signals(self) -> None:
         if self.signals.stop_at_once:
@@ -229,16 +147,22 @@ class Driver:
         for lane in [lane for lane in self.lanes if lane.ref in ready]:
             self._collect(lane)
 
+    def _restart_cluster(self) -> None:
+        """The embedded Ray has lost its control process or node manager: start another, and all trainings again."""
+        error = ClusterError("Ray itself died")
+        for lane in list(self.lanes):
+            self._lose(lane, error)
+        log.warning("%s: it is started again", error)
+        self.cluster.restart()
+        self.placement = Placement(self.cluster)
+        self._datasets.clear()
+
     # What is known from before
 
     def _recall(self, task: _Task) -> None:
         """Take up what the journal says about a training: ended, begun or new."""
-        key, inputs = task.planned.key, task.planned.digest
-        task.accepted = self.journal.accepted(key, inputs)
-        self._drop_damaged(task)
-        if task.accepted:
-            task.facts = dict(task.accepted[0].facts)
-        outcome = self.journal.outcome(key, inputs)
+        self._load_accepted(task)
+        outcome = self.journal.outcome(task.planned.key, task.planned.digest)
         if outcome and outcome["record"] == "failed" and outcome["final"]:
             self._finish(task, error=TrainingError(outcome["reason"]), cached=True)
         elif outcome and outcome["record"] == "done" and task.accepted and task.accepted[0].path == outcome["path"]:
@@ -246,25 +170,39 @@ class Driver:
         else:
             self.waiting.append(task)
 
-    def _drop_damaged(self, task: _Task) -> None:
-        """Reject the newest accepted checkpoints until one is on disk as it was accepted."""
-        while task.accepted:
-            newest = task.accepted[0]
-            path = self.run_dir / newest.path
-            if path.is_dir() and checkpoint_digest(path) == newest.sha256:
-                return
-            reason = "has changed since it was accepted" if path.is_dir() else "is missing"
-            self.journal.append("rejected", key=task.planned.key, path=newest.path, reason=reason)
-            task.accepted.pop(0)
-            then = f"going on from step {task.accepted[0].step}" if task.accepted else "starting over"
-            log.warning("checkpoint %s %s; %s", newest.path, reason, then)
-            self._tell(task, "rejected", f"{newest.path} {reason}; {then}")
+    def _load_accepted(self, task: _Task) -> None:
+        task.accepted, problems = self.store.find_whole(task.planned)
+        task.facts = dict(task.accepted[0].facts) if task.accepted else {}
+        for problem in problems:
+            self._tell(task, "rejected", problem)
+
+    def _look_at_cluster(self) -> None:
+        """Refuse what can't be run, and find out what the nodes see."""
+        for threads in {t.planned.plan.threads for t in self.waiting}:
+            self.placement.check_fits(threads, "training")
+        if self.cluster.embedded:
+            return
+        datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
+        facts = probe_nodes(self.cluster, [self.run_dir, *datasets])
+        self.placement.only(set(facts))
+        self.travels = {
+            path for path in (self.run_dir, *datasets) if not all(f.seen.get(str(path), False) for f in facts.values())
+        }
+        if self.run_dir in self.travels:
+            log.info("nodes do not see %s: checkpoints travel through the driver", self.run_dir)
 
     # Starting
 
     def _fill(self) -> None:
-        """Give each free core to the longest waiting training."""
+        """Give each free core to the longest waiting training; `ClusterError` when none was free for long."""
         now = time.monotonic()
+        if self.lanes or not self.waiting:
+            self._busy_at = now
+        elif now - self._busy_at > self.options.cores_timeout_s:
+            raise ClusterError(
+                f"no node has had room for {self.waiting[0].planned.key} for {self.options.cores_timeout_s:g} s",
+                hint="resume the run when the cluster has free CPUs again",
+            )
         self.waiting.sort(key=lambda t: -t.planned.cost)
         for task in list(self.waiting):
             if task.not_before > now or self.stopping:
@@ -300,23 +238,19 @@ class Driver:
         self.journal.append(
             "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=lane.node.hostname
         )
+        self.store.prune(planned, task.accepted, task.attempt)
         assignment = Assignment(
             job=planned.job,
             plan=planned.plan,
-            folder=str(self._attempt_folder(task)),
+            folder=str(self.store.attempt_folder(planned, task.attempt)),
             resume=str(self.run_dir / newest.path) if newest else None,
             travels=self.run_dir in self.travels,
         )
         dataset_dir = Path(planned.job.dataset_dir)
         dataset = self._packed_dataset(dataset_dir) if dataset_dir in self.travels else None
         checkpoint = pack_folder(self.run_dir / newest.path) if assignment.travels and newest else None
-        self._prune(task)
         lane.task = task
-        self._call(lane, "start", lane.actor.start.remote(assignment, dataset, checkpoint))
-
-    def _attempt_folder(self, task: _Task) -> Path:
-        job = task.planned.job
-        return self.run_dir / "variants" / job.variant.name / f"seed-{job.seed}" / f"attempt-{task.attempt}"
+        lane.call("start", lane.actor.start.remote(assignment, dataset, checkpoint))
 
     def _packed_dataset(self, dataset_dir: Path) -> Any:
         import ray
@@ -324,9 +258,6 @@ class Driver:
         if dataset_dir not in self._datasets:
             self._datasets[dataset_dir] = ray.put(pack_folder(dataset_dir))
         return self._datasets[dataset_dir]
-
-    def _call(self, lane: _Lane, doing: str, ref: Any) -> None:
-        lane.ref, lane.doing, lane.since = ref, doing, time.monotonic()
 
     # Collecting
 
@@ -338,8 +269,7 @@ class Driver:
         try:
             answer = ray.get(lane.ref)
         except RayTaskError as error:
-            self._collect_exception(lane, error.cause)
-            return
+            self._on_exception(lane, error.cause)
         except RuntimeEnvSetupError as error:
             raise ClusterError(
                 f"node {lane.node.hostname}: its workers cannot be set up: {str(error).splitlines()[0]}",
@@ -347,102 +277,57 @@ class Driver:
             ) from error
         except RayError as error:
             self._lose(lane, error)
-            return
-        if isinstance(answer, Started):
-            self._on_started(lane, answer)
         else:
-            self._on_report(lane, answer)
+            if isinstance(answer, Started):
+                self._on_started(lane, answer)
+            else:
+                self._on_report(lane, answer)
 
-    def _collect_exception(self, lane: _Lane, cause: BaseException) -> None:
+    def _on_exception(self, lane: _Lane, cause: BaseException) -> None:
         if isinstance(cause, RyotError) and lane.doing == "start":
-            # The folder was whole when the driver looked: a path the worker cannot see, or not now.
+            # The folder was whole when the driver looked: a path that the worker cannot see, or not now.
             self._lose(lane, cause)
             return
-        reason = f"{type(cause).__name__}: {cause}" if not isinstance(cause, RyotError) else str(cause)
-        self._fail(
-            lane, TrainingError(f"{lane.task.planned.key}: {reason}", hint="the worker's log is in logs/"), final=False
-        )
+        reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
+        error = TrainingError(f"{lane.task.planned.key}: {reason}", hint="the worker's log is in logs/")
+        self._fail(lane, error, final=False)
 
     def _on_started(self, lane: _Lane, started: Started) -> None:
         cores = f"cores {','.join(map(str, started.cores))}" if started.cores else "not pinned"
-        self._tell(
-            lane.task, "begin", f"step {started.step} on {started.hostname}, {cores}, attempt {lane.task.attempt}"
-        )
+        where = f"step {started.step} on {started.hostname}, {cores}, attempt {lane.task.attempt}"
+        self._tell(lane.task, "begin", where)
         self._next_slice(lane)
 
     def _next_slice(self, lane: _Lane) -> None:
-        self._call(lane, "slice", lane.actor.run_slice.remote(self.options.slice_s, self.options.checkpoint_every_s))
+        ref = lane.actor.run_slice.remote(self.options.slice_s, self.options.checkpoint_every_s)
+        lane.call("slice", ref)
 
     def _on_report(self, lane: _Lane, report: SliceReport) -> None:
         task = lane.task
         for event in report.events:
             self.emit(event)
-        task.facts = _merge_facts(task.facts, report)
+        task.facts = merge_facts(task.facts, report)
         if report.unwritten:
-            raise ClusterError(
-                str(report.unwritten), hint="make room (or restore the shared path), then resume the run"
-            )
+            raise ClusterError(str(report.unwritten), hint="make room, or restore the shared path; then resume the run")
         if report.saved:
-            self._accept(task, report.saved)
+            accepted = self.store.accept(task.planned, task.attempt, report.saved, task.facts)
+            task.accepted.insert(0, accepted)
+            task.losses = 0
+            self._tell_accepted(task, accepted)
+            self.store.prune(task.planned, task.accepted, task.attempt)
         if report.breach:
             self._fail(lane, report.breach, final=True)
         elif report.done:
-            newest = task.accepted[0]
-            self.journal.append("done", key=task.planned.key, digest=task.planned.digest, path=newest.path)
+            planned = task.planned
+            self.journal.append("done", key=planned.key, digest=planned.digest, path=task.accepted[0].path)
             self._finish(task)
             self._next_task(lane)
         elif self.stopping and (report.saved or lane.doing == "save"):
             self._close(lane)
         elif self.stopping:
-            self._call(lane, "save", lane.actor.save.remote())
+            lane.call("save", lane.actor.save.remote())
         else:
             self._next_slice(lane)
-
-    def _accept(self, task: _Task, saved: Saved) -> None:
-        """Make a checkpoint count: its files are checked, then the journal names it, then older ones go."""
-        path = Path(saved.path)
-        if saved.packed is not None:
-            unpack_folder(saved.packed, path)
-        # On one machine the worker's own reading was of the same pages.
-        if not path.is_dir() or (not self.cluster.embedded and checkpoint_digest(path) != saved.sha256):
-            raise ClusterError(
-                f"checkpoint {path}: the worker wrote it, but it is not what the driver reads there",
-                hint="is the shared path mounted here and on every node?",
-            )
-        relative = path.relative_to(self.run_dir).as_posix()
-        accepted = Accepted(relative, saved.sha256, saved.step, task.attempt, dict(task.facts))
-        planned = task.planned
-        self.journal.append(
-            "checkpoint",
-            key=planned.key,
-            digest=planned.digest,
-            attempt=task.attempt,
-            step=saved.step,
-            path=relative,
-            sha256=saved.sha256,
-            facts=task.facts,
-        )
-        task.accepted.insert(0, accepted)
-        task.losses = 0
-        job = planned.job
-        self.emit(
-            CheckpointEvent(
-                variant=job.variant.name, seed=job.seed, step=saved.step, path=relative, sha256=saved.sha256
-            )
-        )
-        self._prune(task)
-
-    def _prune(self, task: _Task) -> None:
-        """Remove the files of this training that do not count: old checkpoints and leftovers of earlier attempts."""
-        keep = {self.run_dir / a.path for a in task.accepted[: self.options.keep_checkpoints]}
-        current = self._attempt_folder(task)
-        for attempt in current.parent.glob("attempt-*"):
-            for path in attempt.iterdir():
-                # The attempt in progress may be writing a draft next to its checkpoints.
-                if path not in keep and not (attempt == current and path.name.startswith(".")):
-                    shutil.rmtree(path, ignore_errors=True)
-            if attempt != current and not any(attempt.iterdir()):
-                shutil.rmtree(attempt, ignore_errors=True)
 
     # Ending
 
@@ -478,34 +363,30 @@ class Driver:
 
     def _fail(self, lane: _Lane, error: RyotError, *, final: bool) -> None:
         """End a training; the others go on. A `final` failure would happen again: resuming does not try it."""
-        task = lane.task
-        log.error("%s failed: %s", task.planned.key, error)
-        self.journal.append("failed", key=task.planned.key, digest=task.planned.digest, reason=str(error), final=final)
-        self._finish(task, error=error)
+        planned = lane.task.planned
+        log.error("%s failed: %s", planned.key, error)
+        self.journal.append("failed", key=planned.key, digest=planned.digest, reason=str(error), final=final)
+        self._finish(lane.task, error=error)
         self._next_task(lane)
 
     def _lose(self, lane: _Lane, error: BaseException) -> None:
         """A worker is gone: try again from the last accepted checkpoint, later each time."""
-        task = lane.task
+        task, planned = lane.task, lane.task.planned
         self._close(lane, kill=True)
         task.losses += 1
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if task.losses > self.options.max_losses:
-            reason = f"{task.planned.key}: lost {task.losses} workers in a row; the last: {reason}"
-            self.journal.append("failed", key=task.planned.key, digest=task.planned.digest, reason=reason, final=False)
+            reason = f"{planned.key}: lost {task.losses} workers in a row; the last: {reason}"
+            self.journal.append("failed", key=planned.key, digest=planned.digest, reason=reason, final=False)
             self._finish(task, error=ClusterError(reason, hint="resume the run when the cluster is well again"))
             return
         wait_s = min(30.0, self.options.backoff_s * 2 ** (task.losses - 1))
         task.not_before = time.monotonic() + wait_s
+        self._load_accepted(task)
         step = task.accepted[0].step if task.accepted else 0
-        log.warning(
-            "%s: worker on %s lost (%s); again from step %d", task.planned.key, lane.node.hostname, reason, step
-        )
-        self._tell(
-            task, "lost", f"{type(error).__name__} on {lane.node.hostname}; again from step {step} in {wait_s:g} s"
-        )
-        self._drop_damaged(task)
-        task.facts = dict(task.accepted[0].facts) if task.accepted else {}
+        log.warning("%s: lost its worker on %s (%s)", planned.key, lane.node.hostname, reason)
+        then = f"again from step {step} in {wait_s:g} s"
+        self._tell(task, "lost", f"{type(error).__name__} on {lane.node.hostname}; {then}")
         self.waiting.append(task)
 
     def _give_up_hung(self) -> None:
@@ -520,14 +401,16 @@ class Driver:
         import ray
         from ray.exceptions import RayError
 
+        self.lanes.remove(lane)
+        self.placement.give_back(lane.node, lane.threads)
         if not kill:
             try:
                 ray.get(lane.actor.leave.remote(), timeout=5)
             except RayError as error:
                 log.info("worker on %s did not leave in order (%s)", lane.node.hostname, type(error).__name__)
         ray.kill(lane.actor, no_restart=True)
-        self.lanes.remove(lane)
-        self.placement.give_back(lane.node, lane.threads)
+
+    # Telling
 
     def _tell(self, task: _Task, status: str, detail: str = "", wall_s: float | None = None) -> None:
         job = task.planned.job
@@ -537,24 +420,17 @@ class Driver:
             )
         )
 
-
-def _merge_facts(facts: dict[str, Any], report: SliceReport) -> dict[str, Any]:
-    """What is known after a report: the worker's counters and the held-out losses among its events."""
-    merged = {**facts, **report.facts}
-    evals = list(facts.get("evals", []))
-    for event in report.events:
-        if not isinstance(event, EvalEvent):
-            continue
-        if event.split == "val":
-            if event.step == 0:
-                merged["initial_val_loss"] = event.loss
-            merged["val_loss"], merged["val_bpb"] = event.loss, event.bits_per_byte
-            if not evals or event.step > evals[-1][0]:
-                evals.append([event.step, event.tokens, event.train_wall_s, event.loss])
-        else:
-            merged["test_loss"], merged["test_bpb"] = event.loss, event.bits_per_byte
-    merged["evals"] = evals
-    return merged
+    def _tell_accepted(self, task: _Task, accepted: Accepted) -> None:
+        job = task.planned.job
+        self.emit(
+            CheckpointEvent(
+                variant=job.variant.name,
+                seed=job.seed,
+                step=accepted.step,
+                path=accepted.path,
+                sha256=accepted.sha256,
+            )
+        )
 
 
 def train_variants(

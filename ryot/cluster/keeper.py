@@ -26,8 +26,11 @@ PREFIX = "ryot-ray-"
 LOCK_FILE = "owner.lock"
 
 
-def find_marked(folder: Path) -> list[int]:
-    """Ids of the living processes that belong to the cluster in `folder`, this process excepted."""
+def find_marked(folder: Path, programs: tuple[str, ...] = ()) -> list[int]:
+    """Ids of the living processes that belong to the cluster in `folder`, this process excepted.
+
+    With `programs` only those that run an executable of one of these names.
+    """
     mark = f"{MARK}={folder}".encode()
     found = []
     for process in Path("/proc").iterdir():
@@ -35,9 +38,19 @@ def find_marked(folder: Path) -> list[int]:
             continue
         # A process that ends meanwhile, is a zombie or belongs to someone else cannot be read.
         with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
+            if mark in (process / "environ").read_bytes().split(b"\0") and (
+                not programs or (process / "exe").readlink().name in programs
+            ):
                 found.append(int(process.name))
     return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def end_marked(folder: Path, *, grace_s: float = 10.0) -> list[int]:

@@ -15,19 +15,18 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ryot.cluster import keeper
 from ryot.cluster.address import probe_address, resolve_address
+from ryot.cluster.connection import ray_connection
 from ryot.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,9 @@ PACKAGE = Path(__file__).parents[1]
 
 #: Sockets below the temp folder have a path of at most 107 bytes, of which Ray needs 67.
 MAX_TEMP_DIR_BYTES = 40
+
+#: A joined cluster whose head has been silent for so long is given up; Ray aborts the process after 60 s.
+HEAD_LOST_S = 25.0
 
 #: Keeps large tensors on the heap and backs them with huge pages: 1.0 to 1.15x in training, for every variant alike.
 MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1"
@@ -71,20 +73,41 @@ class Node:
 
 
 class Cluster:
-    """A connection to Ray; made by `open_cluster`."""
+    """A connection to Ray: `EmbeddedCluster` or `JoinedCluster`, made by `open_cluster`."""
 
-    def __init__(
-        self, *, embedded: bool, address: str, options: ClusterOptions, worker_env: dict[str, str], start_s: float
-    ):
-        self.embedded = embedded
-        self.address = address
+    embedded: ClassVar[bool]
+
+    def __init__(self, options: ClusterOptions, log_dir: Path):
         self.options = options
-        self.worker_env = worker_env
+        self.log_dir = log_dir
+        self.worker_env = {"GLIBC_TUNABLES": options.malloc_tunables} if options.malloc_tunables else {}
         """What the workers have in their environment because of us."""
-        self.start_s = start_s
+        self.address = "local"
+        self.start_s = 0.0
         """Time from nothing to connected, importing Ray included."""
-        self.shutdown_s: float | None = None
+        self.shutdown_s = 0.0
+        self.restarts = 0
         self._closing = contextlib.ExitStack()
+
+    def open(self) -> None:
+        """Connect. Raises `ClusterError`."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        with contextlib.ExitStack() as undo:
+            self._open(undo)
+            self._closing = undo.pop_all()
+        self.start_s = time.monotonic() - begin
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        raise NotImplementedError
+
+    def is_whole(self) -> bool:
+        """Whether what Ray needs to work at all is there."""
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """Make a cluster that is not whole whole again. Raises `ClusterError` when that is not ours to do."""
+        raise NotImplementedError
 
     def nodes(self) -> list[Node]:
         """The living nodes, in a stable order."""
@@ -124,10 +147,9 @@ class Cluster:
     def shutdown(self) -> None:
         """Disconnect; an embedded cluster ends with all its processes and files. Does nothing the second time."""
         begin = time.monotonic()
-        with self._closing:
-            pass
-        if self.shutdown_s is None:
-            self.shutdown_s = time.monotonic() - begin
+        closing, self._closing = self._closing, contextlib.ExitStack()
+        closing.close()
+        self.shutdown_s += time.monotonic() - begin
 
     def __enter__(self) -> Cluster:
         return self
@@ -136,17 +158,119 @@ class Cluster:
         self.shutdown()
 
 
+class EmbeddedCluster(Cluster):
+    """Ray on this machine for this process alone: loopback, a secret token, no dashboard, no usage statistics."""
+
+    embedded = True
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        cores = len(usable_cores())
+        num_cpus = self.options.num_cpus or cores
+        if num_cpus > cores:
+            raise ClusterError(
+                f"cpus: got {num_cpus}, but this process may use {cores}",
+                hint=f"ask for at most {cores}, or join a cluster with --address",
+            )
+        self.folder = undo.enter_context(_temporary_folder())
+        environment = {
+            **self.worker_env,
+            keeper.MARK: str(self.folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": _process_token(),
+            # Unofficial, but the one switch that binds every socket to the loopback address; checked below.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_ADDRESS": None,
+            "RAY_AUTH_TOKEN_PATH": None,
+        }
+        arguments = {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": self.options.object_store_bytes,
+            "_temp_dir": str(self.folder),
+        }
+        undo.callback(_save_worker_logs, self.folder, self.log_dir)
+        undo.enter_context(ray_connection(arguments, environment, self.log_dir))
+        for node in self.nodes():
+            if not node.ip.startswith("127."):
+                raise ClusterError(
+                    f"embedded Ray listens on {node.ip}, expected the loopback address",
+                    hint="this Ray version is not the tested one; install the versions of constraints.txt",
+                )
+        self._vital = keeper.find_marked(self.folder, programs=("gcs_server", "raylet"))
+
+    def is_whole(self) -> bool:
+        """Whether Ray's control process and its node manager live; without them a driver hangs, or is aborted later."""
+        return all(keeper.is_running(pid) for pid in self._vital)
+
+    def restart(self) -> None:
+        """End what is left and start afresh; every actor is gone."""
+        self.shutdown()
+        self.open()
+        self.restarts += 1
+
+
+class JoinedCluster(Cluster):
+    """A cluster that someone else runs; the package goes to its workers with the job."""
+
+    embedded = False
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        assert self.options.address is not None
+        self._host, self._port = resolve_address(self.options.address)
+        self.address = f"{self._host}:{self._port}"
+        self._answered_at = self._tried_at = time.monotonic()
+        probe_address(self._host, self._port)
+        has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+        if not has_token:
+            log.warning("cluster %s is joined without a token: whoever reaches its ports runs code on it", self.address)
+        environment = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # An explicit address never turns token authentication on by itself.
+            "RAY_AUTH_MODE": "token" if has_token else os.environ.get("RAY_AUTH_MODE"),
+            # Pickles and bytecode agree between patch levels of one Python minor version.
+            "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+            # Without these an address that does not answer is tried for 14 minutes.
+            "RAY_NUM_REDIS_GET_RETRIES": "1",
+            "RAY_gcs_rpc_server_connect_timeout_s": "1",
+            "RAY_py_gcs_connect_timeout_s": "5",
+            "RAY_ADDRESS": None,
+        }
+        runtime_env = {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"], "env_vars": self.worker_env}
+        arguments = {"address": self.address, "runtime_env": runtime_env}
+        undo.enter_context(ray_connection(arguments, environment, self.log_dir))
+
+    def is_whole(self) -> bool:
+        """Whether the head has answered within the last `HEAD_LOST_S` seconds; asked every few seconds at most."""
+        now = time.monotonic()
+        if now - self._tried_at >= 5.0:
+            self._tried_at = now
+            try:
+                probe_address(self._host, self._port)
+                self._answered_at = time.monotonic()
+            except ClusterError as error:
+                log.warning("%s", error)
+        return now - self._answered_at < HEAD_LOST_S
+
+    def restart(self) -> None:
+        """Raise `ClusterError`: its head is not ours to start. Ray would abort this process after a minute."""
+        raise ClusterError(
+            f"cluster {self.address}: its head has not answered for {HEAD_LOST_S:g} s",
+            hint="resume the run when the cluster is well again",
+        )
+
+
 def open_cluster(options: ClusterOptions, *, log_dir: Path) -> Cluster:
     """Start or join Ray; what Ray says meanwhile goes to files in `log_dir`.
 
     The calling thread must live as long as an embedded cluster: Ray's processes ask the kernel to end them with the
     thread that started them. Raises `ClusterError`.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    opened = _start_embedded(options, log_dir) if options.address is None else _join(options, options.address, log_dir)
-    opened.start_s = time.monotonic() - begin
-    return opened
+    cluster = EmbeddedCluster(options, log_dir) if options.address is None else JoinedCluster(options, log_dir)
+    cluster.open()
+    return cluster
 
 
 def usable_cores() -> list[int]:
@@ -158,85 +282,6 @@ def usable_cores() -> list[int]:
 def _process_token() -> str:
     """The secret of this process's embedded clusters; Ray reads it once a process and keeps it."""
     return secrets.token_hex(32)
-
-
-def _start_embedded(options: ClusterOptions, log_dir: Path) -> Cluster:
-    cores = len(usable_cores())
-    num_cpus = options.num_cpus or cores
-    if num_cpus > cores:
-        raise ClusterError(
-            f"cpus: got {num_cpus}, but this process may use {cores}",
-            hint=f"ask for at most {cores}, or join a cluster with --address",
-        )
-    worker_env = {"GLIBC_TUNABLES": options.malloc_tunables} if options.malloc_tunables else {}
-    cluster = Cluster(embedded=True, address="local", options=options, worker_env=worker_env, start_s=0.0)
-    with contextlib.ExitStack() as undo:
-        folder = undo.enter_context(_temporary_folder())
-        environment = {
-            **worker_env,
-            keeper.MARK: str(folder),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": _process_token(),
-            # Unofficial, but the one switch that binds every socket to the loopback address; checked below.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_worker_niceness": "0",
-            "RAY_ADDRESS": None,
-            "RAY_AUTH_TOKEN_PATH": None,
-        }
-        undo.callback(_save_worker_logs, folder, log_dir)
-        undo.enter_context(
-            _ray_connection(
-                {
-                    "address": "local",
-                    "num_cpus": num_cpus,
-                    "include_dashboard": False,
-                    "object_store_memory": options.object_store_bytes,
-                    "_temp_dir": str(folder),
-                },
-                environment,
-                log_dir,
-            )
-        )
-        for node in cluster.nodes():
-            if not node.ip.startswith("127."):
-                raise ClusterError(
-                    f"embedded Ray listens on {node.ip}, expected the loopback address",
-                    hint="this Ray version is not the tested one; install the versions of constraints.txt",
-                )
-        cluster._closing = undo.pop_all()
-    return cluster
-
-
-def _join(options: ClusterOptions, address: str, log_dir: Path) -> Cluster:
-    host, port = resolve_address(address)
-    probe_address(host, port)
-    worker_env = {"GLIBC_TUNABLES": options.malloc_tunables} if options.malloc_tunables else {}
-    cluster = Cluster(embedded=False, address=f"{host}:{port}", options=options, worker_env=worker_env, start_s=0.0)
-    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if not has_token:
-        log.warning(
-            "the cluster at %s is joined without a token: whoever reaches its ports can run code on it", cluster.address
-        )
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # An explicit address never turns token authentication on by itself.
-        "RAY_AUTH_MODE": "token" if has_token else os.environ.get("RAY_AUTH_MODE"),
-        # Pickles and bytecode agree between patch levels of one Python minor version.
-        "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
-        # Without these an address that does not answer is tried for 14 minutes.
-        "RAY_NUM_REDIS_GET_RETRIES": "1",
-        "RAY_gcs_rpc_server_connect_timeout_s": "1",
-        "RAY_py_gcs_connect_timeout_s": "5",
-        "RAY_ADDRESS": None,
-    }
-    runtime_env = {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"], "env_vars": worker_env}
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(
-            _ray_connection({"address": cluster.address, "runtime_env": runtime_env}, environment, log_dir)
-        )
-        cluster._closing = undo.pop_all()
-    return cluster
 
 
 @contextlib.contextmanager
@@ -271,110 +316,6 @@ def _temporary_folder() -> Iterator[Path]:
         except subprocess.TimeoutExpired:
             log.warning("processes of Ray in %s have not ended; its keeper (process %d) goes on", folder, process.pid)
         os.close(lock)
-
-
-@contextlib.contextmanager
-def _ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path) -> Iterator[None]:
-    """Connected to Ray, with stdout, the signal handlers and the environment as they were."""
-    with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers():
-        import ray
-        import ray._private.worker
-
-        if ray.is_initialized():
-            raise ClusterError(
-                "this process is connected to a Ray cluster already", hint="one cluster a process at a time"
-            )
-        # Ray prints failures of its raylets to stdout even with log_to_driver=False.
-        setattr(ray._private.worker, "print_worker_logs", _log_instead_of_printing)  # noqa: B010 (mypy: it has another type)
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-        except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
-            with contextlib.suppress(Exception):
-                ray.shutdown()
-            raise _explain(error, arguments, said.read_text(errors="replace")) from error
-    try:
-        yield
-    finally:
-        with _quiet(log_dir / "ray.log"), _own_signal_handlers():
-            ray.shutdown()
-
-
-def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> ClusterError:
-    """Ray's failure to connect in one line; some of its reasons stand only in what it wrote to stderr."""
-    where = arguments["address"]
-    everything = f"{error}\n{said}"
-    if "ersion mismatch" in everything:
-        reason = " ".join(str(error).split())
-        return ClusterError(
-            f"cluster {where}: its versions are not ours: {reason}",
-            hint="install the same Ray and Python minor version on the cluster and here",
-        )
-    if "nauthenticated" in everything or "UNAUTHENTICATED" in everything or "token" in str(error).lower():
-        return ClusterError(
-            f"cluster {where}: it does not accept the token",
-            hint="set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token",
-        )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if where == "local":
-        return ClusterError(
-            f"embedded Ray does not start: {first}", hint="logs/ray.log in the run folder has what Ray said"
-        )
-    return ClusterError(
-        f"cluster {where}: cannot connect: {first}", hint="check the address with 'ray status --address HOST:PORT'"
-    )
-
-
-def _log_instead_of_printing(data: Mapping[str, Any], sink: object, *rest: object) -> None:
-    for line in data.get("lines", []):
-        log.info("ray: %s", line)
-
-
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """`os.environ` with `changes` (None removes), and as it was afterwards."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set_environment(changes)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM; this puts ours back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _quiet(path: Path) -> Iterator[Path]:
-    """Python's stdout and the process's stderr go to `path`: Ray's C++ writes to the descriptor itself."""
-    with path.open("a", encoding="utf-8") as sink, contextlib.redirect_stdout(sink):
-        sys.stderr.flush()
-        saved = os.dup(2)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield path
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
 
 
 def _save_worker_logs(folder: Path, log_dir: Path) -> None:

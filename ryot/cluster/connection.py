@@ -1,0 +1,121 @@
+"""A connection of this process to Ray that changes nothing else in it: stdout, signals and environment stay ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ryot.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path) -> Iterator[None]:
+    """Connected to Ray, with stdout, the signal handlers and the environment as they were."""
+    with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers():
+        import ray
+        import ray._private.worker
+
+        if ray.is_initialized():
+            raise ClusterError(
+                "this process is connected to a Ray cluster already", hint="one cluster a process at a time"
+            )
+        # Ray prints failures of its raylets to stdout even with log_to_driver=False.
+        setattr(ray._private.worker, "print_worker_logs", _log_instead_of_printing)  # noqa: B010 (mypy: it has another type)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            raise _explain(error, arguments, said.read_text(errors="replace")) from error
+    try:
+        yield
+    finally:
+        with _quiet(log_dir / "ray.log"), _own_signal_handlers():
+            ray.shutdown()
+
+
+def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> ClusterError:
+    """Ray's failure to connect in one line; some of its reasons stand only in what it wrote to stderr."""
+    where = arguments["address"]
+    everything = f"{error}\n{said}"
+    if "ersion mismatch" in everything:
+        reason = " ".join(str(error).split())
+        return ClusterError(
+            f"cluster {where}: its versions are not ours: {reason}",
+            hint="install the same Ray and Python minor version on the cluster and here",
+        )
+    if "nauthenticated" in everything or "UNAUTHENTICATED" in everything or "token" in str(error).lower():
+        return ClusterError(
+            f"cluster {where}: it does not accept the token",
+            hint="set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token",
+        )
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if where == "local":
+        return ClusterError(
+            f"embedded Ray does not start: {first}", hint="logs/ray.log in the run folder has what Ray said"
+        )
+    return ClusterError(
+        f"cluster {where}: cannot connect: {first}", hint="check the address with 'ray status --address HOST:PORT'"
+    )
+
+
+def _log_instead_of_printing(data: Mapping[str, Any], sink: object, *rest: object) -> None:
+    for line in data.get("lines", []):
+        log.info("ray: %s", line)
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """`os.environ` with `changes` (None removes), and as it was afterwards."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM; this puts ours back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet(path: Path) -> Iterator[Path]:
+    """Python's stdout and the process's stderr go to `path`: Ray's C++ writes to the descriptor itself."""
+    with path.open("a", encoding="utf-8") as sink, contextlib.redirect_stdout(sink):
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield path
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)

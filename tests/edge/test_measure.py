@@ -77,8 +77,8 @@ def test_memory_is_the_process_own_peak_and_not_its_parents(result: MeasureResul
     assert result.peak_rss_bytes is not None and result.peak_rss_outside_bytes is not None
     # The peak covers an interpreter with numpy and onnxruntime; this test process holds several times as much.
     assert 30e6 < result.peak_rss_bytes < 150e6
-    # Between the inner reading and the outer one the answer is written: a few hundred kB.
-    assert 0 <= result.peak_rss_outside_bytes - result.peak_rss_bytes < 0.02 * result.peak_rss_bytes
+    # Between the readings the answer is written (a few hundred kB), and the kernel's count lags by some pages a core.
+    assert result.peak_rss_outside_bytes == pytest.approx(result.peak_rss_bytes, rel=0.02)
 
 
 def test_peak_memory_is_what_the_kernel_accounts_to_the_same_command(llama: Bundle) -> None:

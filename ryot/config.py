@@ -141,6 +141,10 @@ class TrainConfig:
     """AdamW's decoupled decay."""
     clip_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
+    normalize_embedding: bool = False
+    """Train the embedding table's directions only: each row is used, and stored, with a root mean square of 1."""
+    final_norm_init: float = 1.0
+    """First weights of the norm before the head; small where a table of large rows is the head too."""
     accumulate: int = 1
     """Micro-batches a step is split into; divides `batch_size`."""
     checkpoint_activations: bool = False
@@ -212,19 +216,17 @@ class VariantConfig:
     kernels: KernelPlan
 
     def __post_init__(self) -> None:
-        steps, warmup = self.num_steps, self.train.warmup_fraction
         _require(
-            steps >= 1, "tokens", self.train.tokens, f"at least one step of {self.step_tokens} tokens ({self.name})"
-        )
-        _require(
-            warmup == 0 or steps * warmup >= 1,
+            self.num_steps > self.warmup_steps,
             "tokens",
             self.train.tokens,
-            f"a budget longer than the warm-up of {self.name}: at least {self._shortest_budget()} tokens",
+            f"a budget longer than the warm-up of {self.warmup_steps} steps of {self.step_tokens} tokens ({self.name})",
         )
 
-    def _shortest_budget(self) -> int:
-        return int(-(-1 // self.train.warmup_fraction)) * self.step_tokens
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises, at least one."""
+        return max(1, round(self.train.warmup_fraction * self.num_steps))
 
     @property
     def step_tokens(self) -> int:

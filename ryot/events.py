@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,12 +148,14 @@ class EventLog:
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self.listeners: list[Callable[[Event], None]] = []
+        self._lock = threading.Lock()
 
     def emit(self, event: Event) -> None:
-        """Write one line and tell the listeners."""
-        self._file.write(json.dumps(event_to_dict(event)) + "\n")
-        for listener in self.listeners:
-            listener(event)
+        """Write one line and tell the listeners; threads may call it at once."""
+        with self._lock:
+            self._file.write(json.dumps(event_to_dict(event)) + "\n")
+            for listener in self.listeners:
+                listener(event)
 
     def close(self) -> None:
         """Close the file; later events are an error."""

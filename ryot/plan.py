@@ -25,6 +25,9 @@ from ryot.errors import ConfigError
 
 SCHEMA = 1
 
+#: What is exported when no precision is named.
+USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
+
 #: A quick run's share of each budget; its report is marked as not comparable.
 QUICK_SHARE = 1 / 12
 
@@ -39,8 +42,9 @@ class RunOptions:
     """Recipes: names from `ryot/variants` or paths to TOML files."""
     seeds: int = 1
     """Trainings of each variant, with seeds 0, 1, …"""
-    precisions: tuple[str, ...] = ("fp32", "int8-dyn", "int8", "int4")
-    """Weight formats to export and measure."""
+    precisions: tuple[str, ...] = ()
+    """Weight formats to export and measure, by name; none for the usual ones. A named one that breaches its quality
+    gate fails the run."""
     target: tuple[str, ...] = ("phase1",)
     """Limits to judge by: names from `ryot/targets` or paths to TOML files."""
     data: tuple[str, ...] = ()
@@ -64,7 +68,7 @@ class RunOptions:
             raise ConfigError(f"tokens: got {self.tokens}, expected a whole number above 0")
         for name in ("variants", "precisions", "target"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "precisions":
                 raise ConfigError(f"{name}: got none, expected at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {', '.join(values)} names one twice")
@@ -93,6 +97,11 @@ class RunPlan:
     variants: tuple[VariantConfig, ...]
     kernels: Mapping[str, KernelPlan] = dataclasses.field(default_factory=dict)
     """The decision for each variant, taken once before its first step."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Weight formats to export and measure."""
+        return self.options.precisions or USUAL_PRECISIONS
 
     def variant(self, name: str) -> VariantConfig:
         """The variant called `name`."""

@@ -33,6 +33,9 @@ from ryot.train.sensors import read_frequency_mhz, read_temperature_c
 STEP_EVENTS = 100
 EVALS_ON_THE_WAY = 8
 
+#: The parameter that a checkpoint stores as it is used, and `training/` as it is trained.
+_TABLE = "embedding.weight"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob:
@@ -55,6 +58,7 @@ class TrainStep:
     def __init__(self, model: Decoder, variant: VariantConfig, plan: KernelPlan):
         self.model, self.variant, self.plan = model, variant, plan
         self.model.checkpoint_activations = variant.train.checkpoint_activations
+        self.model.normalize_embedding = variant.train.normalize_embedding
         self.optimizer = build_optimizer(model, variant.train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
         self._scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
@@ -111,6 +115,8 @@ class Trainer:
         variant = job.variant
         self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
         self.model = Decoder(variant.model, plan.attention).to(plan.device).train()
+        if self.model.final_norm is not None:
+            torch.nn.init.constant_(self.model.final_norm.weight, variant.train.final_norm_init)
         self._take_step = TrainStep(self.model, variant, plan)
         self._batches = Batches(
             self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
@@ -141,7 +147,8 @@ class Trainer:
                     hint="resume with the options of the first run, or start a new run",
                 )
         weights = {k: torch.from_numpy(v) for k, v in load_weights(checkpoint).items()}
-        trainer.model.load_state_dict(state_from_hf(job.variant.model, weights, str(checkpoint)))
+        model_state = state_from_hf(job.variant.model, weights, str(checkpoint))
+        trainer.model.load_state_dict({**model_state, _TABLE: tensors[_TABLE]})
         trainer._load_optimizer(tensors)
         trainer.step = state["step"]
         trainer.train_wall_s, trainer.compile_s = state["train_wall_s"], state["compile_s"]
@@ -208,7 +215,7 @@ class Trainer:
         return save_checkpoint(
             directory,
             cfg=self.job.variant.model,
-            state=self.model.state_dict(),
+            state={**self.model.state_dict(), _TABLE: self.model.table_VD.detach()},
             tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
             training={
                 "step": self.step,
@@ -218,7 +225,7 @@ class Trainer:
                 "first_loss": self._first_loss,
                 "identity": self._identity(),
             },
-            training_tensors={**optimizer, "torch_rng": torch.get_rng_state()},
+            training_tensors={**optimizer, _TABLE: self.model.embedding.weight.detach(), "torch_rng": torch.get_rng_state()},
         )
 
     def _identity(self) -> dict[str, Any]:

@@ -152,17 +152,24 @@ class Decoder(nn.Module):
         self.final_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps) if cfg.architecture == "llama" else None
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.checkpoint_activations = False
+        self.normalize_embedding = False
         self._initialize()
+
+    @property
+    def table_VD(self) -> Tensor:
+        """The embedding table as it is used: its rows scaled to a root mean square of 1 while trained so."""
+        weight = self.embedding.weight
+        return F.rms_norm(weight, (self.cfg.dim,)) if self.normalize_embedding else weight
 
     @property
     def head_weight_VD(self) -> Tensor:
         """The output matrix, which is the embedding table when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.table_VD if self.head is None else self.head.weight
 
     def trunk(self, ids_BT: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
         """Everything before the output matrix: [B, T] ids to [B, T, D], and the cache grown by T."""
         P = 0 if past is None else past[0][0].shape[2]
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = F.embedding(ids_BT, self.table_VD)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[OPT_POSITION_OFFSET + P :][: ids_BT.shape[1]]
         presents: Cache = []

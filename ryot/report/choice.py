@@ -95,7 +95,7 @@ def _nearest(rows: Sequence[FormRow], verdicts: Sequence[Verdict], names: str) -
 
 
 def describe_miss(verdict: Verdict) -> str:
-    """`time to first token 131 ms > 120 ms (phase1)`, or the reason why there is no value."""
+    """`TTFT 131 > 120 ms (phase1)`, or the reason why there is no value."""
     kind = LIMITS[verdict.limit_key]
     if verdict.value is None:
         return f"{kind.title}: {verdict.note} ({verdict.target})"

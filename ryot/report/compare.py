@@ -22,7 +22,12 @@ from ryot.report.targets import cpu_name
 #: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
 #: quiet machine differ by; memory: the allocator's and the kernel's rounding; quality: int8 kernels of another CPU.
 TIMING_MARGIN, MEMORY_MARGIN, QUALITY_MARGIN = 0.05, 0.02, 0.001
-_TIMED = {"ttft_ms": "TTFT (ms)", "decode_tok_s": "decode (tok/s)", "load_ms": "load (ms)"}
+_MEASURED = {
+    "ttft_ms": "TTFT (ms)",
+    "decode_tok_s": "decode (tok/s)",
+    "load_ms": "load (ms)",
+    "peak_rss_bytes": "memory (MB)",
+}
 _PROTOCOL = ("prompt_tokens", "decode_tokens", "decode_depth", "batch_size", "threads")
 
 
@@ -136,8 +141,7 @@ def check_reproduced(old: Report, new: Report) -> Reproduction:
         lines += found
         for line in found:
             margin = _margin(line.metric)
-            timed = line.metric in (*_TIMED.values(), "memory (MB)")
-            if line.metric == _TIMED["load_ms"] or (timed and not same_machine):
+            if line.metric == _MEASURED["load_ms"] or (line.metric in _MEASURED.values() and not same_machine):
                 continue
             if line.ratio is not None and _outside(line, margin):
                 differences.append(
@@ -160,7 +164,7 @@ def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> li
 
 
 def _margin(metric: str) -> float:
-    if metric == "memory (MB)":
+    if metric == _MEASURED["peak_rss_bytes"]:
         return MEMORY_MARGIN
     if metric == "bits per byte":
         return QUALITY_MARGIN
@@ -176,8 +180,9 @@ def _outside(line: Line, margin: float) -> bool:
 def _compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[Line]:
     lines = []
     differing = [k for k in _PROTOCOL if _protocol(a).get(k) != _protocol(b).get(k)]
-    for metric, title in _TIMED.items():
-        left, right = getattr(a, metric), getattr(b, metric)
+    for metric, title in _MEASURED.items():
+        scale = 1e-6 if metric == "peak_rss_bytes" else 1.0
+        left, right = (None if v is None else v * scale for v in (getattr(a, metric), getattr(b, metric)))
         if left is None or right is None:
             continue
         if differing:
@@ -195,7 +200,6 @@ def _compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list
         )
         lines.append(_line(subject, title, left, right, interval))
     for title, left, right in (
-        ("memory (MB)", _mb(a.peak_rss_bytes), _mb(b.peak_rss_bytes)),
         ("size (MB)", a.size_bytes / 1e6, b.size_bytes / 1e6),
         ("bits per byte", a.quality.get("bpb"), b.quality.get("bpb")),
     ):
@@ -294,10 +298,6 @@ def _machine_key(report: Report) -> tuple[Any, ...]:
 
 def _name(row: FormRow) -> str:
     return f"{row.variant}/{row.precision}"
-
-
-def _mb(value: int | None) -> float | None:
-    return None if value is None else value / 1e6
 
 
 def _number(value: float | None) -> str:

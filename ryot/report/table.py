@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -67,7 +68,7 @@ def render(report: Report, fmt: Format = "table", *, width: int = WIDTH) -> str:
         return render_csv(report)
     if fmt == "md":
         return "\n\n".join([markdown_table(form_columns(report)), markdown_table(limit_columns(report))])
-    blocks = [*form_blocks(form_columns(report), width), plain_table(limit_columns(report))]
+    blocks = [*form_blocks(form_columns(report), width), *limit_blocks(report, width)]
     return "\n\n".join([b for b in blocks if b] + ["\n".join(wrap(line, width) for line in footnotes(report))])
 
 
@@ -133,8 +134,22 @@ def limit_columns(report: Report) -> list[Column]:
     ]
 
 
+def limit_blocks(report: Report, width: int) -> list[str]:
+    """The second table; one a form, under its name, where a single one would be wider than `width`."""
+    columns = limit_columns(report)
+    whole = plain_table(columns)
+    if max(map(len, whole.splitlines()), default=0) <= width:
+        return [whole]
+    blocks = []
+    for form in dict.fromkeys(columns[0].cells):
+        kept = [k for k, cell in enumerate(columns[0].cells) if cell == form]
+        part = [dataclasses.replace(c, cells=tuple(c.cells[k] for k in kept)) for c in columns[1:]]
+        blocks.append(f"{form}\n{plain_table(part)}")
+    return blocks
+
+
 def limit_text(verdict: Verdict) -> str:
-    """`time to first token ≤ 120 ms`"""
+    """`TTFT ≤ 120 ms`"""
     kind = LIMITS[verdict.limit_key]
     unit = "" if kind.unit == "ratio" else f" {kind.unit}"
     return f"{kind.title} {kind.sign} {verdict.limit:g}{unit}"
@@ -143,7 +158,7 @@ def limit_text(verdict: Verdict) -> str:
 def value_text(verdict: Verdict) -> str:
     """`3.21 [3.11, 3.32] ms`, without the interval for exact figures."""
     if verdict.value is None:
-        return "-"
+        return "not measured"
     kind = LIMITS[verdict.limit_key]
     unit = "" if kind.unit == "ratio" else f" {kind.unit}"
     if verdict.low is None or verdict.high is None or verdict.low == verdict.high:
@@ -314,8 +329,10 @@ def _constant_text(column: Column) -> str:
 
 def _verdict_and_mode(report: Report, verdict: Verdict) -> str:
     row = next((r for r in report.rows if _form_of(r) == _form_of(verdict)), None)
-    if "processes failed" in verdict.note or verdict.value is None:
-        return f"{verdict.verdict}: {verdict.note}" if verdict.note else verdict.verdict
+    if "processes failed" in verdict.note and row is not None:
+        return f"{verdict.verdict} ({row.runs - row.runs_ok} of {row.runs} died)"
+    if verdict.value is None:
+        return verdict.verdict
     if verdict.metric == "memory" and row is not None:
         return f"{verdict.verdict} ({memory_mode(row, verdict.limit)})"
     return verdict.verdict

@@ -41,11 +41,11 @@ class LimitKind:
 
 
 LIMITS: dict[str, LimitKind] = {
-    "ttft_ms": LimitKind("ttft", "time to first token", "ms", True, 1e-3, 3.6e6),
+    "ttft_ms": LimitKind("ttft", "TTFT", "ms", True, 1e-3, 3.6e6),
     "decode_tok_s": LimitKind("throughput", "decode", "tok/s", False, 1e-3, 1e6),
     "peak_rss_mb": LimitKind("memory", "peak memory", "MB", True, 1.0, 1e7),
     "size_mb": LimitKind("size", "size", "MB", True, 1e-3, 1e7),
-    "bpb_ratio": LimitKind("quality", "bits per byte against fp32", "ratio", True, 1.0, 100.0),
+    "bpb_ratio": LimitKind("quality", "bpb ratio", "ratio", True, 1.0, 100.0),
     "context_tokens": LimitKind("context", "context", "tokens", False, 1, 1e8),
 }
 #: The same, by the verdict's name.

@@ -1,0 +1,135 @@
+"""Two reports are compared only in what means the same in both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+
+from ryot.errors import ConfigError
+from ryot.report.compare import all_agree, check_reproduced, compare_reports, render_comparison
+from ryot.report.rows import build_record
+
+from .synthetic import CORPUS, MACHINE, make_facts, make_report, make_results
+
+LATER = {"created_at": "2026-01-02T00:00:00+00:00", "run_id": "later"}
+
+
+def lines_of(result, metric):
+    return [line for line in result.lines if line.metric == metric]
+
+
+def test_two_recordings_of_the_same_forms_show_no_difference_in_time():
+    result = compare_reports(make_report(), make_report(results=make_results(seed=5), **LATER))
+    assert all_agree(lines_of(result, "TTFT (ms)") + lines_of(result, "decode (tok/s)"))
+    assert any("not interleaved" in n for n in result.notes)
+
+
+def test_a_slower_recording_is_found():
+    slow = make_report(results=make_results(seed=5, slowdown=1.2), **LATER)
+    for line in lines_of(compare_reports(slow, make_report()), "TTFT (ms)"):
+        assert line.verdict == "higher"
+        assert line.low < 1.2 < line.high
+
+
+def test_forms_of_one_recording_are_paired_by_round():
+    report = make_report()
+    result = compare_reports(report, report, form_a="optimized/int8-dyn", form_b="baseline/fp32")
+    (line,) = lines_of(result, "TTFT (ms)")
+    stored = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a == report.rows[3].arm)
+    assert (line.ratio, line.low, line.high) == (stored.ratio, stored.low, stored.high)
+    assert not any("interleaved" in n for n in result.notes)
+
+
+def test_loss_is_not_compared_across_tokenizers_and_bits_per_byte_is():
+    other = make_report(corpus={**CORPUS, "tokenizer_sha256": "2" * 64}, **LATER)
+    result = compare_reports(make_report(), other)
+    assert {line.verdict for line in lines_of(result, "test loss")} == {"not compared"}
+    assert all(line.ratio == 1 for line in lines_of(result, "test bits per byte"))
+    assert any("Different tokenizers" in n and "loss is not" in n for n in result.notes)
+    assert "not compared" in render_comparison(result)
+
+
+def test_loss_is_not_compared_across_corpora():
+    result = compare_reports(make_report(), make_report(corpus={**CORPUS, "sha256": "3" * 64}, **LATER))
+    assert {line.verdict for line in lines_of(result, "test loss")} == {"not compared"}
+    assert any("Different corpora" in n for n in result.notes)
+
+
+def test_loss_is_compared_on_the_same_text():
+    result = compare_reports(make_report(), make_report(**LATER))
+    assert {line.verdict for line in lines_of(result, "test loss")} == {"single values"}
+
+
+def test_other_lengths_or_threads_are_not_compared():
+    results = [{**r, "prompt_tokens": 64} for r in make_results()]
+    result = compare_reports(make_report(), make_report(results=results, **LATER))
+    line = lines_of(result, "TTFT (ms)")[0]
+    assert line.verdict == "not compared" and "prompt_tokens 128 and 64" in line.note
+
+
+def test_other_machines_are_said():
+    other = make_report(machine={**MACHINE, "cpu": {"model": "Other", "cores": 8}}, **LATER)
+    assert any(
+        "Different machines (Synthetic CPU 3.0 GHz; Other)" in n for n in compare_reports(make_report(), other).notes
+    )
+
+
+def test_a_bundles_record_is_compared_like_a_report():
+    report = make_report()
+    record = build_record(report, report.rows[3])
+    result = compare_reports(record, make_report(results=make_results(seed=2), **LATER))
+    assert {line.subject for line in result.lines} == {"optimized/int8-dyn", "optimized training"}
+
+
+def test_without_a_common_form_the_chosen_ones_meet():
+    report = make_report()
+    left, right = build_record(report, report.rows[3]), build_record(report, report.rows[0])
+    assert compare_reports(left, right).lines[0].subject == "optimized/int8-dyn / baseline/fp32"
+
+
+def test_an_unknown_form_is_named_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"no form 'optimized/int4' .it has baseline/fp32"):
+        compare_reports(make_report(), make_report(), form_a="optimized/int4")
+
+
+def test_every_format_has_the_same_lines():
+    result = compare_reports(make_report(), make_report(results=make_results(seed=5), **LATER))
+    values = json.loads(render_comparison(result, "json"))
+    assert len(values["lines"]) == len(result.lines) and values["schema"] == 1
+    assert len(list(csv.DictReader(io.StringIO(render_comparison(result, "csv"))))) == len(result.lines)
+    assert render_comparison(result, "md").count("\n| ") == len(result.lines) + 1
+    assert max(map(len, render_comparison(result).splitlines())) <= 100
+
+
+def test_a_second_measurement_of_the_same_reproduces_the_first():
+    found = check_reproduced(make_report(), make_report(results=make_results(seed=5), **LATER))
+    assert found.agrees and not found.differences
+
+
+def test_a_slower_second_measurement_does_not_reproduce():
+    found = check_reproduced(make_report(), make_report(results=make_results(seed=5, slowdown=1.2), **LATER))
+    assert not found.agrees
+    assert any("TTFT (ms)" in d and "allowed within 5.0%" in d for d in found.differences)
+
+
+def test_timings_of_another_machine_do_not_count_but_size_does():
+    other = {"machine": {"cpu": {"model": "Other", "cores": 8}}, **LATER}
+    found = check_reproduced(make_report(), make_report(results=make_results(seed=5, slowdown=1.5), **other))
+    assert found.agrees and "Another machine" in found.notes[0]
+    facts = make_facts()
+    larger = [type(f)(**{**{n: getattr(f, n) for n in f.__slots__}, "size_bytes": f.size_bytes + 1000}) for f in facts]
+    assert not check_reproduced(make_report(), make_report(forms=larger, **other)).agrees
+
+
+def test_a_missing_form_and_a_changed_verdict_are_differences():
+    missing = check_reproduced(make_report(), make_report(forms=make_facts()[:3], **LATER))
+    assert missing.differences == ("optimized/int8-dyn: measured then, missing now",)
+    results = make_results()
+    for r in results:
+        if "optimized/seed-0/int8-dyn" in r["arm"]:
+            r.update(ok=False, reason="killed")
+    changed = check_reproduced(make_report(), make_report(results=results, **LATER))
+    assert "optimized/int8-dyn: phase1 ttft was PASS, is FAIL" in changed.differences

@@ -34,6 +34,7 @@ _MARKERS = "osD^vPX*"
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ryot",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 10,
     "figure.facecolor": "none",

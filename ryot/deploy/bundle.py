@@ -7,6 +7,7 @@ goes into any file but `record.json`.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import shutil
 import tempfile
@@ -67,7 +68,8 @@ def copy_checkpoint_files(checkpoint: Path, folder: Path) -> None:
             raise ExportError(f"checkpoint {checkpoint}: {name} is missing")
 
 
-def runtime_modules() -> list[Path]:
+@functools.cache
+def runtime_modules() -> tuple[Path, ...]:
     """Files of `ryot.edge` and of every module of ours that they import, relative to the package's parent."""
     pending = [p.relative_to(PACKAGE.parent) for p in sorted((PACKAGE / "edge").glob("*.py"))]
     found: set[Path] = set()
@@ -78,7 +80,7 @@ def runtime_modules() -> list[Path]:
         found.add(path)
         pending += _imported_modules(path)
     packages = {parent / "__init__.py" for path in found for parent in path.parents if parent.parts}
-    return sorted(found | packages)
+    return tuple(sorted(found | packages))
 
 
 def _imported_modules(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
@@ -25,14 +26,14 @@ from ryot.deploy.forms import (
     build_graphs,
     check_precision,
     graph_files,
-    quantize_matrices,
+    pair_matrices,
     serialize,
     split_pair,
 )
 from ryot.deploy.golden import make_golden
-from ryot.deploy.graph import build_graph
-from ryot.deploy.matrices import Matrix
-from ryot.deploy.quality import MAX_BPB_RATIO, EvalData, Quality, evaluate_forms, quality_windows, worst
+from ryot.deploy.graph import KVScales
+from ryot.deploy.quality import MAX_BPB_RATIO, REFERENCE, EvalData, Quality, evaluate_forms, quality_windows, worst
+from ryot.deploy.quantize import Quantized, Quantizer, round_to_nearest
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.verify import PARITY_ROWS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
@@ -46,8 +47,6 @@ log = logging.getLogger(__name__)
 ONNXRUNTIME_MIN = "1.24"
 #: Held-out prompts of the context's length that a bundle carries, for measuring.
 NUM_PROMPTS = 16
-
-Matrices = Mapping[str, Matrix]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,23 +103,48 @@ def export_variant(
     context = weights.cfg.max_seq_len
     windows = quality_windows(data, options.split, context)
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
-    matrices = {half: quantize_matrices(weights, half, options.quantize) for half in ("fp32", *halves)}
-    identity = _Identity(
-        checkpoint, weights, options, data.corpus_sha256, data.windows("val", NUM_PROMPTS, context)[:, :context]
-    )
+    prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
+    identity = _Identity(checkpoint, weights, options, data.corpus_sha256, prompts)
     with tempfile.TemporaryDirectory(prefix="ryot-export-") as scratch:
-        fp32_path = _export(identity, Path(scratch) / "fp32", "fp32", matrices, None, 0.0)
-        parity = check_parity(load_model(checkpoint), fp32_path, windows[:PARITY_ROWS, :-1])
-        graphs = {half: _standard_graph(Path(scratch) / half, weights, matrices[half]) for half in matrices}
-        qualities = evaluate_forms(graphs.pop("fp32"), graphs, windows, data.byte_lengths)
+        quantizer = Quantizer(weights, data, options.quantize, options.max_bpb_ratio, Path(scratch))
+        singles = {"fp32": quantizer.quantize("fp32")}
+        parity = check_parity(
+            load_model(checkpoint),
+            _export(identity, Path(scratch) / "fp32", "fp32", singles, None, None, 0.0),
+            windows[:PARITY_ROWS, :-1],
+        )
+        singles |= {half: quantizer.quantize(half) for half in halves if half not in singles}
+        kv_scales = quantizer.kv_scales() if options.quantize.kv_dtype == "int8" else None
+        qualities = _score(quantizer, precisions, singles, kv_scales, windows, data)
     results = []
     for precision in precisions:
-        prefill, decode = split_pair(precision)
-        quality = worst(qualities[prefill], qualities[decode])
-        path = _export(identity, out_root / precision, precision, matrices, quality, parity.tolerance)
+        quality = qualities[precision]
+        path = _export(identity, out_root / precision, precision, singles, kv_scales, quality, parity.tolerance)
         results.append(_judge(precision, path, parity, quality, options.max_bpb_ratio))
         on_form(results[-1])
     return results
+
+
+def _score(
+    quantizer: Quantizer,
+    precisions: Sequence[str],
+    singles: Mapping[str, Quantized],
+    kv_scales: KVScales | None,
+    windows: NDArray[np.int64],
+    data: EvalData,
+) -> dict[str, Quality]:
+    """The quality of each precision; of a pair, in each figure the worse of its two graphs."""
+    graphs: dict[str, StandardGraph] = {}
+    for precision in precisions:
+        form = quantizer.form(precision, singles)
+        graphs[precision] = quantizer.graph(form.decode, kv_scales)
+        if form.is_pair:
+            graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, kv_scales)
+    if kv_scales is None:
+        graphs.pop("fp32", None)
+    found = evaluate_forms(quantizer.reference, graphs, windows, data.byte_lengths)
+    found.setdefault("fp32", found[REFERENCE])
+    return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in precisions}
 
 
 def export_form(
@@ -132,17 +156,17 @@ def export_form(
     prompts: NDArray[np.int64],
     corpus_sha256: str = "",
 ) -> Path:
-    """Build the bundle of one precision at `target` without scoring it; it appears whole or not at all.
+    """Build the bundle of one precision at `target`, rounded to nearest and not scored; it appears whole or not at all.
 
     `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from.
     """
     check_precision(precision)
     check_onnxruntime(ort.__version__, ONNXRUNTIME_MIN)
     weights = load_decoder_weights(checkpoint)
-    matrices = {half: quantize_matrices(weights, half, options.quantize) for half in split_pair(precision)}
+    singles = {half: round_to_nearest(weights, half, options.quantize) for half in split_pair(precision)}
     _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
     identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
-    return _export(identity, target, precision, matrices, None, SAFETY * torch_error)
+    return _export(identity, target, precision, singles, None, None, SAFETY * torch_error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,39 +193,31 @@ def _judge(precision: str, path: Path, parity: ParityResult, quality: Quality, l
     )
 
 
-def _standard_graph(folder: Path, weights: DecoderWeights, matrices: Matrices) -> StandardGraph:
-    folder.mkdir(exist_ok=True)
-    with DataFile(folder / DATA_NAME) as data:
-        model = build_graph("standard", weights, matrices, data)
-    (folder / "model.onnx").write_bytes(serialize(model))
-    return StandardGraph(folder / "model.onnx")
-
-
 def _export(
     identity: _Identity,
     target: Path,
     precision: str,
-    matrices: Mapping[str, Matrices],
+    singles: Mapping[str, Quantized],
+    kv_scales: KVScales | None,
     quality: Quality | None,
     rounding_error: float,
 ) -> Path:
     weights = identity.weights
-    prefill, decode = split_pair(precision)
+    form = pair_matrices(weights, precision, {half: q.matrices for half, q in singles.items()})
     with bundle.staged_folder(target) as stage:
         with DataFile(stage / DATA_NAME) as data:
-            for name, model in build_graphs(weights, precision, matrices, data).items():
+            for name, model in build_graphs(weights, precision, form, data, kv_scales=kv_scales).items():
                 (stage / name).write_bytes(serialize(model))
         bundle.copy_checkpoint_files(identity.checkpoint, stage)
         bundle.write_requirements(stage, ONNXRUNTIME_MIN)
         bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
-        values = _manifest_values(identity, precision, quality)
+        values = _manifest_values(identity, precision, singles, quality)
         bundle.write_manifest(stage, values)
         golden, tolerance = make_golden(
             load_bundle(stage, verify=False),
             weights,
-            matrices[prefill],
-            matrices[decode],
+            form,
             identity.prompts,
             rounding_error=rounding_error,
         )
@@ -211,7 +227,9 @@ def _export(
     return target
 
 
-def _manifest_values(identity: _Identity, precision: str, quality: Quality | None) -> dict[str, Any]:
+def _manifest_values(
+    identity: _Identity, precision: str, singles: Mapping[str, Quantized], quality: Quality | None
+) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
     options, cfg = identity.options, identity.weights.cfg
     return {
@@ -222,7 +240,7 @@ def _manifest_values(identity: _Identity, precision: str, quality: Quality | Non
         "model": bundle.model_entry(cfg),
         "graphs": graph_files(precision),
         "position_ids": cfg.architecture == "opt",
-        "kv_dtype": "float32",
+        "kv_dtype": options.quantize.kv_dtype,
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,
@@ -230,7 +248,10 @@ def _manifest_values(identity: _Identity, precision: str, quality: Quality | Non
         "golden": [],
         "tolerance": 0.0,
         "prompts": identity.prompts[:NUM_PROMPTS].tolist(),
-        "quantization": {},
+        "quantization": {
+            **dataclasses.asdict(options.quantize),
+            **{half: dict(singles[half].record) for half in split_pair(precision)},
+        },
         "quality": {} if quality is None else quality.as_dict(),
         "provenance": {
             "checkpoint_sha256": checkpoint_digest(identity.checkpoint),

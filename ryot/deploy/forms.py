@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx
 
 from ryot.config import PRECISIONS, unknown
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
-from ryot.deploy.matrices import BlockMatrix, Matrix, block_size_for, quantize_blocks, quantize_dynamic
+from ryot.deploy.matrices import Matrix, block_size_for, quantize_blocks, quantize_dynamic
 from ryot.deploy.weights import DecoderWeights
 from ryot.errors import ConfigError
 
 STANDARD_GRAPH = "model.onnx"
+KVDtype = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +25,8 @@ class QuantizeOptions:
 
     block_size: int = 128
     """Input features that share a scale in MatMulNBits; a matrix whose width it does not divide takes a smaller one."""
+    kv_dtype: KVDtype = "float32"
+    """Type of the key-value cache."""
     dynamic_bits: int = 7
     """Bits of dynamic-int8 weights: 7 where the CPU saturates (x86 without VNNI), 8 elsewhere."""
 
@@ -39,35 +43,61 @@ def split_pair(precision: str) -> tuple[str, str]:
     return prefill, decode or prefill
 
 
+def table_names(weights: DecoderWeights) -> list[str]:
+    """The embedding and, where it is a matrix of its own, the head."""
+    return ["embedding"] if weights.cfg.tie_embeddings else ["embedding", "head"]
+
+
+def num_bytes(matrices: Mapping[str, Matrix]) -> int:
+    """Bytes of all matrices in their forms."""
+    return sum(matrix.num_bytes for matrix in matrices.values())
+
+
 def quantize_matrices(weights: DecoderWeights, precision: str, options: QuantizeOptions) -> dict[str, Matrix]:
     """Each matrix in the form of a single (not paired) precision, rounded to nearest.
 
-    Embedding and head are blocks of 8 bits in every quantized form: a tied one serves lookup and product with the same
-    bytes, and one row a token gains nothing from the dynamic kernel.
+    The embedding is in blocks in every quantized form, and so is a head that is tied to it: lookup and product read
+    the same bytes. A head of its own has the kind of the other matrices.
     """
     matrices = float_matrices(weights)
     if precision == "fp32":
         return matrices
-    tables: dict[str, Matrix] = {
-        name: quantize_table(weights, name, options) for name in ("embedding", "head") if name in matrices
-    }
-    inner = [name for name in weights.linears if name != "head"]
-    if precision == "int8-dyn":
-        linears: dict[str, Matrix] = {
-            name: quantize_dynamic(weights[f"{name}.weight"], bits=options.dynamic_bits) for name in inner
-        }
-    else:
-        bits = {"int8": 8, "int4": 4}[precision]
-        linears = {
-            name: quantize_blocks(weights[f"{name}.weight"], bits=bits, block_size=options.block_size) for name in inner
-        }
-    return {**tables, **linears}
+    bits = 4 if precision == "int4" else 8
+    for name in matrices:
+        values = weights[f"{name}.weight"]
+        if precision == "int8-dyn" and name != "embedding":
+            matrices[name] = quantize_dynamic(values, bits=options.dynamic_bits)
+            continue
+        block_size = options.block_size
+        if name in table_names(weights):
+            # Rows without padding, which a lookup needs.
+            block_size = block_size_for(weights.cfg.dim, block_size)
+        matrices[name] = quantize_blocks(values, bits=bits, block_size=block_size)
+    return matrices
 
 
-def quantize_table(weights: DecoderWeights, name: str, options: QuantizeOptions, *, bits: int = 8) -> BlockMatrix:
-    """The embedding or the head in blocks that divide the width, so that lookup and product read the same bytes."""
-    block_size = block_size_for(weights.cfg.dim, options.block_size)
-    return quantize_blocks(weights[f"{name}.weight"], bits=bits, block_size=block_size)
+@dataclass(frozen=True, slots=True)
+class FormMatrices:
+    """The matrices of the two fast graphs of a form; one and the same mapping unless it is a pair."""
+
+    prefill: Mapping[str, Matrix]
+    decode: Mapping[str, Matrix]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.prefill is not self.decode
+
+
+def pair_matrices(weights: DecoderWeights, precision: str, singles: Mapping[str, Mapping[str, Matrix]]) -> FormMatrices:
+    """The matrices of a form, made of those of the single precisions.
+
+    A pair has one embedding and one head, those of its decode half: prefill uses them for a row a prompt.
+    """
+    prefill, decode = split_pair(precision)
+    if prefill == decode:
+        return FormMatrices(singles[decode], singles[decode])
+    tables = {name: singles[decode][name] for name in table_names(weights)}
+    return FormMatrices({**singles[prefill], **tables}, singles[decode])
 
 
 def graph_files(precision: str) -> dict[str, str]:
@@ -81,26 +111,25 @@ def graph_files(precision: str) -> dict[str, str]:
 def build_graphs(
     weights: DecoderWeights,
     precision: str,
-    matrices: Mapping[str, Mapping[str, Matrix]],
+    matrices: FormMatrices,
     data: DataFile,
     *,
     kv_scales: KVScales | None = None,
 ) -> dict[str, onnx.ModelProto]:
-    """The graphs of a form by file name; `matrices` holds the matrices of each precision that it is made of.
+    """The graphs of a form by file name.
 
     A pair's standard graph is that of its decode half: the smaller error and the kernel that both phases can use.
     """
-    prefill, decode = split_pair(precision)
     files = graph_files(precision)
 
-    def build(kind: GraphKind, half: str, scales: KVScales | None = kv_scales) -> onnx.ModelProto:
-        return build_graph(kind, weights, matrices[half], data, kv_scales=scales)
+    def build(kind: GraphKind, chosen: Mapping[str, Matrix]) -> onnx.ModelProto:
+        return build_graph(kind, weights, chosen, data, kv_scales=kv_scales)
 
     # Decode's weights come first in the file: they are read at every token.
-    graphs = {files["decode"]: build("fast" if prefill == decode else "step", decode)}
-    if prefill != decode:
-        graphs[files["prefill"]] = build("fast", prefill)
-    graphs[files["standard"]] = build("standard", decode)
+    graphs = {files["decode"]: build("step" if matrices.is_pair else "fast", matrices.decode)}
+    if matrices.is_pair:
+        graphs[files["prefill"]] = build("fast", matrices.prefill)
+    graphs[files["standard"]] = build("standard", matrices.decode)
     return graphs
 
 

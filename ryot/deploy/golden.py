@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.datafile import DataFile
-from ryot.deploy.graph import build_graph
+from ryot.deploy.forms import FormMatrices
 from ryot.deploy.matrices import FloatMatrix, Matrix
-from ryot.deploy.standard import StandardGraph
+from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights, FloatArray
-from ryot.edge.bundle import DATA_NAME, Bundle
+from ryot.edge.bundle import Bundle
 from ryot.edge.session import Decoder as EdgeDecoder
 
 NUM_GOLDEN = 4
@@ -29,37 +28,33 @@ PROMPT_SHARE, ANSWER_SHARE = 4, 8
 
 
 def exact_graph(weights: DecoderWeights, matrices: Mapping[str, Matrix], folder: Path) -> StandardGraph:
-    """The standard graph in float32 arithmetic on the dequantized weights, written into `folder`."""
+    """The standard graph in float32 arithmetic on the dequantized weights, written into the new folder `folder`."""
+    folder.mkdir()
     exact = {name: FloatMatrix(matrix.dequantize()) for name, matrix in matrices.items()}
-    with DataFile(folder / DATA_NAME) as data:
-        model = build_graph("standard", weights, exact, data)
-    (folder / "exact.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    return StandardGraph(folder / "exact.onnx")
+    return write_standard_graph(folder, weights, exact)
 
 
 def make_golden(
     bundle: Bundle,
     weights: DecoderWeights,
-    prefill: Mapping[str, Matrix],
-    decode: Mapping[str, Matrix],
+    form: FormMatrices,
     prompts: NDArray[np.int64],
     *,
     rounding_error: float,
 ) -> tuple[list[dict[str, Any]], float]:
     """(golden prompts as the manifest has them, tolerance) of the graphs in `bundle`.
 
-    `prefill` and `decode` are the matrices of the two graphs, `rounding_error` is what float32 alone may change in a
-    logit. Of the held-out `prompts` [n, context] the longest answers whose margins are all above the tolerance are
-    kept, at most `NUM_GOLDEN`; a model that is never that sure gets none.
+    `rounding_error` is what float32 alone may change in a logit. Of the held-out `prompts` [n, context] the longest
+    answers whose margins are all above the tolerance are kept, at most `NUM_GOLDEN`; a model that is never that sure
+    gets none.
     """
     context = weights.cfg.max_seq_len
     num_prompt, num_answer = max(1, context // PROMPT_SHARE), max(1, context // ANSWER_SHARE)
     with tempfile.TemporaryDirectory(prefix="ryot-golden-") as scratch:
-        folders = [Path(scratch) / half for half in ("prefill", "decode")]
-        for folder in folders:
-            folder.mkdir()
-        exact_prefill = exact_graph(weights, prefill, folders[0])
-        exact_decode = exact_prefill if prefill is decode else exact_graph(weights, decode, folders[1])
+        exact_prefill = exact_graph(weights, form.prefill, Path(scratch) / "prefill")
+        exact_decode = exact_prefill
+        if form.is_pair:
+            exact_decode = exact_graph(weights, form.decode, Path(scratch) / "decode")
         decoder = EdgeDecoder(bundle)
         answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
         noise = 0.0

@@ -61,9 +61,13 @@ def build_graph(
     data: DataFile,
     *,
     kv_scales: KVScales | None = None,
+    taps: bool = False,
 ) -> onnx.ModelProto:
-    """One graph of the decoder; its constants go to `data`."""
-    return _DecoderGraph(kind, weights, matrices, data, kv_scales).build()
+    """One graph of the decoder; its constants go to `data`.
+
+    With `taps` the input [batch, sequence, K] of each matrix product is an output too, named `NAME.tap`.
+    """
+    return _DecoderGraph(kind, weights, matrices, data, kv_scales, taps).build()
 
 
 class _DecoderGraph:
@@ -74,8 +78,9 @@ class _DecoderGraph:
         matrices: Mapping[str, Matrix],
         data: DataFile,
         kv_scales: KVScales | None,
+        taps: bool,
     ):
-        self.kind, self.weights, self.matrices, self.kv_scales = kind, weights, matrices, kv_scales
+        self.kind, self.weights, self.matrices, self.kv_scales, self.taps = kind, weights, matrices, kv_scales, taps
         self.cfg = weights.cfg
         self.g = GraphBuilder(f"{self.cfg.architecture}_{kind}", data)
 
@@ -148,8 +153,13 @@ class _DecoderGraph:
         # In the last layer only attention looks at other positions; what follows it is needed for one token.
         return blocks.last_position(self.g, x) if self.kind == "fast" else x
 
-    def _linear(self, x: str, name: str, *, bias: bool = False) -> str:
-        return blocks.linear(self.g, x, name, self.matrices[name], self.weights[f"{name}.bias"] if bias else None)
+    def _linear(self, x: str, name: str, *, bias: bool = False, out: str = "") -> str:
+        if self.taps:
+            self.g.node("Identity", [x], [f"{name}.tap"])
+            width = self.weights[f"{name}.weight"].shape[1]
+            self.g.output(f"{name}.tap", TensorProto.FLOAT, ["batch", "sequence_length", width])
+        vector = self.weights[f"{name}.bias"] if bias else None
+        return blocks.linear(self.g, x, name, self.matrices[name], vector, out)
 
     def _attention(self, qkv: str, layer: int, rotary: tuple[str, str] | None) -> str:
         scales = None
@@ -171,8 +181,7 @@ class _DecoderGraph:
         )
 
     def _head(self, x: str) -> None:
-        name = "embedding" if self.cfg.tie_embeddings else "head"
-        logits = blocks.linear(self.g, x, name, self.matrices[name], out="logits")
+        logits = self._linear(x, self.weights.head, out="logits")
         if self.kind == "standard":
             self.g.output(logits, TensorProto.FLOAT, ["batch", "sequence_length", self.cfg.vocab_size])
             return

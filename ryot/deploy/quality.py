@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from ryot.deploy.standard import StandardGraph
 
+#: Name of the float32 graphs among the results.
+REFERENCE = "reference"
 #: Held-out tokens that a quality figure is taken over, at least.
 MIN_TOKENS = 20_000
 #: Bits per byte of a form over those of fp32, above which it is no candidate for the bundle.
@@ -64,17 +66,17 @@ def evaluate_forms(
     windows: NDArray[np.int64],
     byte_lengths: NDArray[np.int64],
 ) -> dict[str, Quality]:
-    """The quality of each form on `windows` int64 [n, T + 1], and of the reference itself under `fp32`.
+    """The quality of each form on `windows` int64 [n, T + 1], and of the reference itself under `REFERENCE`.
 
     Windows go through one at a time: dynamic int8 takes one activation scale for all rows of a call, and on the
     device a call has one row.
     """
-    sums = {name: np.zeros(3) for name in ("fp32", *forms)}
+    sums = {name: np.zeros(3) for name in (REFERENCE, *forms)}
     for window in windows:
         ids, targets = window[None, :-1], torch.from_numpy(window[1:])
         expected = _log_probabilities(reference, ids)
         best, probabilities = expected.argmax(-1), expected.exp()
-        sums["fp32"] += (F.nll_loss(expected, targets, reduction="sum").item(), 0.0, len(targets))
+        sums[REFERENCE] += (F.nll_loss(expected, targets, reduction="sum").item(), 0.0, len(targets))
         for name, graph in forms.items():
             found = _log_probabilities(graph, ids)
             sums[name] += (
@@ -89,7 +91,7 @@ def evaluate_forms(
             tokens=num_tokens,
             loss=float(nats / num_tokens),
             bpb=float(nats / num_bits),
-            bpb_ratio=float(nats / sums["fp32"][0]),
+            bpb_ratio=float(nats / sums[REFERENCE][0]),
             # Two equal distributions differ by rounding, which may come out below 0.
             kl=max(0.0, float(kl / num_tokens)),
             top1=float(agree / num_tokens),

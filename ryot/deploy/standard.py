@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ryot.deploy.weights import FloatArray
+from ryot.deploy.datafile import DataFile
+from ryot.deploy.graph import KVScales, build_graph
+from ryot.deploy.matrices import Matrix
+from ryot.deploy.weights import DecoderWeights, FloatArray
+from ryot.edge.bundle import DATA_NAME
 from ryot.edge.session import ORT_ERRORS, build_session_options
 from ryot.errors import ExportError
 
@@ -37,6 +42,17 @@ class StandardGraph:
 
         With a cache the fused attention takes either one row or one new token.
         """
+        results = self._run(ids_BS, past)
+        logits = results.pop("logits")
+        return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
+
+    def run_taps(self, ids_BS: NDArray[np.int64]) -> dict[str, FloatArray]:
+        """Inputs [B * S, K] of each matrix product of a graph that was built with taps."""
+        results = self._run(ids_BS, None)
+        taps = {name.removesuffix(".tap"): x for name, x in results.items() if name.endswith(".tap")}
+        return {name: x.reshape(-1, x.shape[-1]) for name, x in taps.items()}
+
+    def _run(self, ids_BS: NDArray[np.int64], past: Past | None) -> dict[str, NDArray]:
         B, S = ids_BS.shape
         past = self._empty(B) if past is None else past
         start = next(iter(past.values())).shape[2]
@@ -45,9 +61,7 @@ class StandardGraph:
             feed["attention_mask"] = np.ones((B, start + S), np.int64)
         if "position_ids" in self._names:
             feed["position_ids"] = np.tile(np.arange(start, start + S, dtype=np.int64), (B, 1))
-        results = dict(zip(self._outputs, self._session.run(self._outputs, feed)))
-        logits = results.pop("logits")
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
+        return dict(zip(self._outputs, self._session.run(self._outputs, feed)))
 
     def _empty(self, batch_size: int) -> Past:
         dtypes = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
@@ -55,3 +69,19 @@ class StandardGraph:
             name: np.zeros((batch_size, heads, 0, head_dim), dtypes[kind])
             for name, (heads, head_dim, kind) in self._past.items()
         }
+
+
+def write_standard_graph(
+    folder: Path,
+    weights: DecoderWeights,
+    matrices: Mapping[str, Matrix],
+    *,
+    kv_scales: KVScales | None = None,
+    taps: bool = False,
+) -> StandardGraph:
+    """Build the standard graph alone in an empty folder and load it."""
+    with DataFile(folder / DATA_NAME) as data:
+        model = build_graph("standard", weights, matrices, data, kv_scales=kv_scales, taps=taps)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return StandardGraph(path)

@@ -33,6 +33,11 @@ class DecoderWeights:
         return self.arrays[name]
 
     @property
+    def head(self) -> str:
+        """Name of the output matrix; the embedding's when tied."""
+        return "embedding" if self.cfg.tie_embeddings else "head"
+
+    @property
     def linears(self) -> list[str]:
         """Names (without `.weight`) of the matrices that a matrix product uses, in the order they are used.
 

@@ -99,15 +99,16 @@ def test_equal_bytes_are_stored_once(checkpoint, precision, tmp_path):
     cfg = model.cfg
     tables = cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
     inner = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers"))
-    inner_bytes = {
-        "fp32": 4 * inner,
-        "int8-dyn": inner,
-        "int8": inner,
-        "int4": inner / 2,
-        "int8-dyn+int8": 2 * inner,
-        "int8-dyn+int4": 1.5 * inner,
+    # Bytes a value of the matrices inside the layers and of the tables; a pair has one set of tables.
+    inner_bytes, table_bytes = {
+        "fp32": (4, 4),
+        "int8-dyn": (1, 1),
+        "int8": (1, 1),
+        "int4": (0.5, 0.5),
+        "int8-dyn+int8": (2, 1),
+        "int8-dyn+int4": (1.5, 0.5),
     }[precision]
-    expected = inner_bytes + tables * (4 if precision == "fp32" else 1)
+    expected = inner_bytes * inner + table_bytes * tables
     # Beyond the codes: scales (at most 4 bytes for 32 codes), norms and biases, rotary or position tables, alignment.
     allowance = 0.125 * expected + 40_000
     assert expected <= (tmp_path / "b" / DATA_NAME).stat().st_size <= expected + allowance

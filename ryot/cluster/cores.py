@@ -20,7 +20,11 @@ class CoreClaim:
     """Exclusive hold on some cores of this machine until `release` or the end of the process."""
 
     def __init__(self, count: int, *, timeout_s: float = 5.0):
-        """Claim `count` cores of those this process may use; without as many in time `cores` stays empty."""
+        """Claim `count` cores of those this process may use; without as many in time `cores` stays empty.
+
+        The parent's cores are looked at: Ray reuses worker processes, and an earlier task may have pinned this one.
+        """
+        self._candidates = sorted(os.sched_getaffinity(os.getppid()))
         self.cores: list[int] = []
         self._sockets: list[socket.socket] = []
         deadline = time.monotonic() + timeout_s
@@ -28,7 +32,7 @@ class CoreClaim:
             time.sleep(0.1)
 
     def _try_claim(self, count: int) -> bool:
-        for core in sorted(os.sched_getaffinity(0)):
+        for core in self._candidates:
             claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 claim.bind(f"\0ryot/core/{core}")

@@ -39,6 +39,8 @@ def unpack_folder(packed: bytes, folder: Path) -> None:
         draft.chmod(0o755)
         draft.replace(folder)
         fsync_folder(folder.parent)
+    except tarfile.TarError as error:
+        raise ClusterError(f"{folder}: what came is no folder that can be trusted ({error})") from error
     except OSError as error:
         raise ClusterError(
             f"{folder}: cannot be written ({error.strerror})", hint="make room, then resume the run"

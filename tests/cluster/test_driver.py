@@ -1,0 +1,236 @@
+"""The scheduler with a real Ray: what is trained, what is lost, what counts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from ryot.cluster.jobs import DriverOptions, TrainResult
+from ryot.cluster.runtime import EmbeddedCluster
+from ryot.config import KernelPlan, replace
+from ryot.errors import ClusterError, TrainingError
+from ryot.train.checkpoint import checkpoint_digest
+from ryot.train.dataset import Dataset
+from ryot.train.loop import Trainer
+from tests.cluster.conftest import SHORT, Recorder, learned, planned, records, train, workers_of
+
+
+@pytest.fixture(scope="module")
+def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the standard training of this module learns, computed in this process without any of the driver."""
+    job = planned(dataset)
+    trainer = Trainer(job.job, job.plan)
+    trainer.run_slice(600)
+    path = tmp_path_factory.mktemp("expected") / "checkpoint"
+    trainer.save(path)
+    return learned(path)
+
+
+def test_a_training_in_slices_learns_what_one_in_a_piece_learns(
+    cluster: EmbeddedCluster, dataset: Dataset, expected: str, tmp_path: Path
+) -> None:
+    seen = Recorder()
+    [result] = train(tmp_path, [planned(dataset)], cluster, emit=seen)
+    assert learned(result.checkpoint) == expected
+    assert (result.step, result.attempts, result.cached, result.error) == (60, 1, False, None)
+    assert len(records(tmp_path, "checkpoint")) > 1
+    assert result.sha256 == checkpoint_digest(result.checkpoint)
+    evals = [e for e in seen.events if e.kind == "eval" and e.split == "val"]
+    assert result.facts["val_loss"] == evals[-1].loss
+    assert result.facts["initial_val_loss"] == evals[0].loss
+    assert result.facts["tokens"] == 60 * 4 * 32
+    assert [row[0] for row in result.facts["evals"]] == [e.step for e in evals]
+
+
+def test_a_killed_worker_costs_no_accepted_step_and_changes_no_weight(
+    cluster: EmbeddedCluster, dataset: Dataset, expected: str, tmp_path: Path
+) -> None:
+    def kill() -> None:
+        [worker] = workers_of(cluster.folder)
+        os.kill(worker, signal.SIGKILL)
+
+    seen = Recorder("checkpoint", kill, after=2)
+    [result] = train(tmp_path, [planned(dataset)], cluster, emit=seen)
+    assert learned(result.checkpoint) == expected
+    assert result.attempts == 2
+    steps = [e.step for e in seen.events if e.kind == "checkpoint"]
+    assert steps == sorted(set(steps))
+    [lost] = seen.details("lost")
+    assert "ActorDiedError" in lost
+    assert f"again from step {steps[1]}" in lost
+    # Of two attempts only what counts is left on disk.
+    kept = sorted(p.name for p in (tmp_path / "variants/optimized/seed-0").glob("attempt-*/*"))
+    assert kept == [f"step-{step:08d}" for step in steps[-SHORT.keep_checkpoints :]]
+
+
+def test_a_worker_given_up_that_goes_on_writing_spoils_nothing(
+    cluster: EmbeddedCluster, dataset: Dataset, expected: str, tmp_path: Path
+) -> None:
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.extend(workers_of(cluster.folder))
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    def let_go_on() -> None:
+        os.kill(stopped[0], signal.SIGCONT)
+
+    class Both(Recorder):
+        def __call__(self, event) -> None:
+            super().__call__(event)
+            if event.kind == "stage" and event.status == "lost":
+                let_go_on()
+
+    seen = Both("checkpoint", stop)
+    # A worker that hangs is lost once its slice is overdue.
+    options = replace(SHORT, slice_timeout_s=3.0)
+    [result] = train(tmp_path, [planned(dataset)], cluster, options=options, emit=seen)
+    assert learned(result.checkpoint) == expected
+    assert (
+        "no report within 3 s" in " ".join(r for r in seen.details("lost")) or "TimeoutError" in seen.details("lost")[0]
+    )
+    first = [r for r in records(tmp_path, "checkpoint") if r["attempt"] == 1]
+    assert len(first) == 1
+    assert [r["attempt"] for r in records(tmp_path, "attempt")] == [1, 2]
+
+
+def test_more_trainings_than_cores_all_end_longest_first(
+    cluster: EmbeddedCluster, dataset: Dataset, expected: str, tmp_path: Path
+) -> None:
+    seen = Recorder()
+    jobs = [
+        planned(dataset, steps=12, seed=1),
+        planned(dataset, steps=12, seed=2),
+        planned(dataset, "baseline", steps=12),
+    ]
+    jobs.append(planned(dataset))
+    results = train(tmp_path, jobs, cluster, emit=seen)
+    assert [(r.variant, r.seed, r.step) for r in results] == [
+        ("optimized", 1, 12),
+        ("optimized", 2, 12),
+        ("baseline", 0, 12),
+        ("optimized", 0, 60),
+    ]
+    # A worker that has trained others before learns the same.
+    assert learned(results[3].checkpoint) == expected
+    begun = [(e.variant, e.seed) for e in seen.events if e.kind == "stage" and e.status == "begin"]
+    assert begun.index(("optimized", 0)) <= 1
+
+
+def test_a_breached_gate_fails_its_variant_and_no_other(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    wild = planned(dataset, "baseline", steps=60, learning_rate=1e6, clip_norm=1e9)
+    failed, fine = train(tmp_path, [wild, planned(dataset, steps=12)], cluster)
+    assert isinstance(failed.error, TrainingError)
+    assert str(failed.error).startswith("gate ")
+    assert (fine.error, fine.step) == (None, 12)
+    again, _ = train(tmp_path, [wild, planned(dataset, steps=12)], cluster)
+    assert again.cached
+    assert str(again.error) == str(failed.error)
+
+
+def test_an_ended_training_is_not_done_again_and_a_changed_one_is(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    [first] = train(tmp_path, [planned(dataset, steps=12)], cluster)
+    [second] = train(tmp_path, [planned(dataset, steps=12)], cluster)
+    assert second.cached
+    assert (second.checkpoint, second.facts) == (first.checkpoint, first.facts)
+    [third] = train(tmp_path, [planned(dataset, steps=16)], cluster)
+    assert not third.cached
+    assert third.step == 16
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    cluster: EmbeddedCluster, dataset: Dataset, expected: str, tmp_path: Path, harm: str
+) -> None:
+    [result] = train(tmp_path, [planned(dataset)], cluster)
+    before = records(tmp_path, "checkpoint")[-2]
+    if harm == "changed":
+        weights = result.checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    else:
+        shutil.rmtree(result.checkpoint)
+    seen = Recorder()
+    [again] = train(tmp_path, [planned(dataset)], cluster, emit=seen)
+    assert learned(again.checkpoint) == expected
+    [said] = seen.details("rejected")
+    assert f"going on from step {before['step']}" in said
+    assert ("has changed since it was accepted" if harm == "changed" else "is missing") in said
+    assert seen.details("begin")[0].startswith(f"step {before['step']} on ")
+
+
+def test_results_are_handed_over_in_a_thread_while_others_train(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    handed: list[tuple[str, str]] = []
+    long_done = threading.Event()
+
+    def on_done(result: TrainResult) -> None:
+        handed.append((result.variant, threading.current_thread().name))
+        if result.variant == "optimized":
+            # The scheduler goes on: the longer training can end while this one's callback still runs.
+            assert long_done.wait(timeout=60)
+
+    class Watch(Recorder):
+        def __call__(self, event) -> None:
+            if event.kind == "stage" and event.status == "end" and event.variant == "baseline":
+                long_done.set()
+
+    train(tmp_path, [planned(dataset, "baseline"), planned(dataset, steps=4)], cluster, emit=Watch(), on_done=on_done)
+    assert [name for name, _ in handed] == ["optimized", "baseline"]
+    assert {thread for _, thread in handed} == {"on-done"}
+
+
+def test_what_a_callback_raises_comes_out_once_all_trainings_have_ended(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    def on_done(result: TrainResult) -> None:
+        raise ClusterError("no export today")
+
+    with pytest.raises(ClusterError, match="no export today"):
+        train(tmp_path, [planned(dataset, steps=12)], cluster, on_done=on_done)
+    assert len(records(tmp_path, "done")) == 1
+
+
+def test_threads_that_no_node_has_are_refused_before_anything_waits(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    job = replace(planned(dataset), plan=KernelPlan(threads=512))
+    with pytest.raises(ClusterError, match="training needs 512 CPUs on one node, but the largest of 1 nodes has"):
+        train(tmp_path, [job], cluster)
+
+
+def test_a_worker_that_dies_again_and_again_fails_its_training_with_the_reason(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    class Killer(Recorder):
+        def __call__(self, event) -> None:
+            super().__call__(event)
+            if event.kind == "stage" and event.status == "begin":
+                for worker in workers_of(cluster.folder):
+                    os.kill(worker, signal.SIGKILL)
+
+    seen = Killer()
+    options = DriverOptions(slice_s=60, backoff_s=0.05, max_losses=2)
+    [result] = train(tmp_path, [planned(dataset, steps=4000)], cluster, options=options, emit=seen)
+    assert "lost 3 workers in a row" in str(result.error)
+    assert result.checkpoint is None
+    # That is no fault of the recipe: a resumed run tries again.
+    [again] = train(tmp_path, [replace(planned(dataset, steps=4000), digest="x")], cluster, options=options, emit=seen)
+    assert not again.cached
+
+
+def test_a_time_limit_stops_as_a_signal_does(cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path) -> None:
+    from ryot.errors import Interrupted
+
+    options = replace(SHORT, max_hours=1e-9)
+    with pytest.raises(Interrupted, match="the time limit was reached"):
+        train(tmp_path, [planned(dataset)], cluster, options=options)

@@ -1,0 +1,178 @@
+"""What touches the machine: cores, the keeper process, addresses, signals. No Ray."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ryot.cluster import keeper
+from ryot.cluster.address import PROBE_S, probe_address, resolve_address
+from ryot.cluster.cores import CoreClaim
+from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.errors import ClusterError, ConfigError
+
+CLAIM = """
+import threading
+from ryot.cluster.cores import CoreClaim, pin_process
+waiting = threading.Event()
+threads = [threading.Thread(target=waiting.wait, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+claim = CoreClaim(1, timeout_s=0.2)
+if claim.cores:
+    pin_process(claim.cores)
+print(*claim.cores, flush=True)
+input()
+"""
+
+
+def test_workers_get_different_cores_with_all_their_threads_and_a_dead_one_frees_its_own() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    holders = [subprocess.Popen([sys.executable, "-c", CLAIM], stdin=-1, stdout=-1, text=True) for _ in cores]
+    try:
+        claimed = []
+        for holder in holders:
+            assert holder.stdout is not None
+            claimed.append(int(holder.stdout.readline()))
+            for task in Path(f"/proc/{holder.pid}/task").iterdir():
+                assert os.sched_getaffinity(int(task.name)) == {claimed[-1]}
+        assert sorted(claimed) == cores
+        assert CoreClaim(1, timeout_s=0).cores == []
+        holders[0].kill()
+        holders[0].wait()
+        freed = CoreClaim(1, timeout_s=2)
+        assert freed.cores == claimed[:1]
+        freed.release()
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+
+
+def test_the_keeper_ends_the_processes_and_removes_the_folder_of_a_killed_driver() -> None:
+    base = Path(tempfile.mkdtemp(prefix="ryot-test-", dir="/tmp"))
+    # A driver that does what runtime.py does, with a plain process in the place of Ray's.
+    program = f"""
+import subprocess, sys, time
+from pathlib import Path
+from ryot.cluster import runtime, keeper
+runtime.tempfile.tempdir = {str(base)!r}
+with runtime._temporary_folder() as folder:
+    child = subprocess.Popen(["sleep", "60"], env={{keeper.MARK: str(folder)}}, start_new_session=True)
+    print(folder, child.pid, flush=True)
+    time.sleep(60)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    name, child = driver.stdout.readline().split()
+    assert Path(name).exists()
+    assert keeper.find_marked(Path(name)) == [int(child)]
+    assert keeper.sweep_stale(base, min_age_s=0) == []
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    driver.stdout.close()
+    gone = psutil.wait_procs([psutil.Process(int(child))] if psutil.pid_exists(int(child)) else [], timeout=10)[1] == []
+    assert gone
+    deadline = time.monotonic() + 10
+    while Path(name).exists():
+        assert time.monotonic() < deadline
+    base.rmdir()
+
+
+def test_a_folder_whose_driver_and_keeper_are_dead_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
+    dead, lock = keeper.make_folder(tmp_path)
+    os.close(lock)
+    alive, lock = keeper.make_folder(tmp_path)
+    (tmp_path / f"{keeper.PREFIX}not-ours").mkdir()
+    left_over = subprocess.Popen(["sleep", "60"], env={keeper.MARK: str(dead)})
+    assert keeper.sweep_stale(tmp_path, min_age_s=0) == [dead]
+    assert left_over.wait(timeout=5) == -signal.SIGKILL
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, f"{keeper.PREFIX}not-ours"])
+    os.close(lock)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "a Ray Client address, expected HOST:PORT"),
+        ("head", "expected HOST:PORT or auto"),
+        ("head:port", "expected HOST:PORT or auto"),
+        ("head:70000", "expected HOST:PORT or auto"),
+    ],
+)
+def test_what_is_no_address_is_refused(address: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve_address(address)
+
+
+def test_auto_is_ray_address_when_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert resolve_address("auto") == ("10.0.0.1", 6379)
+
+
+def test_a_dead_port_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ClusterError, match=f"127.0.0.1:{port}: cannot connect"):
+        probe_address("127.0.0.1", port)
+
+
+def test_a_silent_port_is_given_up_in_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        begin = time.monotonic()
+        with pytest.raises(ClusterError, match="no answer within 3 s"):
+            probe_address("127.0.0.1", server.getsockname()[1])
+    # One connect, which succeeds, and one read.
+    assert time.monotonic() - begin < PROBE_S + 2
+
+
+def test_a_port_that_speaks_something_else_is_no_ray_head() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ClusterError, match="what answers there is no Ray head"):
+            probe_address("127.0.0.1", server.server_address[1])
+        server.shutdown()
+
+
+def test_a_folder_travels_as_bytes_and_a_hostile_one_stays_inside(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "training").mkdir(parents=True)
+    (source / "a.bin").write_bytes(b"\0\1\2")
+    (source / "training/b").write_text("b")
+    unpack_folder(pack_folder(source), tmp_path / "copy")
+    assert (tmp_path / "copy/a.bin").read_bytes() == b"\0\1\2"
+    assert (tmp_path / "copy/training/b").read_text() == "b"
+    (source / "link").symlink_to("/etc/passwd")
+    with pytest.raises(ClusterError, match="link"):
+        unpack_folder(pack_folder(source), tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "source"]
+
+
+def test_the_first_signal_asks_the_second_insists_and_the_third_ends(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from ryot.cluster.signals import StopSignals
+with StopSignals() as signals:
+    assert not signals.stop
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signals.stop and not signals.stop_at_once
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.stop_at_once
+    print("twice", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "twice\n")
+    assert "stopping after the slice in flight" in done.stderr

@@ -1,0 +1,64 @@
+"""A driver to be killed and stopped: trains two small variants in RUN_DIR and prints each event as a JSON line.
+
+    train_program.py RUN_DIR DATASET_DIR [--address HOST:PORT] [--steps N]
+
+Exits as `ryot-deploy` does: with the code of the error, which is printed on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ryot.cluster.driver import train_variants
+from ryot.cluster.jobs import DriverOptions
+from ryot.cluster.journal import Journal, RunLock
+from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.errors import RyotError
+from ryot.events import Event, event_to_dict
+from ryot.train.dataset import load_dataset
+from tests.cluster.conftest import planned
+
+
+def say(values: dict) -> None:
+    """One JSON line on stdout, at once."""
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("dataset_dir", type=Path)
+    parser.add_argument("--address")
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.dataset_dir)
+    jobs = [planned(dataset, name, steps=arguments.steps) for name in ("baseline", "optimized")]
+    options = DriverOptions(slice_s=0.15, checkpoint_every_s=0.0, backoff_s=0.1)
+
+    def tell(event: Event) -> None:
+        say(event_to_dict(event))
+
+    arguments.run_dir.mkdir(exist_ok=True)
+    with RunLock(arguments.run_dir):
+        journal = Journal(arguments.run_dir)
+        journal.open_run()
+        with open_cluster(ClusterOptions(address=arguments.address), log_dir=arguments.run_dir / "logs") as cluster:
+            results = train_variants(
+                jobs, cluster=cluster, run_dir=arguments.run_dir, journal=journal, emit=tell, options=options
+            )
+    for result in results:
+        print(
+            json.dumps({"kind": "result", "variant": result.variant, "checkpoint": str(result.checkpoint)}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RyotError as error:
+        sys.stderr.write(f"Error: {error}\nhint: {error.hint}\n")
+        sys.exit(error.exit_code)

@@ -18,7 +18,7 @@ from typing import Any
 
 import ryot
 from ryot.config import ModelConfig
-from ryot.deploy.forms import STANDARD_GRAPH
+from ryot.deploy.forms import STANDARD_GRAPH, graph_files
 from ryot.edge import bundle as edge_bundle
 from ryot.errors import ExportError
 
@@ -163,9 +163,9 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 
 
-def model_entry(cfg: ModelConfig) -> dict[str, Any]:
-    """The manifest's `model` table."""
-    return {
+def graph_entries(cfg: ModelConfig, precision: str, kv_dtype: str) -> dict[str, Any]:
+    """What the manifest says about the model and how its graphs are fed."""
+    model = {
         "architecture": cfg.architecture,
         "vocab_size": cfg.vocab_size,
         "dim": cfg.dim,
@@ -177,6 +177,13 @@ def model_entry(cfg: ModelConfig) -> dict[str, Any]:
         "context_length": cfg.max_seq_len,
         "num_parameters": cfg.num_parameters,
         "tie_embeddings": cfg.tie_embeddings,
+    }
+    return {
+        "model": model,
+        "precision": precision,
+        "graphs": graph_files(precision),
+        "position_ids": cfg.architecture == "opt",
+        "kv_dtype": kv_dtype,
     }
 
 

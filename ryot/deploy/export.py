@@ -25,7 +25,6 @@ from ryot.deploy.forms import (
     QuantizeOptions,
     build_graphs,
     check_precision,
-    graph_files,
     pair_matrices,
     serialize,
     split_pair,
@@ -43,8 +42,9 @@ from ryot.train.hf import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
 
-#: Oldest onnxruntime whose CPU kernels run these graphs.
-ONNXRUNTIME_MIN = "1.24"
+#: Oldest onnxruntime that is supported, and the oldest whose attention takes an int8 cache (1.24.4 refuses the graph;
+#: tried with 1.24 to 1.32).
+ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.25"
 #: Held-out prompts of the context's length that a bundle carries, for measuring.
 NUM_PROMPTS = 16
 
@@ -98,7 +98,7 @@ def export_variant(
     """
     for precision in precisions:
         check_precision(precision)
-    check_onnxruntime(ort.__version__, ONNXRUNTIME_MIN)
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
     weights = load_decoder_weights(checkpoint)
     context = weights.cfg.max_seq_len
     windows = quality_windows(data, options.split, context)
@@ -161,12 +161,17 @@ def export_form(
     `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from.
     """
     check_precision(precision)
-    check_onnxruntime(ort.__version__, ONNXRUNTIME_MIN)
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
     weights = load_decoder_weights(checkpoint)
     singles = {half: round_to_nearest(weights, half, options.quantize) for half in split_pair(precision)}
     _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
     identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
     return _export(identity, target, precision, singles, None, None, SAFETY * torch_error)
+
+
+def onnxruntime_min(options: QuantizeOptions) -> str:
+    """The oldest onnxruntime that runs graphs of these options."""
+    return ONNXRUNTIME_MIN_INT8_KV if options.kv_dtype == "int8" else ONNXRUNTIME_MIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +214,7 @@ def _export(
             for name, model in build_graphs(weights, precision, form, data, kv_scales=kv_scales).items():
                 (stage / name).write_bytes(serialize(model))
         bundle.copy_checkpoint_files(identity.checkpoint, stage)
-        bundle.write_requirements(stage, ONNXRUNTIME_MIN)
+        bundle.write_requirements(stage, onnxruntime_min(identity.options.quantize))
         bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
         values = _manifest_values(identity, precision, singles, quality)
@@ -236,15 +241,11 @@ def _manifest_values(
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
-        "precision": precision,
-        "model": bundle.model_entry(cfg),
-        "graphs": graph_files(precision),
-        "position_ids": cfg.architecture == "opt",
-        "kv_dtype": options.quantize.kv_dtype,
+        **bundle.graph_entries(cfg, precision, options.quantize.kv_dtype),
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,
-        "onnxruntime_min": ONNXRUNTIME_MIN,
+        "onnxruntime_min": onnxruntime_min(options.quantize),
         "golden": [],
         "tolerance": 0.0,
         "prompts": identity.prompts[:NUM_PROMPTS].tolist(),

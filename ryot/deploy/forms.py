@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx
 
 from ryot.config import PRECISIONS, unknown
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
-from ryot.deploy.matrices import Matrix, block_size_for, quantize_blocks, quantize_dynamic
+from ryot.deploy.matrices import BLOCK_SIZES, Matrix, block_size_for, quantize_blocks, quantize_dynamic
 from ryot.deploy.weights import DecoderWeights
 from ryot.errors import ConfigError
 
@@ -23,12 +23,27 @@ KVDtype = Literal["float32", "int8"]
 class QuantizeOptions:
     """How weights are quantized."""
 
-    block_size: int = 128
-    """Input features that share a scale in MatMulNBits; a matrix whose width it does not divide takes a smaller one."""
-    kv_dtype: KVDtype = "float32"
-    """Type of the key-value cache."""
+    int8_block_size: int = 128
+    """Input features that share a scale at 8 bits; a matrix whose width it does not divide takes a smaller one."""
+    int4_block_size: int = 128
+    """The same at 4 bits."""
     dynamic_bits: int = 7
     """Bits of dynamic-int8 weights: 7 where the CPU saturates (x86 without VNNI), 8 elsewhere."""
+    kv_dtype: KVDtype = "float32"
+    """Type of the key-value cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("int8_block_size", "int4_block_size"):
+            if getattr(self, name) not in BLOCK_SIZES:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {BLOCK_SIZES}")
+        if self.dynamic_bits not in (7, 8):
+            raise ConfigError(f"dynamic_bits: got {self.dynamic_bits!r}, expected 7 or 8")
+        if self.kv_dtype not in get_args(KVDtype):
+            raise ConfigError(f"kv_dtype: got {self.kv_dtype!r}, expected {' or '.join(get_args(KVDtype))}")
+
+    def block_size(self, bits: int) -> int:
+        """The block size at 4 or 8 bits."""
+        return self.int4_block_size if bits == 4 else self.int8_block_size
 
 
 def check_precision(precision: str) -> None:
@@ -68,7 +83,7 @@ def quantize_matrices(weights: DecoderWeights, precision: str, options: Quantize
         if precision == "int8-dyn" and name != "embedding":
             matrices[name] = quantize_dynamic(values, bits=options.dynamic_bits)
             continue
-        block_size = options.block_size
+        block_size = options.block_size(bits)
         if name in table_names(weights):
             # Rows without padding, which a lookup needs.
             block_size = block_size_for(weights.cfg.dim, block_size)

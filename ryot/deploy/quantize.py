@@ -167,17 +167,16 @@ class Quantizer:
             "top1": round(found.top1, 6),
         }
 
-    def _block_size(self, name: str) -> int:
+    def _block_size(self, name: str, bits: int) -> int:
         # Lookup and product read the same bytes of a table only if its rows have no padding.
-        is_table = name in table_names(self._weights)
-        width = self._weights[f"{name}.weight"].shape[1]
-        return block_size_for(width, self._options.block_size) if is_table else self._options.block_size
+        size = self._options.block_size(bits)
+        return block_size_for(self._weights.cfg.dim, size) if name in table_names(self._weights) else size
 
     def _nearest(self, name: str, bits: int) -> BlockMatrix:
-        return quantize_blocks(self._weights[f"{name}.weight"], bits=bits, block_size=self._block_size(name))
+        return quantize_blocks(self._weights[f"{name}.weight"], bits=bits, block_size=self._block_size(name, bits))
 
     def _error_aware(self, name: str, bits: int) -> BlockMatrix:
-        values, block_size = self._weights[f"{name}.weight"], self._block_size(name)
+        values, block_size = self._weights[f"{name}.weight"], self._block_size(name, bits)
         moments = self._calibration.moments.get(name)
         if moments is None:  # a table that is only looked up: no product, no inputs
             return round_by_search(values, np.ones(values.shape[1], np.float32), bits=bits, block_size=block_size)

@@ -1,0 +1,162 @@
+"""A grid of measurements over bundles, in llama-bench's terms: `pp128` is a prompt, `tg96 @ d32` decode at depth."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ryot.edge.bundle import Bundle, load_bundle
+from ryot.edge.measure import build_spec, measure_rounds
+from ryot.edge.protocol import MeasureResult, MeasureSpec
+from ryot.errors import ContextError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What is measured: every prompt length and every (tokens, depth), for every batch size and thread count."""
+
+    n_prompt: tuple[int, ...]
+    n_gen: tuple[int, ...]
+    n_depth: tuple[int, ...]
+    batch: tuple[int, ...]
+    threads: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRow:
+    """One test of one bundle; samples are kept a process each, in order."""
+
+    bundle: str
+    precision: str
+    size_bytes: int
+    params: int
+    engine: str
+    threads: int
+    batch: int
+    test: str
+    tokens_per_s: float | None
+    """Mean over processes of each process's median; tokens of all rows of the batch."""
+    tokens_per_s_sd: float | None
+    ms: float | None
+    """Time to first token of a prompt, or time of one decoded token."""
+    peak_rss_bytes: int | None
+    reason: str
+    """Why there is no figure."""
+    samples_ms: list[list[float]]
+
+
+def plan_grid(bundle: Bundle, grid: Grid) -> dict[str, MeasureSpec]:
+    """The measurements of a bundle by arm name. Raises `ContextError` for a test that its context cannot hold."""
+    context = bundle.model.context_length
+    for prompt in grid.n_prompt:
+        _check(prompt, context, f"pp{prompt}")
+    decodes = list(itertools.product(grid.n_gen, grid.n_depth))
+    for tokens, depth in decodes:
+        _check(tokens + depth, context, _decode_name(tokens, depth))
+    specs = {}
+    pairs = itertools.zip_longest(grid.n_prompt, decodes)
+    for (prompt, decode), batch, threads in itertools.product(pairs, grid.batch, grid.threads):
+        spec = build_spec(
+            bundle,
+            prompt_tokens=prompt or grid.n_prompt[-1],
+            decode_tokens=decode[0] if decode else 0,
+            decode_depth=decode[1] if decode else 1,
+            batch_size=batch,
+            threads=threads,
+        )
+        specs[f"{bundle.path}|{prompt or 0}|{decode}|{batch}|{threads}"] = spec
+    return specs
+
+
+def run_grid(
+    paths: Sequence[Path], grid: Grid, *, rounds: int, on_result: Callable[[MeasureResult], None] | None = None
+) -> list[BenchRow]:
+    """Measure all bundles over the grid, interleaved, and return a row a test."""
+    bundles = [load_bundle(path) for path in paths]
+    specs: dict[str, MeasureSpec] = {}
+    owners: dict[str, Bundle] = {}
+    for bundle in bundles:
+        planned = plan_grid(bundle, grid)
+        specs |= planned
+        owners |= dict.fromkeys(planned, bundle)
+    results = measure_rounds(specs, rounds=rounds, on_result=on_result)
+    rows = []
+    for arm, spec in specs.items():
+        own = [r for r in results if r.arm == arm]
+        if "|0|" not in arm:
+            rows.append(_row(owners[arm], spec, own, f"pp{spec.prompt_tokens}", spec.prompt_tokens, _prompt_ms))
+        if spec.decode_tokens:
+            name = _decode_name(spec.decode_tokens, spec.decode_depth)
+            rows.append(_row(owners[arm], spec, own, name, 1, _token_ms))
+    return rows
+
+
+def _row(
+    bundle: Bundle,
+    spec: MeasureSpec,
+    results: Sequence[MeasureResult],
+    test: str,
+    tokens: int,
+    samples_of: Callable[[MeasureResult], list[float]],
+) -> BenchRow:
+    good = [r for r in results if r.ok]
+    samples = [samples_of(r) for r in good]
+    medians = [statistics.median(s) for s in samples if s]
+    rates = [1e3 * tokens * spec.batch_size / ms for ms in medians]
+    peaks = [r.peak_rss_bytes for r in good if r.peak_rss_bytes]
+    return BenchRow(
+        bundle=str(bundle.path),
+        precision=bundle.precision,
+        size_bytes=bundle.size_bytes,
+        params=bundle.model.num_parameters,
+        engine=good[0].engine if good else "",
+        threads=spec.threads,
+        batch=spec.batch_size,
+        test=test,
+        tokens_per_s=statistics.fmean(rates) if rates else None,
+        tokens_per_s_sd=statistics.stdev(rates) if len(rates) > 1 else None,
+        ms=statistics.median(medians) if medians else None,
+        peak_rss_bytes=max(peaks, default=None),
+        reason="; ".join(sorted({r.reason for r in results if not r.ok})),
+        samples_ms=samples,
+    )
+
+
+def _prompt_ms(result: MeasureResult) -> list[float]:
+    return result.ttft_ms
+
+
+def _token_ms(result: MeasureResult) -> list[float]:
+    """Milliseconds a step, one a run."""
+    return [1e3 * result.batch_size / rate for rate in result.decode_tok_s]
+
+
+def _decode_name(tokens: int, depth: int) -> str:
+    return f"tg{tokens} @ d{depth}"
+
+
+def _check(tokens: int, context: int, test: str) -> None:
+    if tokens > context:
+        raise ContextError(f"{test}: needs {tokens} tokens, the bundle's context holds {context}", hint="ask for fewer")
+
+
+def row_cells(row: BenchRow) -> dict[str, Any]:
+    """The cells of a row as the tables show them, by header."""
+    spread = f" ± {row.tokens_per_s_sd:.1f}" if row.tokens_per_s_sd is not None else ""
+    return {
+        "bundle": Path(row.bundle).name,
+        "precision": row.precision,
+        "size MB": f"{row.size_bytes / 1e6:.2f}",
+        "params M": f"{row.params / 1e6:.2f}",
+        "backend": row.engine,
+        "threads": row.threads,
+        "batch": row.batch,
+        "test": row.test,
+        "t/s": f"{row.tokens_per_s:.1f}{spread}" if row.tokens_per_s is not None else row.reason,
+        "ms": f"{row.ms:.3f}" if row.ms is not None else "",
+        "peak MB": f"{row.peak_rss_bytes / 1e6:.1f}" if row.peak_rss_bytes else "",
+    }

@@ -1,0 +1,289 @@
+"""KernelOptimizer, the inference half: times the weight formats on this CPU for one shape, and chooses.
+
+Speed does not depend on what the weights say, so random ones of the right shape serve: each candidate is a real bundle
+of graphs run by the device's own `Decoder`. All candidates are loaded at once and take turns, so that a drifting
+machine slows them alike; of each its best turn counts, for whatever else runs on the machine can only add time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ryot.config import ModelConfig, build_from_mapping, digest, replace
+from ryot.deploy import bundle
+from ryot.deploy.datafile import DataFile
+from ryot.deploy.forms import FormMatrices, QuantizeOptions, build_graphs, serialize
+from ryot.deploy.matrices import (
+    BlockMatrix,
+    DynamicMatrix,
+    FloatMatrix,
+    Matrix,
+    block_size_for,
+)
+from ryot.deploy.weights import DecoderWeights, expected_shapes
+from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.edge.machine import describe_cpu, sums_int8_exactly
+from ryot.edge.session import Decoder
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+BLOCK_SIZES = (32, 64, 128, 256)
+#: A candidate must be this much faster than the one preferred without measuring; less is noise.
+MIN_GAIN = 1.03
+#: A second copy of the weights must pay this much of a request's time.
+MIN_PAIR_GAIN = 1.10
+#: Turns of each candidate, at least, and seconds after which no further turn begins.
+MIN_TURNS, MAX_TURNS, TURNS_S = 4, 16, 3.0
+DECODE_STEPS = 24
+#: Parameters inside the layers that are timed, at most: more than the caches hold at 8 bits, and quick to make.
+MAX_LAYER_PARAMETERS = 64_000_000
+#: Tokens that a request generates for each one of its prompt, when prefill and decode are weighed.
+ANSWER_SHARE = 0.75
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A weight format that was timed."""
+
+    precision: str
+    block_size: int
+    """0 where the format has no blocks."""
+    prefill_ms: float
+    """A prompt that fills the context."""
+    decode_ms: float
+    """One token at half the context."""
+    verdict: str = ""
+    """What it was chosen for, if for anything."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.precision}/{self.block_size}" if self.block_size else self.precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceDecision:
+    """What to export for one shape on one CPU, with its evidence."""
+
+    quantize: QuantizeOptions
+    """Block sizes and dynamic bits."""
+    one_session: str
+    """The precision that is fastest with one copy of the weights."""
+    latency: str
+    """The fastest precision, a pair where a second copy pays."""
+    candidates: tuple[Candidate, ...]
+    cpu: str
+    onnxruntime: str
+    num_layers: int
+    """Layers that were timed: fewer than the model's for a large one."""
+    cached: bool = False
+
+
+def choose_inference(cfg: ModelConfig, cache_dir: Path, *, threads: int = 1) -> InferenceDecision:
+    """The decision for this shape on this machine, from `cache_dir` or measured now (a few seconds).
+
+    Measure on an idle core: what else runs there ends up in the figures.
+    """
+    cpu = describe_cpu()
+    key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, cfg, threads)
+    path = cache_dir / "inference" / f"{key[:16]}.json"
+    if path.exists():
+        return dataclasses.replace(_load(path), cached=True)
+    decision = measure_inference(cfg, threads=threads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
+    draft.replace(path)
+    return decision
+
+
+def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecision:
+    """Time all candidates for this shape now and decide."""
+    cpu = describe_cpu()
+    layers = min(cfg.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(cfg)))
+    timed = replace(cfg, num_layers=layers)
+    formats = [("fp32", 0), ("int8-dyn", 0)]
+    formats += [(precision, size) for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
+    with tempfile.TemporaryDirectory(prefix="ryot-tune-") as scratch:
+        decoders = []
+        for i, (precision, size) in enumerate(formats):
+            folder = Path(scratch) / str(i)
+            folder.mkdir()
+            decoders.append(_random_decoder(timed, precision, size, folder, threads))
+        times = _take_turns(decoders)
+    candidates = [
+        Candidate(precision=p, block_size=size, prefill_ms=prefill, decode_ms=decode)
+        for (p, size), (prefill, decode) in zip(formats, times)
+    ]
+    return _decide(cfg, candidates, cpu, layers)
+
+
+def format_decision(decision: InferenceDecision) -> str:
+    """The decision and every candidate, one a line, for people."""
+    q = decision.quantize
+    lines = [
+        f"inference on {decision.cpu}, onnxruntime {decision.onnxruntime}: fastest {decision.latency}, "
+        f"with one copy of the weights {decision.one_session}; blocks of {q.int8_block_size} (int8) and "
+        f"{q.int4_block_size} (int4), dynamic int8 with {q.dynamic_bits} bits"
+    ]
+    lines += [
+        f"  {c.label:<10} prompt {c.prefill_ms:9.3f} ms  token {c.decode_ms:8.4f} ms  {c.verdict}".rstrip()
+        for c in decision.candidates
+    ]
+    return "\n".join(lines)
+
+
+def _decide(cfg: ModelConfig, candidates: list[Candidate], cpu: dict[str, Any], layers: int) -> InferenceDecision:
+    best = {precision: _best_block(candidates, precision, cfg) for precision in ("int8", "int4")}
+    best |= {c.precision: c for c in candidates if not c.block_size}
+    quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
+    answer = ANSWER_SHARE * cfg.max_seq_len
+
+    def request_ms(prefill: Candidate, decode: Candidate) -> float:
+        return prefill.prefill_ms + answer * decode.decode_ms
+
+    single = min(quick, key=lambda c: request_ms(c, c))
+    dynamic = best["int8-dyn"]
+    partner = min((best["int8"], best["int4"]), key=lambda c: c.decode_ms)
+    pair_pays = request_ms(dynamic, partner) * MIN_PAIR_GAIN < request_ms(single, single)
+    latency = f"int8-dyn+{partner.precision}" if pair_pays else single.precision
+    verdicts: dict[str, list[str]] = {c.label: [] for c in candidates}
+    for precision in ("int8", "int4"):
+        verdicts[best[precision].label].append(f"block size of {precision}")
+    verdicts[single.label].append("fastest with one copy of the weights")
+    if pair_pays:
+        verdicts[dynamic.label].append("prefill of the fastest pair")
+        verdicts[partner.label].append("decode of the fastest pair")
+    return InferenceDecision(
+        quantize=QuantizeOptions(
+            int8_block_size=best["int8"].block_size,
+            int4_block_size=best["int4"].block_size,
+            dynamic_bits=8 if sums_int8_exactly(cpu["isa"]) else 7,
+        ),
+        one_session=single.precision,
+        latency=latency,
+        candidates=tuple(dataclasses.replace(c, verdict=", ".join(verdicts[c.label])) for c in candidates),
+        cpu=cpu["model"],
+        onnxruntime=ort.__version__,
+        num_layers=layers,
+    )
+
+
+def _best_block(candidates: list[Candidate], precision: str, cfg: ModelConfig) -> Candidate:
+    """The block size fastest in decode; the usual one unless another is clearly faster."""
+    mine = [c for c in candidates if c.precision == precision]
+    usual = block_size_for(cfg.dim, QuantizeOptions().int8_block_size)
+    preferred = next((c for c in mine if c.block_size == usual), mine[-1])
+    fastest = min(mine, key=lambda c: c.decode_ms)
+    return fastest if fastest.decode_ms * MIN_GAIN < preferred.decode_ms else preferred
+
+
+def _distinct_block_sizes(cfg: ModelConfig) -> list[int]:
+    """Block sizes that come out different for this width: 256 is 128 where 256 divides nothing."""
+    seen: dict[tuple[int, int], int] = {}
+    for size in BLOCK_SIZES:
+        seen.setdefault((block_size_for(cfg.dim, size), block_size_for(cfg.ff_dim, size)), size)
+    return list(seen.values())
+
+
+def _layer_parameters(cfg: ModelConfig) -> int:
+    return sum(int(np.prod(s)) for name, s in expected_shapes(cfg).items() if name.startswith("layers.0."))
+
+
+def _random_decoder(cfg: ModelConfig, precision: str, block_size: int, folder: Path, threads: int) -> Decoder:
+    """A loaded bundle of graphs with random weights; there is no tokenizer in it, for no text passes through."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        name: np.full(shape, 0.02, np.float32) if len(shape) == 1 else _random(generator, shape)
+        for name, shape in expected_shapes(cfg).items()
+    }
+    weights = DecoderWeights(cfg=cfg, arrays=arrays)
+    matrices = {
+        name: _random_matrix(generator, name, weights[f"{name}.weight"], precision, block_size)
+        for name in dict.fromkeys(("embedding", *weights.linears))
+    }
+    with DataFile(folder / DATA_NAME) as data:
+        for name, model in build_graphs(weights, precision, FormMatrices(matrices, matrices), data).items():
+            (folder / name).write_bytes(serialize(model))
+    bundle.write_manifest(folder, {**_MANIFEST, **bundle.graph_entries(cfg, precision, "float32")})
+    return Decoder(load_bundle(folder, verify=False), threads=threads)
+
+
+def _random_matrix(
+    generator: np.random.Generator, name: str, values_NK: np.ndarray, precision: str, block_size: int
+) -> Matrix:
+    """A matrix in the form that `precision` gives it, of random codes: quantizing would only take time."""
+    N, K = values_NK.shape
+    if precision == "fp32":
+        return FloatMatrix(values_NK)
+    if precision == "int8-dyn" and name != "embedding":
+        codes = generator.integers(-63, 64, (N, K), dtype=np.int8)
+        return DynamicMatrix(codes, np.full(N, 1e-3, np.float32))
+    bits = 4 if precision == "int4" else 8
+    size = block_size_for(K, block_size or QuantizeOptions().int8_block_size)
+    blocks = -(-K // size)
+    codes_NCE = generator.integers(0, 1 << bits, (N, blocks, size), dtype=np.uint8)
+    return BlockMatrix(codes_NCE, np.full((N, blocks), 1e-3, np.float32), bits, K)
+
+
+def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return generator.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
+
+
+def _take_turns(decoders: list[Decoder]) -> list[tuple[float, float]]:
+    """(ms of a full prompt, ms of a token at half the context) of each, the best of its turns."""
+    context = decoders[0].bundle.model.context_length
+    vocab_size = decoders[0].bundle.model.vocab_size
+    prompt = np.random.default_rng(0).integers(0, vocab_size, (1, context))
+    half = prompt[:, : max(1, context // 2)]
+    steps = min(DECODE_STEPS, context - half.shape[1])
+    prefill: list[list[float]] = [[] for _ in decoders]
+    decode: list[list[float]] = [[] for _ in decoders]
+    deadline = time.perf_counter() + TURNS_S
+    for turn in range(MAX_TURNS):
+        if turn >= MIN_TURNS and time.perf_counter() > deadline:
+            break
+        for i, decoder in enumerate(decoders):
+            begin = time.perf_counter()
+            decoder.prefill(prompt)
+            middle = time.perf_counter()
+            decoder.prefill(half)
+            start = time.perf_counter()
+            for _ in range(steps):
+                decoder.step()
+            end = time.perf_counter()
+            prefill[i].append((middle - begin) * 1e3)
+            decode[i].append((end - start) / max(1, steps) * 1e3)
+    return [(min(p), min(d)) for p, d in zip(prefill, decode)]
+
+
+#: Fields of a manifest that say nothing about how a graph is run.
+_MANIFEST: dict[str, Any] = {
+    "name": "tune",
+    "variant": "",
+    "seed": 0,
+    "eos_token_ids": [0],
+    "bos_token_id": 0,
+    "onnxruntime_min": "0",
+    "golden": [],
+    "tolerance": 0.0,
+    "prompts": [],
+}
+
+
+def _load(path: Path) -> InferenceDecision:
+    values = json.loads(path.read_text())
+    values["candidates"] = tuple(build_from_mapping(Candidate, c, str(path)) for c in values["candidates"])
+    values["quantize"] = build_from_mapping(QuantizeOptions, values["quantize"], str(path))
+    return InferenceDecision(**values)

@@ -41,14 +41,14 @@ def choose_form(rows: Sequence[FormRow], verdicts: Sequence[Verdict], targets: S
 def mark_pareto(rows: Sequence[FormRow]) -> list[bool]:
     """For each form whether it is on the Pareto front of size, TTFT, tokens/s and bits per byte.
 
-    Forms that a gate stopped or that were not measured are never on it.
+    Forms that a gate stopped, that died or that were not measured are never on it.
     """
     points = [_point(r) for r in rows]
     return [p is not None and not any(_dominates(q, p) for q in points if q is not None) for p in points]
 
 
 def _point(row: FormRow) -> tuple[float, ...] | None:
-    if not row.passed or row.ttft_ms is None or row.decode_tok_s is None:
+    if not row.passed or row.runs_ok < row.runs or row.ttft_ms is None or row.decode_tok_s is None:
         return None
     return (row.size_bytes, row.ttft_ms, -row.decode_tok_s, row.quality.get("bpb") or math.inf)
 
@@ -107,6 +107,8 @@ def describe_miss(verdict: Verdict) -> str:
     if "processes failed" in verdict.note:
         return f"{kind.title}: {verdict.note} ({verdict.target})"
     sign = ">" if kind.at_most else "<"
+    if kind.unit == "ratio":
+        return f"{kind.title} {verdict.value:.4f} {sign} {verdict.limit:g} ({verdict.target})"
     return f"{kind.title} {verdict.value:.4g} {sign} {verdict.limit:g} {kind.unit} ({verdict.target})"
 
 

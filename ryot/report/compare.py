@@ -1,4 +1,4 @@
-"""Two reports (or bundles' records) held against each other after the fact, and whether a second one repeats a first.
+"""Two reports (or bundles' records) held against each other after the fact.
 
 Recordings made one after the other are not interleaved: what the machine did in between is part of their ratio, and
 the comparison says so. `ryot-deploy compare --measure` measures both sides in the same rounds instead.
@@ -6,7 +6,9 @@ the comparison says so. `ryot-deploy compare --measure` measures both sides in t
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +21,8 @@ from ryot.report.stats import Interval, call_difference, unpaired_ratio_interval
 from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, wrap
 from ryot.report.targets import cpu_name
 
-#: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
-#: quiet machine differ by; memory: the allocator's and the kernel's rounding; quality: int8 kernels of another CPU.
-TIMING_MARGIN, MEMORY_MARGIN, QUALITY_MARGIN = 0.05, 0.02, 0.001
-_MEASURED = {
+#: Figures that a process measures, with the name that the lines have.
+MEASURED = {
     "ttft_ms": "TTFT (ms)",
     "decode_tok_s": "decode (tok/s)",
     "load_ms": "load (ms)",
@@ -71,7 +71,7 @@ def compare_reports(a: Report, b: Report, *, form_a: str | None = None, form_b: 
         notes.append(
             "The two were measured at different times, not interleaved: their ratios hold the machine's drift too."
         )
-    if _machine_key(a) != _machine_key(b):
+    if machine_key(a) != machine_key(b):
         notes.append(
             f"Different machines ({cpu_name(a.machine)}; {cpu_name(b.machine)}):"
             " timings and memory compare the machines as well."
@@ -80,8 +80,8 @@ def compare_reports(a: Report, b: Report, *, form_a: str | None = None, form_b: 
         notes.append("At least one is a quick run with a small budget: not comparable.")
     lines: list[Line] = []
     for left, right in pairs:
-        subject = _name(left) if _name(left) == _name(right) else f"{_name(left)} / {_name(right)}"
-        lines += _compare_forms(subject, left, right, together)
+        subject = name_of(left) if name_of(left) == name_of(right) else f"{name_of(left)} / {name_of(right)}"
+        lines += compare_forms(subject, left, right, together)
     for left_row, right_row in dict.fromkeys(((x.variant, x.seed), (y.variant, y.seed)) for x, y in pairs):
         lines += _compare_trainings(a, b, left_row, right_row, same_text)
     return CompareResult(a=a.run_id, b=b.run_id, lines=tuple(lines), notes=tuple(notes))
@@ -92,18 +92,9 @@ def render_comparison(result: CompareResult, fmt: Format = "table") -> str:
     if fmt == "json":
         return json.dumps({"schema": 1, **dataclasses.asdict(result)}, indent=1)
     rows = result.lines
-    columns = [
-        Column("subject", "form", tuple(r.subject for r in rows), needed=True),
-        Column("metric", "metric", tuple(r.metric for r in rows), needed=True),
-        Column("a", "A", tuple(_number(r.a) for r in rows), needed=True),
-        Column("b", "B", tuple(_number(r.b) for r in rows), needed=True),
-        Column("ratio", "A / B\n[95 %]", tuple(_ratio(r) for r in rows), needed=True),
-        Column("verdict", "A is", tuple(r.verdict for r in rows), needed=True),
-    ]
+    columns = line_columns(rows)
     if fmt == "csv":
-        head = "subject,metric,a,b,ratio,low,high,verdict"
-        cells = [(r.subject, r.metric, r.a, r.b, r.ratio, r.low, r.high, r.verdict) for r in rows]
-        return "\n".join([head, *(",".join("" if c is None else str(c) for c in line) for line in cells)])
+        return render_lines_csv(rows)
     names = [f"A: {result.a}", f"B: {result.b}"]
     remarks = [*result.notes, *dict.fromkeys(f"{r.metric}: {r.note}" for r in rows if r.note)]
     if fmt == "md":
@@ -111,76 +102,32 @@ def render_comparison(result: CompareResult, fmt: Format = "table") -> str:
     return "\n\n".join(["\n".join(names), plain_table(columns), "\n".join(wrap(r, WIDTH) for r in remarks)])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reproduction:
-    """Whether a second measurement agrees with a first, line by line (a is the new report, b the old one)."""
-
-    agrees: bool
-    lines: tuple[Line, ...]
-    differences: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def check_reproduced(old: Report, new: Report) -> Reproduction:
-    """Hold a new measurement against the report that it repeats.
-
-    A timing differs when its ratio's interval lies wholly outside 1 ± TIMING_MARGIN, memory outside MEMORY_MARGIN;
-    quality may move by QUALITY_MARGIN, size not at all, and no verdict may change. On another machine timings and
-    memory are shown and don't count.
-    """
-    same_machine = _machine_key(old) == _machine_key(new)
-    lines: list[Line] = []
-    differences: list[str] = []
-    notes = [] if same_machine else ["Another machine: timings and memory are shown and don't count."]
-    for before in old.rows:
-        after = new.row_of(before.arm)
-        if after is None:
-            differences.append(f"{_name(before)}: measured then, missing now")
-            continue
-        found = _compare_forms(_name(before), after, before, together=False)
-        lines += found
-        for line in found:
-            margin = _margin(line.metric)
-            if line.metric == _MEASURED["load_ms"] or (line.metric in _MEASURED.values() and not same_machine):
-                continue
-            if line.ratio is not None and _outside(line, margin):
-                differences.append(
-                    f"{line.subject}: {line.metric} {_number(line.b)} then, {_number(line.a)} now"
-                    f" (ratio {_ratio(line)}, allowed within {margin:.1%})"
-                )
-        differences += _changed_verdicts(before, after, same_machine)
-    return Reproduction(agrees=not differences, lines=tuple(lines), differences=tuple(differences), notes=tuple(notes))
-
-
-def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> list[str]:
-    facts = ("size", "quality", "context")
+def line_columns(rows: Sequence[Line], a: str = "A", b: str = "B") -> list[Column]:
+    """The lines as columns of a table; `a` and `b` head the two sides."""
     return [
-        f"{_name(before)}: {target} {metric} was {word}, is {after.verdicts[target].get(metric)}"
-        for target, words in before.verdicts.items()
-        if target in after.verdicts
-        for metric, word in words.items()
-        if after.verdicts[target].get(metric) != word and (same_machine or metric in facts)
+        Column("subject", "form", tuple(r.subject for r in rows), needed=True),
+        Column("metric", "metric", tuple(r.metric for r in rows), needed=True),
+        Column("a", a, tuple(number_text(r.a) for r in rows), needed=True, right=True),
+        Column("b", b, tuple(number_text(r.b) for r in rows), needed=True, right=True),
+        Column("ratio", f"{a} / {b}\n[95 %]", tuple(ratio_text(r) for r in rows), needed=True),
+        Column("verdict", f"{a} is", tuple(r.verdict for r in rows), needed=True),
     ]
 
 
-def _margin(metric: str) -> float:
-    if metric == _MEASURED["peak_rss_bytes"]:
-        return MEMORY_MARGIN
-    if metric == "bits per byte":
-        return QUALITY_MARGIN
-    return 0.0 if metric == "size (MB)" else TIMING_MARGIN
+def render_lines_csv(rows: Sequence[Line]) -> str:
+    """The lines as CSV in full precision."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("subject", "metric", "a", "b", "ratio", "low", "high", "verdict", "note"))
+    writer.writerows((r.subject, r.metric, r.a, r.b, r.ratio, r.low, r.high, r.verdict, r.note) for r in rows)
+    return out.getvalue().removesuffix("\n")
 
 
-def _outside(line: Line, margin: float) -> bool:
-    assert line.ratio is not None
-    low, high = line.low if line.low is not None else line.ratio, line.high if line.high is not None else line.ratio
-    return high < 1 - margin or low > 1 + margin
-
-
-def _compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[Line]:
+def compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[Line]:
+    """One line a metric; `together` says that both were measured in the same rounds."""
     lines = []
     differing = [k for k in _PROTOCOL if _protocol(a).get(k) != _protocol(b).get(k)]
-    for metric, title in _MEASURED.items():
+    for metric, title in MEASURED.items():
         scale = 1e-6 if metric == "peak_rss_bytes" else 1.0
         left, right = (None if v is None else v * scale for v in (getattr(a, metric), getattr(b, metric)))
         if left is None or right is None:
@@ -270,10 +217,10 @@ def _find_form(report: Report, name: str | None) -> FormRow:
             raise ConfigError(f"report {report.run_id}: holds no form")
         return chosen[0]
     for row in report.rows:
-        if name in (_name(row), row.arm):
+        if name in (name_of(row), row.arm):
             return row
     raise ConfigError(
-        f"report {report.run_id}: no form {name!r} (it has {', '.join(_name(r) for r in report.rows) or 'none'})"
+        f"report {report.run_id}: no form {name!r} (it has {', '.join(name_of(r) for r in report.rows) or 'none'})"
     )
 
 
@@ -291,20 +238,24 @@ def _protocol(row: FormRow) -> dict[str, Any]:
     return next(({k: s[k] for k in _PROTOCOL if k in s} for s in row.samples if s.get("ok")), {})
 
 
-def _machine_key(report: Report) -> tuple[Any, ...]:
+def machine_key(report: Report) -> tuple[Any, ...]:
+    """What tells two machines apart."""
     cpu = report.machine.get("cpu")
     return cpu_name(report.machine), cpu.get("cores") if isinstance(cpu, dict) else None
 
 
-def _name(row: FormRow) -> str:
+def name_of(row: FormRow) -> str:
+    """`variant/precision`"""
     return f"{row.variant}/{row.precision}"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Four significant digits."""
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _ratio(line: Line) -> str:
+def ratio_text(line: Line) -> str:
+    """`1.020 [0.990, 1.050]`"""
     if line.ratio is None:
         return "-"
     if line.low is None or line.high is None or line.low == line.high:

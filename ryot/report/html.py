@@ -49,7 +49,8 @@ th { vertical-align: bottom; font-weight: 600; } th small { display: block; font
 .forms tr.chosen td:first-child { background: var(--card); }
 .PASS { color: var(--good); font-weight: 600; } .FAIL, .GATE { color: var(--bad); font-weight: 600; }
 .INCONCLUSIVE { color: var(--unsure); font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.plots { display: grid; align-items: start; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 1rem; min-width: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; margin: .5rem 0; }
 details { margin-top: .5rem; font-size: .875rem; } summary { cursor: pointer; color: var(--soft); }

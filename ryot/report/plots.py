@@ -265,7 +265,7 @@ def _frontier(rows: Sequence[FormRow]) -> Plot:
 
 def _order(rows: Sequence[FormRow]) -> Plot:
     numbers: list[tuple[Any, ...]] = []
-    with _figure("order", (_SIZE[0], 0.9 + 0.85 * len(rows))) as (figure, axes, out):
+    with _figure("order", (_SIZE[0], 0.9 + (0.85 if len(rows) < 6 else 0.6) * len(rows))) as (figure, axes, out):
         figure.delaxes(axes)
         panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         relative = [[100 * np.asarray(r) / np.median(r) - 100 for r in samples_of(row, "ttft_ms") if r] for row in rows]

@@ -227,23 +227,27 @@ def find_noise(results: Sequence[Mapping[str, Any]]) -> list[str]:
             f"the same calibration loop took {min(loops):.1f} to {max(loops):.1f} ms"
             f" (a quiet machine stays within {NOISY_CALIBRATION:.0%})"
         )
-    excess = [
-        (_before(r) - float(r.get("threads") or 1), r) for r in results if _before(r) - float(r.get("threads") or 1) > 0
-    ]
-    busy = [(e, r) for e, r in excess if e > NOISY_LOAD]
-    if busy:
-        worst, result = max(busy, key=lambda pair: pair[0])
-        notes.append(
-            f"load average {_before(result):.1f} before {len(busy)} of {len(results)} measurements:"
-            f" about {worst:.1f} more than the measurement itself makes"
-        )
+    if results:
+        # The average lags by a minute, so what ran before the first measurements is in it: the median counts.
+        load = float(np.median([_before(r) for r in results]))
+        own = float(np.median([float(r.get("threads") or 1) for r in results]))
+        if load - own > NOISY_LOAD:
+            notes.append(f"the load average was {load:.1f}, the measurement itself makes {own:.0f}")
+    measured = [r for r in results if r.get("ok")]
+    unsteady = sum(r.get("steady") is False for r in measured)
+    if unsteady:
+        notes.append(f"{unsteady} of {len(measured)} processes did not become steady while warming up")
     by_arm: dict[str, list[float]] = {}
-    for result in results:
-        if result.get("ok") and result.get("ttft_ms"):
+    for result in measured:
+        if result.get("ttft_ms"):
             by_arm.setdefault(str(result.get("arm")), []).append(float(np.median(result["ttft_ms"])))
-    for arm, medians in by_arm.items():
-        if max(medians) / min(medians) - 1 > NOISY_SPREAD:
-            notes.append(f"{arm}: the rounds' median TTFT lies between {min(medians):.2f} and {max(medians):.2f} ms")
+    wide = {arm: m for arm, m in by_arm.items() if max(m) / min(m) - 1 > NOISY_SPREAD}
+    if wide:
+        worst = max(wide, key=lambda arm: max(wide[arm]) / min(wide[arm]))
+        notes.append(
+            f"in {len(wide)} of {len(by_arm)} forms the rounds' median TTFT differ by more than {NOISY_SPREAD:.0%}"
+            f" ({worst}: {min(wide[worst]):.2f} to {max(wide[worst]):.2f} ms)"
+        )
     return notes
 
 

@@ -39,6 +39,8 @@ class Column:
     """Kept even when all rows agree."""
     first: bool = False
     """Belongs into the first block of the terminal's table as long as it fits."""
+    right: bool = False
+    """Aligned right although the cells are text."""
 
     def texts(self) -> list[str]:
         """The cells as text, all with the same number of decimals."""
@@ -51,7 +53,7 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        return all(isinstance(c, str) or c is None for c in self.cells)
+        return not self.right and all(isinstance(c, str) or c is None for c in self.cells)
 
 
 def decimals_for(numbers: Sequence[float]) -> int:
@@ -160,7 +162,9 @@ def value_text(verdict: Verdict) -> str:
     if verdict.value is None:
         return "not measured"
     kind = LIMITS[verdict.limit_key]
-    unit = "" if kind.unit == "ratio" else f" {kind.unit}"
+    if kind.unit == "ratio":
+        return f"{verdict.value:.4f}"
+    unit = f" {kind.unit}"
     if verdict.low is None or verdict.high is None or verdict.low == verdict.high:
         return f"{_digits(verdict.value)}{unit}"
     return f"{_digits(verdict.value)} [{_digits(verdict.low)}, {_digits(verdict.high)}]{unit}"

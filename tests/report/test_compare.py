@@ -9,10 +9,10 @@ import json
 import pytest
 
 from ryot.errors import ConfigError
-from ryot.report.compare import all_agree, check_reproduced, compare_reports, render_comparison
+from ryot.report.compare import all_agree, compare_reports, render_comparison
 from ryot.report.rows import build_record
 
-from .synthetic import CORPUS, MACHINE, make_facts, make_report, make_results
+from .synthetic import CORPUS, MACHINE, make_report, make_results
 
 LATER = {"created_at": "2026-01-02T00:00:00+00:00", "run_id": "later"}
 
@@ -102,34 +102,3 @@ def test_every_format_has_the_same_lines():
     assert len(list(csv.DictReader(io.StringIO(render_comparison(result, "csv"))))) == len(result.lines)
     assert render_comparison(result, "md").count("\n| ") == len(result.lines) + 1
     assert max(map(len, render_comparison(result).splitlines())) <= 100
-
-
-def test_a_second_measurement_of_the_same_reproduces_the_first():
-    found = check_reproduced(make_report(), make_report(results=make_results(seed=5), **LATER))
-    assert found.agrees and not found.differences
-
-
-def test_a_slower_second_measurement_does_not_reproduce():
-    found = check_reproduced(make_report(), make_report(results=make_results(seed=5, slowdown=1.2), **LATER))
-    assert not found.agrees
-    assert any("TTFT (ms)" in d and "allowed within 5.0%" in d for d in found.differences)
-
-
-def test_timings_of_another_machine_do_not_count_but_size_does():
-    other = {"machine": {"cpu": {"model": "Other", "cores": 8}}, **LATER}
-    found = check_reproduced(make_report(), make_report(results=make_results(seed=5, slowdown=1.5), **other))
-    assert found.agrees and "Another machine" in found.notes[0]
-    facts = make_facts()
-    larger = [type(f)(**{**{n: getattr(f, n) for n in f.__slots__}, "size_bytes": f.size_bytes + 1000}) for f in facts]
-    assert not check_reproduced(make_report(), make_report(forms=larger, **other)).agrees
-
-
-def test_a_missing_form_and_a_changed_verdict_are_differences():
-    missing = check_reproduced(make_report(), make_report(forms=make_facts()[:3], **LATER))
-    assert missing.differences == ("optimized/int8-dyn: measured then, missing now",)
-    results = make_results()
-    for r in results:
-        if "optimized/seed-0/int8-dyn" in r["arm"]:
-            r.update(ok=False, reason="killed")
-    changed = check_reproduced(make_report(), make_report(results=results, **LATER))
-    assert "optimized/int8-dyn: phase1 ttft was PASS, is FAIL" in changed.differences

@@ -163,10 +163,16 @@ def test_a_quiet_machine_gives_no_note():
     ("changes", "word"),
     [
         ({"calibration_ms": [20.0, 26.0]}, "calibration loop took 20.0 to 26.0 ms"),
-        ({"load_average": [3.1, 3.0]}, "load average 3.1"),
-        ({"ttft_ms": [7.0]}, "between 5.00 and 7.00 ms"),
+        ({"ttft_ms": [7.0]}, "in 1 of 1 forms the rounds' median TTFT differ by more than 15% (a: 5.00 to 7.00 ms)"),
+        ({"steady": False}, "1 of 3 processes did not become steady"),
     ],
 )
 def test_a_noisy_machine_is_noticed(changes, word):
     (note,) = find_noise([result(), result(), result(**changes)])
     assert word in note
+
+
+def test_a_busy_machine_is_noticed_and_what_ran_before_is_not():
+    (note,) = find_noise([result(load_average=[3.1, 3.0])] * 3)
+    assert note == "the load average was 3.1, the measurement itself makes 1"
+    assert find_noise([result(load_average=[3.1, 2.0]), result(), result()]) == []

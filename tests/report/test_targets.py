@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ryot.errors import ConfigError
+from ryot.report.target_table import render_target, render_targets
 from ryot.report.targets import LIMITS, build_target, list_targets, load_target, load_targets, target_to_mapping
 
 MACHINE = {"cpu": {"model": "Cortex-A53", "cores": 4}, "board": "Raspberry Pi Zero 2 W Rev 1.0"}
@@ -117,3 +120,19 @@ def test_a_machine_is_recognised_as_the_device_by_its_own_name():
 
 def test_limits_cover_every_verdict_of_a_report():
     assert [k.metric for k in LIMITS.values()] == ["ttft", "throughput", "memory", "size", "quality", "context"]
+
+
+def test_the_list_of_targets_fits_the_terminal_and_names_them_all():
+    targets = list_targets()
+    text = render_targets(targets)
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(any(line.startswith(t.name) for line in text.splitlines()) for t in targets)
+    assert [t["name"] for t in json.loads(render_targets(targets, "json"))["targets"]] == [t.name for t in targets]
+    assert render_targets(targets, "csv").splitlines()[0].startswith("target,ttft_ms,decode_tok_s")
+    assert render_targets(targets, "md").count("\n") == len(targets) + 1
+
+
+def test_one_target_is_shown_with_the_source_of_each_number():
+    text = render_target(load_target("pi-5"))
+    assert "  ttft_ms ≤ 100\n    Nielsen" in text and "  cores 4\n    Broadcom BCM2712" in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -1,0 +1,92 @@
+"""How well does the measurement tell two bundles apart on this machine?
+
+Records one bundle against itself, interleaved as always, and cuts the recording into disjoint windows. Reports in how
+many windows A differs from A (at most 5 in 100 are allowed) and the smallest true slowdown that four of five windows
+find (10 % is required, 5 % the ambition). Leave the machine alone meanwhile.
+
+    python benchmarks/measurement.py runs/NAME/bundle --windows 100 --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ryot.edge.bundle import load_bundle
+from ryot.edge.measure import build_spec, measure_rounds, record_environment
+from ryot.report.resolution import measure_resolution
+from ryot.report.stats import find_noise
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="folder of a bundle")
+    parser.add_argument("--windows", type=int, default=100, metavar="N", help="windows to record (default 100)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds a window (default 3)")
+    parser.add_argument("--min-runs", type=int, default=16, metavar="N", help="runs a process (default 16)")
+    parser.add_argument("--min-time", type=float, default=1.0, metavar="S", help="seconds a process (default 1)")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="where the result goes")
+    options = parser.parse_args()
+
+    spec = build_spec(load_bundle(options.bundle), min_runs=options.min_runs, min_time_s=options.min_time)
+    total = options.windows * options.rounds
+    begin = time.monotonic()
+
+    def tell(result: object) -> None:
+        number = getattr(result, "round", 0) + 1
+        print(f"\rround {number} of {total}, {time.monotonic() - begin:.0f} s", end="", file=sys.stderr, flush=True)
+
+    results = measure_rounds({"a": spec, "b": spec}, rounds=total, on_result=tell)
+    print(file=sys.stderr)
+
+    def series(arm: str, metric: str) -> list[list[float]]:
+        """Times, so that larger is slower: a rate is turned over."""
+        ordered = sorted((r for r in results if r.arm == arm), key=lambda r: r.round)
+        values = [list(getattr(r, metric)) if r.ok else [] for r in ordered]
+        return [[1000 / v for v in r] for r in values] if metric == "decode_tok_s" else values
+
+    found = {
+        title: dataclasses.asdict(measure_resolution(series("a", metric), series("b", metric), rounds=options.rounds))
+        for title, metric in (("TTFT", "ttft_ms"), ("time a token", "decode_tok_s"))
+    }
+    noise = find_noise([r.to_mapping() for r in results])
+    machine = record_environment()
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [
+        f"# What the measurement can tell apart, {day}",
+        "",
+        f"`{shlex.join(['python', *sys.argv])}` at commit {_commit()}, {machine['cpu']['model']},"
+        f" {machine['cpu']['cores']} cores, {len(results)} processes in {time.monotonic() - begin:.0f} s.",
+        "",
+        "| figure | windows | rounds | A differs from A | smallest slowdown found (80 %) |",
+        "|:--|--:|--:|--:|--:|",
+        *(
+            f"| {title} | {f['windows']} | {f['rounds']} | {f['false_alarms']} | {f['smallest_slowdown']:.1%} |"
+            for title, f in found.items()
+        ),
+        "",
+        *(f"Noise: {note}." for note in noise),
+    ]
+    options.output.mkdir(parents=True, exist_ok=True)
+    raw = {"found": found, "noise": noise, "machine": machine, "results": [r.to_mapping() for r in results]}
+    (options.output / f"{day}-measurement.json").write_text(json.dumps(raw) + "\n")
+    (options.output / f"{day}-measurement.md").write_text("\n".join(lines).rstrip() + "\n")
+    print("\n".join(lines))
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Whether a second measurement repeats what a first report says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from ryot.report.compare import (
+    MEASURED,
+    Line,
+    compare_forms,
+    line_columns,
+    machine_key,
+    name_of,
+    number_text,
+    ratio_text,
+    render_lines_csv,
+)
+from ryot.report.rows import FormRow, Report
+from ryot.report.table import WIDTH, Format, markdown_table, plain_table, wrap
+
+#: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
+#: quiet machine differ by; memory: the allocator's and the kernel's rounding; quality: int8 kernels of another CPU.
+TIMING_MARGIN, MEMORY_MARGIN, QUALITY_MARGIN = 0.05, 0.02, 0.001
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reproduction:
+    """Whether a second measurement agrees with a first, line by line (a is the new report, b the old one)."""
+
+    agrees: bool
+    lines: tuple[Line, ...]
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def check_reproduced(old: Report, new: Report) -> Reproduction:
+    """Hold a new measurement against the report that it repeats.
+
+    A timing differs when its ratio's interval lies wholly outside 1 ± TIMING_MARGIN, memory outside MEMORY_MARGIN;
+    quality may move by QUALITY_MARGIN, size not at all, and no verdict may change. On another machine timings and
+    memory are shown and don't count.
+    """
+    same_machine = machine_key(old) == machine_key(new)
+    lines: list[Line] = []
+    differences: list[str] = []
+    notes = [] if same_machine else ["Another machine: timings and memory are shown and don't count."]
+    for before in old.rows:
+        after = new.row_of(before.arm)
+        if after is None:
+            differences.append(f"{name_of(before)}: measured then, missing now")
+            continue
+        found = compare_forms(name_of(before), after, before, together=False)
+        lines += found
+        for line in found:
+            margin = _margin(line.metric)
+            if line.metric == MEASURED["load_ms"] or (line.metric in MEASURED.values() and not same_machine):
+                continue
+            if line.ratio is not None and _outside(line, margin):
+                differences.append(
+                    f"{line.subject}: {line.metric} {number_text(line.b)} then, {number_text(line.a)} now"
+                    f" (ratio {ratio_text(line)}, allowed within {margin:.1%})"
+                )
+        differences += _changed_verdicts(before, after, same_machine)
+    return Reproduction(agrees=not differences, lines=tuple(lines), differences=tuple(differences), notes=tuple(notes))
+
+
+def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> list[str]:
+    facts = ("size", "quality", "context")
+    return [
+        f"{name_of(before)}: {target} {metric} was {word}, is {after.verdicts[target].get(metric)}"
+        for target, words in before.verdicts.items()
+        if target in after.verdicts
+        for metric, word in words.items()
+        if after.verdicts[target].get(metric) != word and (same_machine or metric in facts)
+    ]
+
+
+def _margin(metric: str) -> float:
+    if metric == MEASURED["peak_rss_bytes"]:
+        return MEMORY_MARGIN
+    if metric == "bits per byte":
+        return QUALITY_MARGIN
+    return 0.0 if metric == "size (MB)" else TIMING_MARGIN
+
+
+def _outside(line: Line, margin: float) -> bool:
+    assert line.ratio is not None
+    low, high = line.low if line.low is not None else line.ratio, line.high if line.high is not None else line.ratio
+    return high < 1 - margin or low > 1 + margin
+
+
+def render_reproduction(found: Reproduction, fmt: Format = "table") -> str:
+    """The new figures beside the old ones, and whether they agree."""
+    if fmt == "json":
+        return json.dumps({"schema": 1, **dataclasses.asdict(found)}, indent=1)
+    if fmt == "csv":
+        return render_lines_csv(found.lines)
+    closing = "The figures agree." if found.agrees else "The figures do not agree:"
+    table = plain_table if fmt == "table" else markdown_table
+    remarks = [*found.notes, closing, *(f"- {d}" for d in found.differences)]
+    return "\n\n".join([table(line_columns(found.lines, "new", "old")), "\n".join(wrap(r, WIDTH) for r in remarks)])

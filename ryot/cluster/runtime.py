@@ -189,7 +189,8 @@ class EmbeddedCluster(Cluster):
             "num_cpus": num_cpus,
             "include_dashboard": False,
             "object_store_memory": self.options.object_store_bytes,
-            "_temp_dir": str(self.folder),
+            # Ray opens its folder to all users of the machine; in ours they do not reach it.
+            "_temp_dir": str(self.folder / "r"),
         }
         undo.callback(_save_worker_logs, self.folder, self.log_dir)
         undo.enter_context(ray_connection(arguments, environment, self.log_dir))
@@ -288,7 +289,7 @@ def _process_token() -> str:
 def _temporary_folder() -> Iterator[Path]:
     """A short private folder for Ray; a keeper process removes it, and what still runs in it, when the driver ends."""
     base = Path(tempfile.gettempdir())
-    if len(str(base)) + len(keeper.PREFIX) + 9 > MAX_TEMP_DIR_BYTES:
+    if len(str(base)) + len(keeper.PREFIX) + 11 > MAX_TEMP_DIR_BYTES:
         log.warning("the temp folder %s is too long a path for Ray's sockets; /tmp is used", base)
         base = Path("/tmp")
     keeper.sweep_stale(base)
@@ -320,7 +321,7 @@ def _temporary_folder() -> Iterator[Path]:
 
 def _save_worker_logs(folder: Path, log_dir: Path) -> None:
     """Keep what the workers printed: Ray's log folder goes with the cluster."""
-    for path in folder.glob("session_2*/logs/worker-*"):
+    for path in folder.glob("r/session_2*/logs/worker-*"):
         with contextlib.suppress(OSError):
             if path.stat().st_size:
                 shutil.copy(path, log_dir / path.name)

@@ -51,14 +51,5 @@ def main() -> None:
                 jobs, cluster=cluster, run_dir=arguments.run_dir, journal=journal, emit=tell, options=options
             )
     for result in results:
-        print(
-            json.dumps({"kind": "result", "variant": result.variant, "checkpoint": str(result.checkpoint)}), flush=True
-        )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except RyotError as error:
         sys.stderr.write(f"Error: {error}\nhint: {error.hint}\n")
         sys.exit(error.exit_code)

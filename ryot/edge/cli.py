@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryot.edge.bundle import load_bundle
+from ryot.edge.engine import ENGINES
 from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text; default: 0")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of onnxruntime; default: 1")
     parser.add_argument(
+        "--engine", choices=ENGINES, default="auto", help="how onnxruntime is called; default: capi where it works"
+    )
+    parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="fresh processes that --bench measures; default: 3"
     )
     parser.add_argument("--json", action="store_true", help="print the raw results of --bench as JSON")
@@ -103,14 +107,14 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
     if options.bench:
         return _bench(bundle, options)
     if options.verify:
-        return _verify(bundle, options.threads)
+        return _verify(bundle, options.threads, options.engine)
     return _generate(bundle, options)
 
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
+    from ryot.edge.engine import open_decoder
     from ryot.edge.generate import generate
-    from ryot.edge.sampling import SamplingParams
-    from ryot.edge.session import Decoder
+    from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
     sampling = SamplingParams(
@@ -123,7 +127,7 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     )
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokenizer = load_tokenizer(bundle)
-    decoder = Decoder(bundle, threads=options.threads)
+    decoder = open_decoder(bundle, threads=options.threads, engine=options.engine)
     num_tokens = options.max_new_tokens
     if num_tokens is None:
         # What fits, but a prompt that fills the context is still an error and not an empty answer.
@@ -146,11 +150,11 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _verify(bundle: Bundle, threads: int) -> int:
+def _verify(bundle: Bundle, threads: int, engine: str) -> int:
+    from ryot.edge.engine import open_decoder
     from ryot.edge.generate import check_golden
-    from ryot.edge.session import Decoder
 
-    compared = check_golden(Decoder(bundle, threads=threads))
+    compared = check_golden(open_decoder(bundle, threads=threads, engine=engine))
     total = sum(len(golden.tokens) for golden in bundle.golden)
     sys.stdout.write(f"{bundle.name}: {len(bundle.files)} files as in the manifest, ")
     sys.stdout.write(f"{compared} of {total} golden tokens compared and equal\n")
@@ -162,7 +166,7 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: got {options.rounds}, expected a whole number above 0")
-    spec = build_spec(bundle, threads=options.threads)
+    spec = build_spec(bundle, threads=options.threads, engine=options.engine)
     results = measure_rounds({bundle.name: spec}, rounds=options.rounds)
     if options.json:
         environment = record_environment()

@@ -10,8 +10,9 @@ from ryot.edge.tokenizer import TextStream, Tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
-    from ryot.edge.sampling import Sampler, SamplingParams
-    from ryot.edge.session import Decoder
+    from ryot.edge.engine import Engine
+    from ryot.edge.sampling import Sampler
+    from ryot.edge.sampling_params import SamplingParams
 
 #: `stop`: a stop string came; `eos`: the model ended the text; `length`: as many tokens as asked for, or as fit.
 FinishReason = Literal["stop", "eos", "length"]
@@ -108,7 +109,7 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Engine,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -141,7 +142,7 @@ def generate(
 
 
 def generate_batch(
-    decoder: Decoder,
+    decoder: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -166,7 +167,7 @@ def generate_batch(
         decoder.step()
 
 
-def check_golden(decoder: Decoder) -> int:
+def check_golden(decoder: Engine) -> int:
     """Compare the bundle's golden prompts with what `decoder` answers; returns how many tokens were compared.
 
     Tokens must be equal up to the first position where the reference's margin between its two best logits is below
@@ -197,7 +198,7 @@ def check_golden(decoder: Decoder) -> int:
 
 
 def _plan(
-    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int | None
+    decoder: Engine, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int | None
 ) -> tuple[list[list[int]], int]:
     """The ids of each prompt (an empty one begins a text) and how many tokens to generate."""
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -223,7 +224,7 @@ def _build_samplers(sampling: SamplingParams | None, ids: list[list[int]]) -> li
     return [Sampler(sampling, row_ids, row=row) for row, row_ids in enumerate(ids)]
 
 
-def _next_token(decoder: Decoder, samplers: list[Sampler] | None, row: int) -> int:
+def _next_token(decoder: Engine, samplers: list[Sampler] | None, row: int) -> int:
     if samplers is not None:
         decoder.next_token[row] = samplers[row].choose(decoder.logits[row])
     return int(decoder.next_token[row])

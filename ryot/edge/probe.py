@@ -1,12 +1,13 @@
 """The measuring process: `python -m ryot.edge.probe` reads a spec on stdin, measures one arm, answers on stdout.
 
-It imports what the device would: numpy, onnxruntime, tokenizers. After the answer it waits for the end of stdin, so
-that its parent can look at its memory from outside while it still exists.
+It imports what the device would: an engine, and tokenizers where text is timed too. After the answer it waits for the
+end of stdin, so that its parent can look at its memory from outside while it still exists.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -15,14 +16,14 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ryot.edge.protocol import MAX_WARMUP_RUNS, MeasureResult, MeasureSpec, is_steady, parse_spec
 from ryot.errors import MeasureError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
-    from ryot.edge.session import Decoder
+    from ryot.edge.engine import Engine
     from ryot.edge.tokenizer import Tokenizer
 
 #: Set by the parent: when it started this process, on the clock that both share.
@@ -53,16 +54,15 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
     load_before, calibration_before = os.getloadavg()[0], calibrate_ms()
 
     begin = time.perf_counter()
-    import numpy
-    import onnxruntime
-
     from ryot.edge.bundle import MANIFEST_NAME, hash_file, load_bundle
-    from ryot.edge.session import Decoder
+    from ryot.edge.engine import open_decoder
 
+    importlib.import_module("ryot.edge.session" if spec.engine == "python" else "ryot.edge.capi")
     imported = time.perf_counter()
     bundle = load_bundle(spec.bundle, verify=False)
     _check_fits(spec, bundle)
-    decoder = Decoder(bundle, threads=spec.threads, batch_size=spec.batch_size, max_len=_longest(spec))
+    sizes = {"threads": spec.threads, "batch_size": spec.batch_size, "max_len": _longest(spec)}
+    decoder = open_decoder(bundle, engine=spec.engine, **sizes)
     loaded = time.perf_counter()
     arm = _Arm(spec, bundle, decoder)
     first = time.perf_counter()
@@ -106,11 +106,7 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
         prompt_tokens=spec.prompt_tokens,
         decode_tokens=spec.decode_tokens,
         decode_depth=spec.decode_depth,
-        versions={
-            "python": sys.version.split()[0],
-            "numpy": numpy.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
+        versions=_versions(decoder),
         manifest_sha256=hash_file(bundle.path / MANIFEST_NAME),
         started_at=started_at,
     )
@@ -131,23 +127,19 @@ class _Run:
 class _Arm:
     """A loaded decoder and the prompts it is run with; end-of-text is ignored, so all runs have the same length."""
 
-    def __init__(self, spec: MeasureSpec, bundle: Bundle, decoder: Decoder):
-        import numpy as np
-
+    def __init__(self, spec: MeasureSpec, bundle: Bundle, decoder: Engine):
         self.spec = spec
         self._bundle = bundle
         self._decoder = decoder
-        self._prompts = np.array([p[: _longest(spec)] for p in _prompts(spec, bundle)], dtype=np.int64)
+        self._prompts = [list(p[: _longest(spec)]) for p in _prompts(spec, bundle)]
         self._tokenizer: Tokenizer | None = None
         self._texts: list[str] = []
         self.tokenizer_load_ms: float | None = None
 
-    def prompts(self, run: int, length: int) -> Any:
-        """The next prompts in turn, int64 [B, length]."""
-        rows = self.spec.batch_size
-        first = run * rows
-        which = [(first + row) % len(self._prompts) for row in range(rows)]
-        return self._prompts[which, :length]
+    def prompts(self, run: int, length: int) -> list[list[int]]:
+        """The next prompts in turn, one a row."""
+        first = run * self.spec.batch_size
+        return [self._prompts[(first + row) % len(self._prompts)][:length] for row in range(self.spec.batch_size)]
 
     def load_tokenizer(self) -> None:
         from ryot.edge.tokenizer import load_tokenizer
@@ -234,6 +226,14 @@ def read_peak_rss_bytes(process: int | str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def _versions(decoder: Engine) -> dict[str, str]:
+    """Of what this process runs on; numpy is there only where the engine loaded it."""
+    versions = {"python": sys.version.split()[0], "onnxruntime": decoder.onnxruntime_version}
+    if "numpy" in sys.modules:
+        versions["numpy"] = sys.modules["numpy"].__version__
+    return versions
+
+
 def _longest(spec: MeasureSpec) -> int:
     return max(spec.prompt_tokens, spec.decode_depth + spec.decode_tokens)
 
@@ -268,7 +268,7 @@ def _pin(cpus: tuple[int, ...]) -> None:
 
 def _die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, however that happens."""
-    import ctypes  # numpy loads it anyway
+    import ctypes  # every engine loads it anyway
 
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

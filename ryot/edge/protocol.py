@@ -86,9 +86,10 @@ class MeasureResult:
     reason: str = ""
     """Why there is no measurement; empty when `ok`."""
     engine: str = ""
+    """The engine's class: `CapiDecoder` or `Decoder`."""
     precision: str = ""
     import_ms: float | None = None
-    """Importing numpy, onnxruntime and the runtime."""
+    """Importing the engine: for `python` numpy and onnxruntime."""
     load_ms: float | None = None
     """From the bundle's folder to a decoder that can take a prompt, the check of its hashes included."""
     first_ttft_ms: float | None = None

@@ -12,7 +12,7 @@ import pytest
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.generate import generate
-from ryot.edge.sampling import SamplingParams
+from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import Decoder
 from ryot.edge.tokenizer import load_tokenizer
 

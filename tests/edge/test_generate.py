@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from ryot.edge.bundle import Bundle, GoldenPrompt, load_bundle
 from ryot.edge.generate import StopFilter, check_golden, generate, generate_batch
-from ryot.edge.sampling import Sampler, SamplingParams
+from ryot.edge.sampling import Sampler
+from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import Decoder
 from ryot.edge.tokenizer import TextStream, Tokenizer, byte_alphabet, load_tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError

@@ -10,11 +10,11 @@ import pytest
 from ryot.edge.sampling import (
     HEAD,
     Sampler,
-    SamplingParams,
     choose_token,
     penalize_repetition,
     reference_choice,
 )
+from ryot.edge.sampling_params import SamplingParams
 from ryot.errors import BundleError, ConfigError
 
 GRID = [

@@ -1,4 +1,4 @@
-"""The decoder against the standard graph of the same bundle, computed in one piece by a plain `session.run`."""
+"""The engines against the standard graph of the same bundle, computed in one piece by a plain `session.run`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import onnxruntime as ort
 import pytest
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.session import Decoder
+from ryot.edge.capi import CapiDecoder
+from ryot.edge.engine import Engine
+from ryot.edge.session import Decoder as PythonDecoder
 from ryot.errors import BundleError, ConfigError, ContextError
 
 # fp32 with sums of at most a few hundred terms, logits of about 2 in size: the order of summation differs between
 # a whole pass and a cached step by some 1e-6; ten times that is the limit.
 TOLERANCE = 2e-5
+
+
+@pytest.fixture(params=[PythonDecoder, CapiDecoder])
+def Decoder(request: pytest.FixtureRequest) -> type[Engine]:
+    """Each engine in turn."""
+    return request.param
 
 
 def full_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
@@ -33,7 +41,9 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 63])
-def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(bundle: Bundle, length: int) -> None:
+def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(
+    Decoder: type[Engine], bundle: Bundle, length: int
+) -> None:
     ids = prompt(64)
     expected = full_logits(bundle, ids)
     decoder = Decoder(bundle)
@@ -47,7 +57,7 @@ def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(bundle: Bundl
     np.testing.assert_allclose(decoder.logits[0], expected[-1], atol=TOLERANCE)
 
 
-def test_greedy_tokens_are_fed_back_by_the_runtime(bundle: Bundle) -> None:
+def test_greedy_tokens_are_fed_back_by_the_runtime(Decoder: type[Engine], bundle: Bundle) -> None:
     decoder = Decoder(bundle)
     ids = list(prompt(10))
     decoder.prefill([ids])
@@ -58,7 +68,7 @@ def test_greedy_tokens_are_fed_back_by_the_runtime(bundle: Bundle) -> None:
     assert ids[10:] == expected[9:29].tolist()
 
 
-def test_a_new_prompt_forgets_the_old_one(bundle: Bundle) -> None:
+def test_a_new_prompt_forgets_the_old_one(Decoder: type[Engine], bundle: Bundle) -> None:
     decoder, fresh = Decoder(bundle), Decoder(bundle)
     decoder.prefill([prompt(60, seed=1)])
     decoder.step()
@@ -69,7 +79,7 @@ def test_a_new_prompt_forgets_the_old_one(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (3, 40, 11)], ids=["same length", "ragged"])
-def test_rows_of_a_batch_equal_rows_alone(bundle: Bundle, lengths: tuple[int, ...]) -> None:
+def test_rows_of_a_batch_equal_rows_alone(Decoder: type[Engine], bundle: Bundle, lengths: tuple[int, ...]) -> None:
     prompts = [prompt(n, seed=i) for i, n in enumerate(lengths)]
     batch = Decoder(bundle, batch_size=3)
     batch.prefill(prompts)
@@ -84,7 +94,7 @@ def test_rows_of_a_batch_equal_rows_alone(bundle: Bundle, lengths: tuple[int, ..
         batch.step()
 
 
-def test_one_prompt_can_be_shared_by_all_rows(bundle: Bundle) -> None:
+def test_one_prompt_can_be_shared_by_all_rows(Decoder: type[Engine], bundle: Bundle) -> None:
     shared, alone = Decoder(bundle, batch_size=4), Decoder(bundle)
     shared.prefill_shared(prompt(12))
     alone.prefill([prompt(12)])
@@ -95,7 +105,7 @@ def test_one_prompt_can_be_shared_by_all_rows(bundle: Bundle) -> None:
         alone.step()
 
 
-def test_rows_can_be_replaced_by_copies_of_others(bundle: Bundle) -> None:
+def test_rows_can_be_replaced_by_copies_of_others(Decoder: type[Engine], bundle: Bundle) -> None:
     decoder, alone = Decoder(bundle, batch_size=3), Decoder(bundle)
     decoder.prefill([prompt(12), prompt(20, seed=1), prompt(5, seed=2)])
     alone.prefill([prompt(5, seed=2)])
@@ -109,7 +119,7 @@ def test_rows_can_be_replaced_by_copies_of_others(bundle: Bundle) -> None:
         np.testing.assert_allclose(decoder.logits[row], alone.logits[0], atol=TOLERANCE)
 
 
-def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(bundle: Bundle) -> None:
+def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(Decoder: type[Engine], bundle: Bundle) -> None:
     decoder = Decoder(bundle)
     decoder.prefill([prompt(64)])
     with pytest.raises(ContextError, match="context of 64 tokens is full"):
@@ -118,7 +128,7 @@ def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(bundle: Bundle
         decoder.prefill([prompt(65)])
 
 
-def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(bundle: Bundle) -> None:
+def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(Decoder: type[Engine], bundle: Bundle) -> None:
     short, full = Decoder(bundle, max_len=20), Decoder(bundle)
     for decoder in (short, full):
         decoder.prefill([prompt(15)])
@@ -131,7 +141,7 @@ def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(bundle: Bundle
     assert caught.value.hint is not None and "64" in caught.value.hint
 
 
-def test_an_id_outside_the_vocabulary_is_refused(bundle: Bundle) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(Decoder: type[Engine], bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="outside the vocabulary, 0 to 383"):
         Decoder(bundle).prefill([[1, 384]])
 
@@ -144,6 +154,8 @@ def test_an_id_outside_the_vocabulary_is_refused(bundle: Bundle) -> None:
         ({"max_len": 65}, "max_len: got 65"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(bundle: Bundle, sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_make_no_sense_are_refused(
+    Decoder: type[Engine], bundle: Bundle, sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Decoder(bundle, **sizes)

@@ -109,7 +109,7 @@ def line_columns(rows: Sequence[Line], a: str = "A", b: str = "B") -> list[Colum
         Column("metric", "metric", tuple(r.metric for r in rows), needed=True),
         Column("a", a, tuple(number_text(r.a) for r in rows), needed=True, right=True),
         Column("b", b, tuple(number_text(r.b) for r in rows), needed=True, right=True),
-        Column("ratio", f"{a} / {b}\n[95 %]", tuple(ratio_text(r) for r in rows), needed=True),
+        Column("ratio", f"{a} / {b}\n[98 %]", tuple(ratio_text(r) for r in rows), needed=True),
         Column("verdict", f"{a} is", tuple(r.verdict for r in rows), needed=True),
     ]
 

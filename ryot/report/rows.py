@@ -97,7 +97,7 @@ class FormRow:
     verdicts: Mapping[str, Mapping[str, VerdictWord | None]] = field(default_factory=dict)
     """By target, then ttft, throughput, memory, size, quality, context; None where the target sets no limit."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % interval of each measured figure, by its field's name."""
+    """98 % interval of each measured figure, by its field's name."""
     percentiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of `ttft_ms` and `token_ms`, only those that the samples carry."""
     spread: Mapping[str, Any] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class FormRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The ratio a / b of one metric with its 95 % interval."""
+    """The ratio a / b of one metric with its 98 % interval."""
 
     metric: str
     a: str

@@ -104,8 +104,8 @@ def form_columns(report: Report) -> list[Column]:
             Column(f"batch_{n}_tok_s", f"batch {n}\ntok/s", tuple(r.batch_tok_s.get(n) for r in rows), decimals=0)
             for n in dict.fromkeys(n for r in rows for n in r.batch_tok_s)
         ),
-        column("ttft_ratio", "TTFT ratio\n[95 %]", lambda r: ratio_text(report, r, "ttft_ms")),
-        column("tok_s_ratio", "tok/s ratio\n[95 %]", lambda r: ratio_text(report, r, "decode_tok_s"), first=True),
+        column("ttft_ratio", "TTFT ratio\n[98 %]", lambda r: ratio_text(report, r, "ttft_ms")),
+        column("tok_s_ratio", "tok/s ratio\n[98 %]", lambda r: ratio_text(report, r, "decode_tok_s"), first=True),
         column("memory_ratio", "memory\nratio", lambda r: ratio_text(report, r, "peak_rss_bytes", interval=False)),
         column("size_ratio", "size\nratio", lambda r: ratio_text(report, r, "size_bytes", interval=False)),
     ]
@@ -131,7 +131,7 @@ def limit_columns(report: Report) -> list[Column]:
         Column("form", "form", forms),
         Column("target", "target", tuple(v.target for v in kept), needed=True),
         Column("limit", "limit", tuple(limit_text(v) for v in kept), needed=True),
-        Column("value", "value [95 %]", tuple(value_text(v) for v in kept), needed=True),
+        Column("value", "value [98 %]", tuple(value_text(v) for v in kept), needed=True),
         Column("verdict", "verdict", tuple(_verdict_and_mode(report, v) for v in kept), needed=True),
     ]
 
@@ -202,7 +202,7 @@ def footnotes(report: Report) -> list[str]:
     base = report.row_of(report.baseline)
     if base is not None and len(report.rows) > 1:
         lines.append(
-            f"Ratios are to {base.variant} {base.precision}; = is no difference (the 95 % interval holds 1)."
+            f"Ratios are to {base.variant} {base.precision}; = is no difference (the 98 % interval holds 1)."
             " bpb ratio, KL and top-1 are to the variant's own fp32."
         )
     if any(v.concurrent for v in report.variants):

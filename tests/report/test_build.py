@@ -57,9 +57,9 @@ def test_the_whole_table_is_recomputed_from_the_raw_samples():
             interval = value_interval(samples)
             assert numbers(line[f"{metric}_low"]) == pytest.approx(interval.low, rel=1e-9)
             assert numbers(line[f"{metric}_high"]) == pytest.approx(interval.high, rel=1e-9)
-            # Never narrower than Student's interval on the logs of the round medians (t at 2 degrees is 4.3027).
+            # Never narrower than Student's interval on the logs of the round medians (t at 2 degrees is 6.9646).
             logs = [math.log(v) for v in medians(row, metric).values()]
-            least = 2 * 4.3026 * statistics.stdev(logs) / math.sqrt(3)
+            least = 2 * 6.9645 * statistics.stdev(logs) / math.sqrt(3)
             assert math.log(interval.high / interval.low) >= least * (1 - 1e-9)
             if row is base:
                 assert line[f"{metric}_vs_baseline_ratio"] == ""

@@ -69,7 +69,7 @@ def test_three_rounds_give_students_interval_on_their_logs():
     # Two equal samples a round leave nothing to resample, so only the spread of the rounds is left.
     rounds = [[10.0, 10.0], [11.0, 11.0], [12.0, 12.0]]
     logs = np.log([10, 11, 12])
-    half = 4.3027 * logs.std(ddof=1) / math.sqrt(3)
+    half = 6.9646 * logs.std(ddof=1) / math.sqrt(3)
     interval = value_interval(rounds)
     assert interval.value == pytest.approx(11.0)
     assert interval.low == pytest.approx(math.exp(logs.mean() - half), rel=1e-4)
@@ -85,8 +85,8 @@ def test_rounds_that_agree_by_luck_still_carry_the_noise_inside_them():
 
 def test_one_round_passes_only_by_a_wide_margin():
     interval = value_interval([[5.0] * 30])
-    # 1.96 * 10 %: what a single process can't show is assumed.
-    assert interval.high == pytest.approx(5.0 * math.exp(0.196), rel=1e-6)
+    # 2.326 * 10 %: what a single process can't show is assumed.
+    assert interval.high == pytest.approx(5.0 * math.exp(0.23263), rel=1e-6)
     assert interval.rounds == 1
 
 
@@ -113,11 +113,11 @@ def test_the_same_samples_give_the_same_interval():
 
 
 def test_students_t_at_known_points():
-    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-4)
-    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)), rel=1e-4)
-    assert t_quantile(1e9) == pytest.approx(1.95996, rel=1e-4)
-    # 13 degrees of freedom stand between two entries of the table: 2.1604 in any printed one.
-    assert t_quantile(13) == pytest.approx(2.1604, abs=0.002)
+    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.49), rel=1e-4)
+    assert t_quantile(2) == pytest.approx(0.98 * math.sqrt(2 / (4 * 0.99 * 0.01)), rel=1e-4)
+    assert t_quantile(1e9) == pytest.approx(2.32635, rel=1e-4)
+    # 13 degrees of freedom stand between two entries of the table: 2.6503 in any printed one.
+    assert t_quantile(13) == pytest.approx(2.6503, abs=0.003)
 
 
 def test_no_percentile_is_given_that_the_samples_cannot_carry():

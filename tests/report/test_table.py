@@ -47,7 +47,7 @@ def test_the_main_block_has_figures_ratio_and_verdict_together():
     block = render(make_report()).split("\n\n")[0].splitlines()
     for word in ("params", "train*", "loss", "size", "TTFT", "decode", "memory", "tok/s ratio", "phase1"):
         assert word in block[0]
-    assert block[1].split() == ["M", "s", "nats", "MB", "ms", "tok/s", "MB", "[95", "%]"]
+    assert block[1].split() == ["M", "s", "nats", "MB", "ms", "tok/s", "MB", "[98", "%]"]
     assert block[3].split()[:5] == ["baseline", "fp32", "2.14", "129.6", "3.95"]
     assert len(block) == 3 + 4
 
@@ -81,7 +81,7 @@ def test_no_difference_is_marked():
 def test_the_second_table_has_every_limit_of_the_chosen_form():
     report = make_report()
     table = render(report).split("\n\n")[2].splitlines()
-    assert table[0].split("  ")[0] == "target" and "value [95 %]" in table[0]
+    assert table[0].split("  ")[0] == "target" and "value [98 %]" in table[0]
     assert [line.split("  ")[0] for line in table[2:]] == ["phase1"] * 4
     assert "TTFT ≤ 120 ms" in table[2]
     assert table[4].endswith("PASS (checked)")

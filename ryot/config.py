@@ -144,7 +144,10 @@ class TrainConfig:
     normalize_embedding: bool = False
     """Train the embedding table's directions only: each row is used, and stored, with a root mean square of 1."""
     final_norm_init: float = 1.0
-    """First weights of the norm before the head; small where a table of large rows is the head too."""
+    """Size of the first weights of the norm before the head; small where a table of large rows is the head too."""
+    alternate_final_norm: bool = False
+    """Start every second of those weights negative, so that a tied head does not begin by predicting its own input:
+    the logit of a token after itself is then a sum of both signs instead of a sum of squares."""
     accumulate: int = 1
     """Micro-batches a step is split into; divides `batch_size`."""
     checkpoint_activations: bool = False
@@ -246,7 +249,7 @@ def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    check_known(values, fields, where)
+    _check_keys(cls, values, where)
     built: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in values:
@@ -263,6 +266,15 @@ def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T
         return cls(**built)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}", hint=error.hint) from None
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Refuse an unknown key at any depth, before anything else is said about the values."""
+    hints = typing.get_type_hints(cls)
+    check_known(values, hints, where)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            _check_keys(typing.cast(type, hints[name]), value, f"{where}.{name}")
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

@@ -55,7 +55,8 @@ class Progress:
         left = event.train_wall_s / share * (1 - share) if share else 0.0
         held_out = f"  val {self._val_loss[key]:.3f}" if key in self._val_loss else ""
         text = (
-            f"{event.variant} seed {event.seed} {share:4.0%}  step {event.step}/{event.num_steps}  loss {event.loss:.3f}"
+            f"{event.variant} seed {event.seed} {share:4.0%}  step {event.step}/{event.num_steps}"
+            f"  loss {event.loss:.3f}"
             f"{held_out}  norm {event.grad_norm:.2f}  lr {event.learning_rate:.1e}  {event.tokens_per_s:,.0f} tok/s"
             f"  {left:.0f} s left"
         )

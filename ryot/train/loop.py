@@ -115,8 +115,7 @@ class Trainer:
         variant = job.variant
         self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
         self.model = Decoder(variant.model, plan.attention).to(plan.device).train()
-        if self.model.final_norm is not None:
-            torch.nn.init.constant_(self.model.final_norm.weight, variant.train.final_norm_init)
+        self.model.start_final_norm(variant.train.final_norm_init, alternate=variant.train.alternate_final_norm)
         self._take_step = TrainStep(self.model, variant, plan)
         self._batches = Batches(
             self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
@@ -225,7 +224,11 @@ class Trainer:
                 "first_loss": self._first_loss,
                 "identity": self._identity(),
             },
-            training_tensors={**optimizer, _TABLE: self.model.embedding.weight.detach(), "torch_rng": torch.get_rng_state()},
+            training_tensors={
+                **optimizer,
+                _TABLE: self.model.embedding.weight.detach(),
+                "torch_rng": torch.get_rng_state(),
+            },
         )
 
     def _identity(self) -> dict[str, Any]:

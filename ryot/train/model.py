@@ -194,6 +194,14 @@ class Decoder(nn.Module):
         return F.linear(x_BTD, self.head_weight_VD), presents
 
     @torch.no_grad()
+    def start_final_norm(self, size: float, *, alternate: bool) -> None:
+        """Set the first weights of the norm before the head, every second one negative if `alternate`."""
+        if self.final_norm is not None:
+            self.final_norm.weight.fill_(size)
+            if alternate:
+                self.final_norm.weight[::2].neg_()
+
+    @torch.no_grad()
     def _initialize(self) -> None:
         cfg = self.cfg
         if cfg.architecture == "opt":

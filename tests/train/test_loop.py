@@ -12,7 +12,7 @@ from torch import nn
 from ryot.config import KernelPlan, VariantConfig, replace
 from ryot.errors import CheckpointError, TrainingError
 from ryot.events import EvalEvent, StepEvent
-from ryot.train.checkpoint import checkpoint_digest
+from ryot.train.checkpoint import checkpoint_digest, load_model
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.evaluate import evaluate
 from ryot.train.loop import Trainer, TrainJob
@@ -58,6 +58,19 @@ def test_resume_is_bit_identical_to_never_having_stopped(
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
 
 
+def test_a_normalized_table_is_stored_as_it_is_used(dataset: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(make_job(dataset, tiny_variant("optimized")), KernelPlan())
+    trainer.run_slice(60)
+    trainer.save(tmp_path / "c")
+    ids = torch.from_numpy(dataset.windows("val", 2, CONTEXT - 1))
+    with torch.no_grad():
+        stored = load_model(tmp_path / "c")
+        rms = stored.embedding.weight.square().mean(dim=-1).sqrt()
+        torch.testing.assert_close(rms, torch.ones_like(rms))
+        # The rows are divided by their size once more or not: the same numbers up to rounding.
+        torch.testing.assert_close(stored(ids), trainer.model.eval()(ids), atol=1e-4, rtol=0)
+
+
 def test_resume_with_another_recipe_or_corpus_is_refused_with_the_difference(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(make_job(dataset, tiny_variant("optimized")), KernelPlan())
     trainer.run_slice(60, 2)
@@ -94,7 +107,9 @@ def test_the_optimized_losses_are_those_of_plain_torch(dataset: Dataset) -> None
         return torch.cat((turned[..., 0], turned[..., 1]), dim=-1)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        x = F.embedding(ids, w["embedding.weight"])
+        table = w["embedding.weight"]
+        table = table / table.square().mean(dim=-1, keepdim=True).sqrt()
+        x = F.embedding(ids, table)
         for i in range(m.num_layers):
             p = f"layers.{i}."
             h = F.rms_norm(x, (m.dim,), w[p + "attn_norm.weight"], m.norm_eps)
@@ -107,7 +122,7 @@ def test_the_optimized_losses_are_those_of_plain_torch(dataset: Dataset) -> None
             h = F.rms_norm(x, (m.dim,), w[p + "ff_norm.weight"], m.norm_eps)
             gate, up = (h @ w[p + "gate_up.weight"].T).chunk(2, -1)
             x = x + (F.silu(gate) * up) @ w[p + "down.weight"].T
-        return F.rms_norm(x, (m.dim,), w["final_norm.weight"], m.norm_eps) @ w["embedding.weight"].T
+        return F.rms_norm(x, (m.dim,), w["final_norm.weight"], m.norm_eps) @ table.T
 
     rates = {n: t.embedding_learning_rate if n.startswith("embedding") else t.learning_rate for n in w}
     rates |= {n: t.learning_rate * t.output_rate for n in w if n.endswith(("attn.out.weight", "down.weight"))}

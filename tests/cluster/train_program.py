@@ -1,14 +1,15 @@
-"""A driver to be killed and stopped: trains two small variants in RUN_DIR and prints each event as a JSON line.
+"""A driver to be killed and stopped: trains two small variants in RUN_DIR and says each event as a JSON line.
 
     train_program.py RUN_DIR DATASET_DIR [--address HOST:PORT] [--steps N]
 
-Exits as `ryot-deploy` does: with the code of the error, which is printed on stderr.
+Exits as `ryot-deploy` does: with the code of the error, which is said on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def say(values: dict) -> None:
     sys.stdout.flush()
 
 
+def say_event(event: Event) -> None:
+    say(event_to_dict(event))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
@@ -35,21 +40,26 @@ def main() -> None:
     parser.add_argument("--address")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
     dataset = load_dataset(arguments.dataset_dir)
     jobs = [planned(dataset, name, steps=arguments.steps) for name in ("baseline", "optimized")]
     options = DriverOptions(slice_s=0.15, checkpoint_every_s=0.0, backoff_s=0.1)
-
-    def tell(event: Event) -> None:
-        say(event_to_dict(event))
-
-    arguments.run_dir.mkdir(exist_ok=True)
-    with RunLock(arguments.run_dir):
-        journal = Journal(arguments.run_dir)
+    run_dir = arguments.run_dir
+    run_dir.mkdir(exist_ok=True)
+    with RunLock(run_dir):
+        journal = Journal(run_dir)
         journal.open_run()
-        with open_cluster(ClusterOptions(address=arguments.address), log_dir=arguments.run_dir / "logs") as cluster:
+        with open_cluster(ClusterOptions(address=arguments.address), log_dir=run_dir / "logs") as cluster:
             results = train_variants(
-                jobs, cluster=cluster, run_dir=arguments.run_dir, journal=journal, emit=tell, options=options
+                jobs, cluster=cluster, run_dir=run_dir, journal=journal, emit=say_event, options=options
             )
     for result in results:
+        say({"kind": "result", "variant": result.variant, "checkpoint": str(result.checkpoint)})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RyotError as error:
         sys.stderr.write(f"Error: {error}\nhint: {error.hint}\n")
         sys.exit(error.exit_code)

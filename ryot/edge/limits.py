@@ -51,29 +51,28 @@ class MemoryCgroup:
 
 
 def open_memory_cgroup(limit_bytes: int) -> MemoryCgroup | None:
-    """A new group below this process's own that holds its processes to `limit_bytes`; None where that is impossible.
+    """A new group near this process's own that holds its processes to `limit_bytes`; None where that is impossible.
 
     Swap is closed to the group, where the kernel counts it.
     """
-    place = _own_group()
+    place = find_memory_group(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))
     if place is None:
         log.info("no memory controller is mounted; memory limits are only checked afterwards")
         return None
-    parent, version = place
-    folder = parent / f"{PREFIX}{os.getpid()}-{next(_serial)}"
+    group, version, top = place
+    try:
+        parent = group if version == 1 else _find_delegated(group, top)
+        _remove_stale(parent)
+        folder = parent / f"{PREFIX}{os.getpid()}-{next(_serial)}"
+        folder.mkdir()
+    except OSError as error:
+        log.info("%s: no control group can be made (%s); memory limits are only checked", group, error.strerror)
+        return None
     limit, swap, no_swap = (
         ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", str(limit_bytes))
         if version == 1
         else ("memory.max", "memory.swap.max", "0")
     )
-    try:
-        _remove_stale(parent)
-        if version == 2:
-            _delegate_memory(parent)
-        folder.mkdir()
-    except OSError as error:
-        log.info("%s: no control group can be made (%s); memory limits are only checked", parent, error.strerror)
-        return None
     try:
         (folder / limit).write_text(str(limit_bytes))
     except OSError as error:
@@ -85,45 +84,49 @@ def open_memory_cgroup(limit_bytes: int) -> MemoryCgroup | None:
     return MemoryCgroup(folder, version, limit_bytes)
 
 
-def _own_group() -> tuple[Path, int] | None:
-    """The folder of this process's memory control group, and the version of its hierarchy."""
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    except OSError:
-        return None
-    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in groups)}
-    for left, right in mounts:
+def find_memory_group(cgroups: str, mounts: str) -> tuple[Path, int, Path] | None:
+    """Folder, version and mount point of the memory hierarchy's group that a process is in.
+
+    From the texts of its /proc/PID/cgroup and /proc/PID/mountinfo (proc(5), cgroups(7)). A version 1 hierarchy comes
+    first: where both are mounted the controller can be in one only, and is listed there.
+    """
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in cgroups.splitlines())}
+    found: dict[int, tuple[Path, int, Path]] = {}
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
         _, _, _, root, mount_point, *_ = left.split()
         kind, _, *options = right.split()
         if kind == "cgroup" and "memory" in options[-1].split(","):
-            found = next((path for names, path in paths.items() if "memory" in names.split(",")), None)
-            version = 1
-        elif kind == "cgroup2" and "memory" in _controllers(Path(mount_point)):
-            found, version = paths.get(""), 2
+            path, version = next((p for names, p in paths.items() if "memory" in names.split(",")), None), 1
+        elif kind == "cgroup2" and "memory" in _read(f"{mount_point}/cgroup.controllers").split():
+            path, version = paths.get(""), 2
         else:
             continue
-        if found is None:
-            continue
-        # Inside a container the mount's root is the container's own group.
-        inside = os.path.relpath(found, root) if found.startswith(root) else "."
-        folder = Path(mount_point, inside)
-        return (folder if folder.is_dir() else Path(mount_point)), version
-    return None
+        if path is not None:
+            top = Path(mount_point)
+            # Inside a container the mount's root is the container's own group.
+            folder = top / os.path.relpath(path, root) if path.startswith(root) else top
+            found[version] = (folder if folder.is_dir() else top), version, top
+    return found.get(1) or found.get(2)
 
 
-def _controllers(mount_point: Path) -> list[str]:
-    try:
-        return (mount_point / "cgroup.controllers").read_text().split()
-    except OSError:
-        return []
+def _find_delegated(group: Path, top: Path) -> Path:
+    """The nearest group, from `group` up, below which groups have memory limits (version 2), or can get them.
 
-
-def _delegate_memory(parent: Path) -> None:
-    """Let groups below `parent` have memory limits (version 2); fails where `parent` itself has processes."""
-    control = parent / "cgroup.subtree_control"
-    if "memory" not in control.read_text().split():
-        control.write_text("+memory")
+    A group that holds processes cannot; its parent does already, or `group` would have no limit itself.
+    """
+    refused = None
+    for candidate in (group, *group.parents):
+        control = candidate / "cgroup.subtree_control"
+        try:
+            if "memory" not in control.read_text().split():
+                control.write_text("+memory")
+            return candidate
+        except OSError as error:
+            refused = refused or error
+        if candidate == top:
+            break
+    raise refused or OSError("no group")
 
 
 def _remove_stale(parent: Path) -> None:
@@ -133,3 +136,10 @@ def _remove_stale(parent: Path) -> None:
         if not Path("/proc", owner).exists():
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

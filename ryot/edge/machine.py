@@ -1,4 +1,4 @@
-"""What CPU this is: model, instruction sets, cores, caches, memory; read from the system, empty where it says nothing."""
+"""What CPU this is: model, instruction sets, cores, caches, memory; as the system says, empty where it does not."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ def _run_child(spec: MeasureSpec, cgroup: MemoryCgroup | None) -> MeasureResult:
         line = _read_line(child.stdout, spec.timeout_s)
         if line is None:
             child.kill()
-            return _failure(spec, f"timed out after {spec.timeout_s:g} s")
+            limit = f" under a memory limit of {cgroup.limit_bytes / 1e6:.1f} MB" if cgroup else ""
+            return _failure(spec, f"timed out after {spec.timeout_s:g} s{limit}")
         outside = read_peak_rss_bytes(child.pid)
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()

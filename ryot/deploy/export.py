@@ -217,7 +217,7 @@ def _export(
         bundle.write_requirements(stage, onnxruntime_min(identity.options.quantize))
         bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
-        values = _manifest_values(identity, precision, singles, quality)
+        values = _manifest_values(identity, precision, singles, quality, "float32" if kv_scales is None else "int8")
         bundle.write_manifest(stage, values)
         golden, tolerance = make_golden(
             load_bundle(stage, verify=False),
@@ -233,7 +233,7 @@ def _export(
 
 
 def _manifest_values(
-    identity: _Identity, precision: str, singles: Mapping[str, Quantized], quality: Quality | None
+    identity: _Identity, precision: str, singles: Mapping[str, Quantized], quality: Quality | None, kv_dtype: str
 ) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
     options, cfg = identity.options, identity.weights.cfg
@@ -241,7 +241,7 @@ def _manifest_values(
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
-        **bundle.graph_entries(cfg, precision, options.quantize.kv_dtype),
+        **bundle.graph_entries(cfg, precision, kv_dtype),
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,

@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecisio
         Candidate(precision=p, block_size=size, prefill_ms=prefill, decode_ms=decode)
         for (p, size), (prefill, decode) in zip(formats, times)
     ]
-    return _decide(cfg, candidates, cpu, layers)
+    return decide(cfg, candidates, cpu, num_layers=layers)
 
 
 def format_decision(decision: InferenceDecision) -> str:
@@ -144,7 +145,13 @@ def format_decision(decision: InferenceDecision) -> str:
     return "\n".join(lines)
 
 
-def _decide(cfg: ModelConfig, candidates: list[Candidate], cpu: dict[str, Any], layers: int) -> InferenceDecision:
+def decide(
+    cfg: ModelConfig, candidates: list[Candidate], cpu: Mapping[str, Any], *, num_layers: int
+) -> InferenceDecision:
+    """The decision that these times lead to.
+
+    A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
+    """
     best = {precision: _best_block(candidates, precision, cfg) for precision in ("int8", "int4")}
     best |= {c.precision: c for c in candidates if not c.block_size}
     quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
@@ -176,7 +183,7 @@ def _decide(cfg: ModelConfig, candidates: list[Candidate], cpu: dict[str, Any], 
         candidates=tuple(dataclasses.replace(c, verdict=", ".join(verdicts[c.label])) for c in candidates),
         cpu=cpu["model"],
         onnxruntime=ort.__version__,
-        num_layers=layers,
+        num_layers=num_layers,
     )
 
 

@@ -1,0 +1,256 @@
+"""A variant exported in all precisions: gates, scores, golden prompts, and the bundle that leaves the house."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ryot.config import PRECISIONS, ModelConfig
+from ryot.deploy.bundle import finish_bundle, runtime_modules
+from ryot.deploy.export import ExportOptions, export_variant
+from ryot.deploy.forms import QuantizeOptions
+from ryot.deploy.quality import worst
+from ryot.deploy.verify import check_parity, reference_logits
+from ryot.edge.bundle import load_bundle
+from ryot.edge.generate import check_golden
+from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.errors import BundleError, QualityError
+from ryot.train.checkpoint import load_model, save_checkpoint
+from ryot.train.model import Decoder
+
+from .conftest import CONFIGS
+
+TRAIN_STEPS = 120
+
+
+def train_briefly(cfg: ModelConfig, data) -> Decoder:
+    """A decoder that has learned something, so that quantization can cost something."""
+    torch.manual_seed(0)
+    model = Decoder(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    windows = torch.from_numpy(data.windows("train", 1024, cfg.max_seq_len))
+    for step in range(TRAIN_STEPS):
+        batch = windows[torch.randint(len(windows), (16,), generator=torch.Generator().manual_seed(step))]
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def trained(request, tmp_path_factory, tokenizer, data):
+    path = tmp_path_factory.mktemp("trained") / request.param
+    model = train_briefly(CONFIGS[request.param], data)
+    save_checkpoint(path, cfg=model.cfg, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def forms(trained, data, tmp_path_factory):
+    options = ExportOptions(name="tiny", variant=trained.name, seed=3)
+    results = export_variant(trained, tmp_path_factory.mktemp("forms"), PRECISIONS, data, options=options)
+    return {form.precision: form for form in results}
+
+
+def test_scores_of_fp32_are_torchs_own(trained, forms, data):
+    model, quality = load_model(trained), forms["fp32"].quality
+    windows = torch.from_numpy(data.windows("test", -(-20_000 // model.cfg.max_seq_len), model.cfg.max_seq_len))
+    with torch.no_grad():
+        nats = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
+    assert quality.tokens == windows[:, 1:].numel() >= 20_000
+    # A mean over 20,000 float32 losses that agree to about 1e-6 each.
+    assert quality.loss == pytest.approx(nats / quality.tokens, rel=1e-5)
+    text_bytes = data.byte_lengths[windows[:, 1:].numpy()].sum()
+    assert quality.bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+    assert (quality.kl, quality.top1, quality.bpb_ratio) == (0.0, 1.0, 1.0)
+
+
+def test_fewer_bits_cost_more_and_all_forms_stay_within_the_limit(forms):
+    assert [form.passed for form in forms.values()] == [True] * len(PRECISIONS)
+    kl = {name: form.quality.kl for name, form in forms.items()}
+    assert 0 < kl["int8"] < kl["int4"] < 0.1
+    assert 0 < kl["int8-dyn"] < kl["int4"]
+    assert forms["int4"].size_bytes < forms["int8"].size_bytes < forms["fp32"].size_bytes
+    assert forms["int8-dyn+int4"].quality.kl >= kl["int4"]
+
+
+def test_int4_is_rounded_with_an_eye_on_the_error_and_the_candidates_are_recorded(forms):
+    record = load_bundle(forms["int4"].path).manifest["quantization"]["int4"]
+    figures = {c["method"]: c for c in record["candidates"]}
+    # The tied table of so small a model hurts too much at 4 bits; the untied one does not.
+    assert record["method"] == {"opt": "error-aware", "llama": "mixed"}[load_bundle(forms["int4"].path).variant]
+    assert figures["error-aware"]["kl"] < figures["nearest"]["kl"]
+    assert figures["error-aware"]["bytes"] == figures["nearest"]["bytes"]
+    assert record["bytes"] == figures[record["method"]]["bytes"]
+
+
+def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, forms):
+    figures = load_bundle(forms["int4"].path).manifest["quantization"]["int4"]["candidates"]
+    four = next(c for c in figures if c["method"] == "error-aware")
+    # A limit between what 4 bits cost and what 8 bits cost.
+    limit = 1 + (four["bpb_ratio"] - 1) / 3
+    options = ExportOptions(max_bpb_ratio=limit)
+    [form] = export_variant(trained, tmp_path, ["int4"], data, options=options)
+    record = load_bundle(form.path).manifest["quantization"]["int4"]
+    assert record["method"] == "mixed"
+    chosen = next(c for c in record["candidates"] if c["eight_bit"] == record["eight_bit"] and c["method"] == "mixed")
+    assert chosen["bpb_ratio"] <= limit
+    assert four["bytes"] < record["bytes"] < forms["int8"].size_bytes
+    one_less = [c for c in record["candidates"] if len(c["eight_bit"]) == len(record["eight_bit"]) - 1]
+    assert all(c["bpb_ratio"] > limit for c in one_less)
+
+
+def test_a_form_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_path):
+    [form] = export_variant(trained, tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5))
+    assert not form.passed
+    assert form.reason == f"bits per byte {form.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
+
+
+def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path):
+    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8"))
+    [form] = export_variant(trained, tmp_path, ["fp32"], data, options=options)
+    assert form.passed
+    assert form.quality.kl > 0
+    bundle = load_bundle(form.path)
+    assert (bundle.kv_dtype, bundle.onnxruntime_min) == ("int8", "1.25")
+    assert check_golden(EdgeDecoder(bundle)) > 0
+
+
+def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, forms, data):
+    model = load_model(trained)
+    windows = data.windows("test", 4, model.cfg.max_seq_len)
+    assert check_parity(model, forms["fp32"].path, windows).max_difference > 0
+    with torch.no_grad():
+        # One weight of 6144, by a third of its size.
+        model.layers[1].down.weight[0, 0] += 0.05
+    with pytest.raises(QualityError, match="parity: logits of fp32 differ from torch by"):
+        check_parity(model, forms["fp32"].path, windows)
+
+
+def test_the_tolerance_comes_from_torchs_own_rounding(trained, forms, data):
+    windows = data.windows("test", 4, CONFIGS["opt"].max_seq_len)
+    _, error = reference_logits(load_model(trained), windows[:, :-1])
+    parity = forms["fp32"].parity
+    assert parity.tolerance == pytest.approx(16 * parity.torch_error)
+    assert 0 < error < 1e-3
+    assert parity.tokens_compared > 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_golden_prompts_hold_in_a_new_session(forms, precision):
+    bundle = load_bundle(forms[precision].path)
+    assert bundle.golden
+    assert all(margin > bundle.tolerance for golden in bundle.golden for margin in golden.margins)
+    assert check_golden(EdgeDecoder(bundle)) == sum(len(g.tokens) for g in bundle.golden)
+
+
+def test_manifest_says_where_the_bundle_comes_from(trained, forms, data):
+    bundle = load_bundle(forms["int8"].path)
+    assert (bundle.name, bundle.variant, bundle.seed, bundle.precision) == ("tiny", trained.name, 3, "int8")
+    provenance = bundle.manifest["provenance"]
+    assert provenance["corpus_sha256"] == data.corpus_sha256
+    assert len(provenance["checkpoint_sha256"]) == 64
+    assert bundle.manifest["quality"] == dataclasses.asdict(forms["int8"].quality)
+    assert {len(p) for p in bundle.prompts} == {bundle.model.context_length}
+    card = (bundle.path / "README.md").read_text()
+    assert f"{forms['int8'].quality.bpb:.4f} bits per byte" in card
+    assert str(trained) not in "".join(p.read_text() for p in bundle.path.glob("*.json"))
+
+
+def test_every_graph_reads_the_one_data_file(forms):
+    for form in forms.values():
+        bundle = load_bundle(form.path)
+        assert {p.name for p in form.path.glob("*.data")} == {"model.onnx.data"}
+        for name in set(bundle.graphs.values()):
+            graph = onnx.load(form.path / name, load_external_data=False).graph
+            locations = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
+            assert locations == {"model.onnx.data"}
+            assert (form.path / name).stat().st_size < 20_000
+
+
+def test_the_final_bundle_is_the_form_and_its_record(forms, tmp_path):
+    target = finish_bundle(forms["int4"].path, tmp_path / "bundle", {"ttft_ms": [1.5]})
+    assert json.loads((target / "record.json").read_text()) == {"ttft_ms": [1.5]}
+    load_bundle(target)
+    (forms["int4"].path / "extra").mkdir()
+    (target / "model.onnx.data").write_bytes(b"changed")
+    with pytest.raises(BundleError):
+        finish_bundle(target, tmp_path / "again", {})
+    assert not (tmp_path / "again").exists()
+
+
+def test_run_py_needs_nothing_of_the_project(forms, tmp_path):
+    bundle = finish_bundle(forms["int8-dyn+int4"].path, tmp_path / "bundle", {})
+    before = sorted(p.relative_to(bundle) for p in bundle.rglob("*"))
+    program = f"""
+import runpy, sys
+sys.argv = ["run.py", "--verify"]
+try:
+    runpy.run_path({str(bundle / "run.py")!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+import ryot
+assert ryot.__file__.startswith({str(bundle)!r}), ryot.__file__
+heavy = {{"torch", "onnx", "ray", "click", "tabulate", "transformers", "safetensors"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, bundle / "run.py", "--prompt", "def ", "--max-new-tokens", "8"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert sorted(p.relative_to(bundle) for p in bundle.rglob("*")) == before
+
+
+def test_the_runtime_has_what_edge_imports_and_no_more():
+    modules = {path.as_posix() for path in runtime_modules()}
+    assert {"ryot/__init__.py", "ryot/errors.py", "ryot/edge/__init__.py", "ryot/edge/session.py"} <= modules
+    assert not [m for m in modules if m.split("/")[1] in ("train", "deploy", "cluster", "report", "cli", "optimize")]
+
+
+def test_a_pair_is_as_good_as_its_worse_half(forms):
+    a, b = forms["int8-dyn"].quality, forms["int4"].quality
+    pair = worst(a, b)
+    assert (pair.kl, pair.top1, pair.bpb) == (max(a.kl, b.kl), min(a.top1, b.top1), max(a.bpb, b.bpb))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_genai") is None,
+    reason="onnxruntime-genai is not installed: pip install 'onnxruntime-genai==0.18.*' in another environment",
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_onnxruntime_genai_gives_the_golden_tokens(forms, precision):
+    import onnxruntime_genai as genai
+
+    bundle = load_bundle(forms[precision].path)
+    if not bundle.one_session:
+        # Its prefill is another graph, whose rounding the golden margins do not cover here.
+        bundle = load_bundle(forms[precision.partition("+")[2]].path)
+    model = genai.Model(str(bundle.path))
+    for golden in bundle.golden:
+        params = genai.GeneratorParams(model)
+        params.set_search_options(max_length=bundle.model.context_length, do_sample=False)
+        generator = genai.Generator(model, params)
+        generator.append_tokens(np.asarray(golden.ids, dtype=np.int32))
+        tokens = []
+        while len(tokens) < len(golden.tokens) and not generator.is_done():
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        assert tokens == list(golden.tokens[: len(tokens)])

@@ -216,7 +216,7 @@ class CapiDecoder(Engine):
         self._step_arguments = self._step.arguments
         self.next_token = self._token
 
-    @property
+    @functools.cached_property
     def logits(self) -> np.ndarray:
         import numpy as np  # only who reads logits pays for it
 

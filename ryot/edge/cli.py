@@ -7,9 +7,9 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engine import ENGINES
@@ -17,7 +17,9 @@ from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
+    from ryot.edge.engine import Engine
     from ryot.edge.protocol import MeasureResult
+    from ryot.edge.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -88,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="make tokens already there less likely; default: 1, not at all",
     )
     text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text; default: 0")
+    best = parser.add_argument_group("several candidates")
+    best.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="draw N continuations together, print the best; default: 1"
+    )
+    best.add_argument(
+        "--reward", metavar="CHECK", help="what is best: python or json (it parses), match=REGEX, command=COMMAND"
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of onnxruntime; default: 1")
     parser.add_argument(
         "--engine", choices=ENGINES, default="auto", help="how onnxruntime is called; default: capi where it works"
@@ -113,7 +122,6 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.engine import open_decoder
-    from ryot.edge.generate import generate
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
@@ -125,29 +133,38 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
+    if options.best_of < 1:
+        raise ConfigError(f"--best-of: got {options.best_of}, expected a whole number above 0")
+    if (options.best_of > 1) != (options.reward is not None):
+        raise ConfigError("--best-of N and --reward CHECK are used together")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokenizer = load_tokenizer(bundle)
-    decoder = open_decoder(bundle, threads=options.threads, engine=options.engine)
+    decoder = open_decoder(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     num_tokens = options.max_new_tokens
     if num_tokens is None:
         # What fits, but a prompt that fills the context is still an error and not an empty answer.
         num_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_len - max(1, len(tokenizer.encode(prompt)))))
-    pieces = generate(
-        decoder,
-        tokenizer,
-        prompt,
-        max_new_tokens=num_tokens,
-        sampling=sampling,
-        stop=options.stop,
-        ignore_eos=options.ignore_eos,
-    )
     # Text of a byte-level model may hold any character, whatever the terminal's encoding.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    for piece in pieces:
+    limits = {"max_new_tokens": num_tokens, "stop": options.stop, "ignore_eos": options.ignore_eos}
+    for piece in _pieces(decoder, tokenizer, prompt, options.reward, sampling=sampling, **limits):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return EXIT_OK
+
+
+def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | None, **options: Any) -> Iterable[str]:
+    """The text as it comes, or, where a reward chooses among candidates, in one piece."""
+    if reward is None:
+        from ryot.edge.generate import generate
+
+        return generate(decoder, tokenizer, prompt, **options)
+    from ryot.edge.scaling import build_reward, choose_best
+
+    best = choose_best(decoder, tokenizer, prompt, build_reward(reward), **options)[0]
+    sys.stderr.write(f"candidate {best.row + 1} of {decoder.batch_size}, reward {best.reward:.2f}\n")
+    return [best.completion.text]
 
 
 def _verify(bundle: Bundle, threads: int, engine: str) -> int:

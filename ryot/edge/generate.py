@@ -156,8 +156,35 @@ def generate_batch(
     ids, num_tokens = _plan(decoder, tokenizer, prompts, max_new_tokens)
     eos = () if ignore_eos else decoder.bundle.eos_token_ids
     rows = [_Row(tokenizer, row_ids, num_tokens, eos, stop) for row_ids in ids]
-    samplers = _build_samplers(sampling, ids)
     decoder.prefill(ids)
+    return _complete(decoder, rows, _build_samplers(sampling, ids))
+
+
+def generate_candidates(
+    decoder: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    sampling: SamplingParams,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> list[Completion]:
+    """`decoder.batch_size` continuations of one prompt, which is computed once; each row draws by itself.
+
+    Raises like `generate`, and `ConfigError` when the sampling would make all of them the same.
+    """
+    if sampling.temperature == 0 and decoder.batch_size > 1:
+        raise ConfigError("temperature: got 0, which makes all candidates the same, expected a number above 0")
+    ids, num_tokens = _plan(decoder, tokenizer, [prompt], max_new_tokens)
+    eos = () if ignore_eos else decoder.bundle.eos_token_ids
+    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop) for _ in range(decoder.batch_size)]
+    decoder.prefill_shared(ids[0])
+    return _complete(decoder, rows, _build_samplers(sampling, ids * decoder.batch_size))
+
+
+def _complete(decoder: Engine, rows: list[_Row], samplers: list[Sampler] | None) -> list[Completion]:
+    """Step all rows until each is done; what a row gives after its end is not looked at."""
     while True:
         for index, row in enumerate(rows):
             if not row.done:

@@ -34,7 +34,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     A folder that is already at `target` is replaced if it is a bundle; anything else raises `ExportError`.
     """
-    if target.exists() and not (target / edge_bundle.MANIFEST_NAME).is_file() and any(target.iterdir()):
+    is_bundle = (target / edge_bundle.MANIFEST_NAME).is_file()
+    if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
         raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ryot.deploy.standard import StandardGraph
+from ryot.edge.bundle import TOKENIZER_NAME, load_bundle
+from ryot.errors import ConfigError
 
 #: Name of the float32 graphs among the results.
 REFERENCE = "reference"
@@ -98,6 +101,23 @@ def evaluate_forms(
         )
         for name, (nats, kl, agree) in sums.items()
     }
+
+
+def evaluate_bundle(
+    path: Path, reference: Path, windows: NDArray[np.int64], byte_lengths: NDArray[np.int64], *, threads: int = 1
+) -> Quality:
+    """The quality of the bundle at `path` against the one at `reference`, on token windows int64 [n, T + 1].
+
+    Both are run through their standard graphs: of a pair that is the decode half. Raises `BundleError` for a damaged
+    bundle and `ConfigError` when the two do not share their tokens.
+    """
+    bundles = [load_bundle(p) for p in (path, reference)]
+    if bundles[0].files[TOKENIZER_NAME] != bundles[1].files[TOKENIZER_NAME]:
+        raise ConfigError(
+            f"reference {reference}: has another tokenizer than {path}", hint="compare forms of one model"
+        )
+    graph, expected = (StandardGraph(b.path / b.graphs["standard"], threads=threads) for b in bundles)
+    return evaluate_forms(expected, {"form": graph}, windows, byte_lengths)["form"]
 
 
 def worst(a: Quality, b: Quality) -> Quality:

@@ -4,9 +4,11 @@ GPTQ (Frantar et al. 2022, arXiv:2210.17323): columns are rounded one after the 
 make up for each one's error, weighted by how the layer's inputs are correlated. Scales are set beforehand, by a search
 for the clipping that costs least under the inputs' energy, so that columns may be taken in the order of that energy.
 
-Written here because no library fits: onnxruntime.quantization's GPTQ was moved to neural-compressor, which works on
-models of its own loading and on random inputs unless wrapped, and brings more packages than this project has; these
-are 60 lines of linear algebra on arrays that are at hand.
+Written here because no library at hand fits. onnxruntime 1.32 carries a `gptq`
+(`onnxruntime.quantization.neural_compressor`), but it takes the wrong half of the triangular factor, so no error is
+passed on: on the trained reference models its 4 bits in blocks of 128 leave 0.12 % and 0.44 % of the outputs' energy as
+error, rounding to nearest 0.13 % and 0.46 %, this 0.007 % and 0.22 % (optimized, baseline; 2026-11-24). It also returns
+rounded values instead of codes, and its driver works on the MatMuls of a finished float graph.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> Clust
             hint="install the same Ray and Python minor version on the cluster and here",
         )
     if "nauthenticated" in everything or "UNAUTHENTICATED" in everything or "token" in str(error).lower():
+        given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
         return ClusterError(
-            f"cluster {where}: it does not accept the token",
+            f"cluster {where}: it {'does not accept our' if given else 'demands a'} token",
             hint="set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token",
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

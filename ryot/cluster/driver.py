@@ -144,7 +144,9 @@ class Driver:
             time.sleep(_TICK_S)
             return
         ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK_S)
-        for lane in [lane for lane in self.lanes if lane.ref in ready]:
+        if ready:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for lane in [lane for lane in self.lanes if lane.ref in set(ready)]:
             self._collect(lane)
 
     def _restart_cluster(self) -> None:
@@ -203,9 +205,12 @@ class Driver:
                 f"no node has had room for {self.waiting[0].planned.key} for {self.options.cores_timeout_s:g} s",
                 hint="resume the run when the cluster has free CPUs again",
             )
+        if not self.waiting or self.stopping:
+            return
         self.waiting.sort(key=lambda t: -t.planned.cost)
+        self.placement.look()
         for task in list(self.waiting):
-            if task.not_before > now or self.stopping:
+            if task.not_before > now:
                 continue
             threads = task.planned.plan.threads
             node = self.placement.take(threads)
@@ -236,7 +241,7 @@ class Driver:
         task.wall_begin = task.wall_begin or time.monotonic()
         newest = task.accepted[0] if task.accepted else None
         self.journal.append(
-            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=lane.node.hostname
+            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=lane.node.name
         )
         self.store.prune(planned, task.accepted, task.attempt)
         assignment = Assignment(
@@ -272,7 +277,7 @@ class Driver:
             self._on_exception(lane, error.cause)
         except RuntimeEnvSetupError as error:
             raise ClusterError(
-                f"node {lane.node.hostname}: its workers cannot be set up: {str(error).splitlines()[0]}",
+                f"node {lane.node.name}: its workers cannot be set up: {str(error).splitlines()[0]}",
                 hint="each node needs Python, Ray and torch in the versions of constraints.txt",
             ) from error
         except RayError as error:
@@ -294,7 +299,7 @@ class Driver:
 
     def _on_started(self, lane: _Lane, started: Started) -> None:
         cores = f"cores {','.join(map(str, started.cores))}" if started.cores else "not pinned"
-        where = f"step {started.step} on {started.hostname}, {cores}, attempt {lane.task.attempt}"
+        where = f"step {started.step} on {lane.node.name}, {cores}, attempt {lane.task.attempt}"
         self._tell(lane.task, "begin", where)
         self._next_slice(lane)
 
@@ -384,9 +389,9 @@ class Driver:
         task.not_before = time.monotonic() + wait_s
         self._load_accepted(task)
         step = task.accepted[0].step if task.accepted else 0
-        log.warning("%s: lost its worker on %s (%s)", planned.key, lane.node.hostname, reason)
+        log.warning("%s: lost its worker on %s (%s)", planned.key, lane.node.name, reason)
         then = f"again from step {step} in {wait_s:g} s"
-        self._tell(task, "lost", f"{type(error).__name__} on {lane.node.hostname}; {then}")
+        self._tell(task, "lost", f"{type(error).__name__} on {lane.node.name}; {then}")
         self.waiting.append(task)
 
     def _give_up_hung(self) -> None:
@@ -407,7 +412,7 @@ class Driver:
             try:
                 ray.get(lane.actor.leave.remote(), timeout=5)
             except RayError as error:
-                log.info("worker on %s did not leave in order (%s)", lane.node.hostname, type(error).__name__)
+                log.info("worker on %s did not leave in order (%s)", lane.node.name, type(error).__name__)
         ray.kill(lane.actor, no_restart=True)
 
     # Telling

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 from ryot.cluster.runtime import Cluster, Node
 from ryot.errors import ClusterError
+
+#: How old what is known of the nodes may be when a worker is placed.
+_FRESH_S = 1.0
 
 
 class Placement:
@@ -18,22 +22,36 @@ class Placement:
         self.cluster = cluster
         self._ours: Counter[str] = Counter()
         self._refused: set[str] = set()
+        self._nodes: list[Node] = []
+        self._available: dict[str, float] = {}
+        self._looked_at = float("-inf")
 
     def only(self, node_ids: set[str]) -> None:
         """Use no other nodes but these, and those that join later."""
         self._refused = {n.node_id for n in self.cluster.nodes()} - node_ids
 
+    def look(self) -> None:
+        """Ask Ray for its nodes, unless that was done a moment ago."""
+        if time.monotonic() - self._looked_at < _FRESH_S:
+            return
+        self._nodes = [n for n in self.cluster.nodes() if n.node_id not in self._refused]
+        if not self.cluster.embedded:
+            from ray._private.state import available_resources_per_node
+
+            self._available = {node_id: r.get("CPU", 0.0) for node_id, r in available_resources_per_node().items()}
+        self._looked_at = time.monotonic()
+
     def check_fits(self, threads: int, what: str) -> None:
         """Raise `ClusterError` when no node could ever hold a worker of `threads` cores, or none is free at all now."""
-        nodes = self.cluster.nodes()
-        largest = max((n.cpus for n in nodes), default=0.0)
+        self.look()
+        largest = max((n.cpus for n in self._nodes), default=0.0)
         if threads > largest:
             raise ClusterError(
-                f"{what} needs {threads} CPUs on one node, but the largest of {len(nodes)} nodes has {largest:g}",
+                f"{what} needs {threads} CPUs on one node, but the largest of {len(self._nodes)} nodes has {largest:g}",
                 hint="use fewer threads, or a cluster with a larger node",
             )
-        if not self.cluster.embedded and not any(self._free(n, self._available()) >= threads for n in nodes):
-            used = ", ".join(f"{n.hostname} {self._free(n, self._available()):g} of {n.cpus:g}" for n in nodes)
+        if not any(self._free(n) >= threads for n in self._nodes):
+            used = ", ".join(f"{n.name} {self._free(n):g} of {n.cpus:g}" for n in self._nodes)
             raise ClusterError(
                 f"{what} needs {threads} free CPUs on one node, but free are: {used}",
                 hint="wait until other jobs have ended, or add nodes",
@@ -41,10 +59,8 @@ class Placement:
 
     def take(self, threads: int) -> Node | None:
         """The node with most free CPUs, `threads` of them now ours; None when no node has that many."""
-        available = self._available()
-        nodes = [n for n in self.cluster.nodes() if n.node_id not in self._refused]
-        best = max(nodes, key=lambda n: self._free(n, available), default=None)
-        if best is None or self._free(best, available) < threads:
+        best = max(self._nodes, key=self._free, default=None)
+        if best is None or self._free(best) < threads:
             return None
         self._ours[best.node_id] += threads
         return best
@@ -53,14 +69,7 @@ class Placement:
         """Say that `threads` CPUs of a node are no longer ours."""
         self._ours[node.node_id] -= threads
 
-    def _available(self) -> dict[str, float]:
-        if self.cluster.embedded:
-            return {}
-        from ray._private.state import available_resources_per_node
-
-        return {node_id: r.get("CPU", 0.0) for node_id, r in available_resources_per_node().items()}
-
-    def _free(self, node: Node, available: dict[str, float]) -> float:
+    def _free(self, node: Node) -> float:
         free = node.cpus - self._ours[node.node_id]
         # Ray's figure knows what others use, ours what we asked for a moment ago.
-        return min(free, available.get(node.node_id, 0.0)) if available else free
+        return min(free, self._available.get(node.node_id, 0.0)) if self._available else free

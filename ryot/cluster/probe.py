@@ -70,12 +70,12 @@ def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float =
             }
             asked[ray.remote(**options)(look_around).remote(marks)] = node
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-        facts, problems = {}, [f"{asked[ref].hostname}: no answer within {timeout_s:g} s" for ref in late]
+        facts, problems = {}, [f"{asked[ref].name}: no answer within {timeout_s:g} s" for ref in late]
         for ref in ready:
             try:
                 facts[asked[ref].node_id] = ray.get(ref)
             except RayError as error:
-                problems.append(f"{asked[ref].hostname}: {' '.join(str(error).split())[-200:]}")
+                problems.append(f"{asked[ref].name}: {' '.join(str(error).split())[-200:]}")
     for problem in problems:
         log.warning("node %s; it is not used", problem)
     if not facts:

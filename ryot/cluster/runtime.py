@@ -71,6 +71,11 @@ class Node:
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What messages call it: containers and namespaces may share a host name."""
+        return self.hostname if self.ip.startswith("127.") else f"{self.hostname} ({self.ip})"
+
 
 class Cluster:
     """A connection to Ray: `EmbeddedCluster` or `JoinedCluster`, made by `open_cluster`."""

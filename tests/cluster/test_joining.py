@@ -1,0 +1,194 @@
+"""Joining a cluster that runs already: a real `ray start` on the loopback address, with a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ryot.cluster import keeper
+from ryot.cluster.address import probe_address
+from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
+from ryot.train.dataset import Dataset
+from ryot.train.loop import Trainer
+from tests.cluster.conftest import learned, planned, train_program, wait_for_event
+
+TOKEN = "5a" * 32
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """Address of a Ray head of two CPUs that demands `TOKEN`."""
+    folder = Path(tempfile.mkdtemp(prefix="ryot-head-", dir="/tmp"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+        *(f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--object-store-memory=80000000"),
+        *(f"--temp-dir={folder / 'r'}", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"),
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, keeper.MARK: str(folder)}
+    with (folder / "log").open("w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        probe_address("127.0.0.1", port)
+        yield f"127.0.0.1:{port}"
+    finally:
+        keeper.end_marked(folder)
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def connect(address: str, tmp_path: Path, token: str | None, program: str = "") -> subprocess.CompletedProcess[str]:
+    """A process of its own that joins and then runs `program`; it exits as `ryot-deploy` does."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.errors import RyotError
+begin = time.monotonic()
+try:
+    with open_cluster(ClusterOptions(address={address!r}), log_dir=Path({str(tmp_path)!r})) as cluster:
+        print("joined", cluster.address)
+{program}
+except RyotError as error:
+    print("Error:", error, "| hint:", error.hint, file=sys.stderr)
+    print(time.monotonic() - begin)
+    sys.exit(error.exit_code)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    if token:
+        environment["RAY_AUTH_TOKEN"] = token
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("token", "said"), [("00" * 32, "does not accept our token"), (None, "demands a token")])
+def test_a_wrong_or_missing_token_is_one_line_within_ten_seconds(
+    head: str, tmp_path: Path, token: str | None, said: str
+) -> None:
+    done = connect(head, tmp_path, token)
+    assert done.returncode == EXIT_FAILED
+    assert f"Error: cluster {head}: it {said} | hint: set RAY_AUTH_TOKEN" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert float(done.stdout) < 10
+
+
+def test_a_ray_client_address_is_wrong_usage(tmp_path: Path) -> None:
+    done = connect("ray://127.0.0.1:10001", tmp_path, None)
+    assert done.returncode == EXIT_USAGE
+    assert "a Ray Client address, expected HOST:PORT" in done.stderr
+
+
+def test_another_ray_version_is_named_with_what_to_do(head: str, tmp_path: Path) -> None:
+    # The head's own record of its version is changed for the time of the test: there is one Ray to install here.
+    change = """
+        import json
+        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+        before = _internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster")
+        changed = {**json.loads(before), "ray_version": "2.9.3"}
+        _internal_kv_put(b"CLUSTER_METADATA", VALUE, overwrite=True, namespace=b"cluster")
+        print(before.decode())
+"""
+    first = connect(head, tmp_path, TOKEN, change.replace("VALUE", "json.dumps(changed).encode()"))
+    assert first.returncode == 0, first.stderr
+    before = first.stdout.splitlines()[-1]
+    assert json.loads(before)["ray_version"] != "2.9.3"
+    code = f"""
+from ray._raylet import GcsClient
+client = GcsClient(address={head!r})
+client.internal_kv_put(b"CLUSTER_METADATA", {before.encode()!r}, True, b"cluster")
+"""
+    try:
+        done = connect(head, tmp_path, TOKEN)
+        assert done.returncode == EXIT_FAILED
+        assert f"Error: cluster {head}: its versions are not ours:" in done.stderr
+        assert "2.9.3" in done.stderr
+        assert "install the same Ray and Python minor version" in done.stderr
+    finally:
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_without_a_shared_path_package_data_and_checkpoints_travel(head: str, dataset: Dataset, tmp_path: Path) -> None:
+    """The driver works in a folder that exists in its mount namespace alone, as on another machine."""
+    private = tmp_path / "private"
+    private.mkdir()
+    script = f"""
+mount -t tmpfs none {private} && cp -r {dataset.path} {private}/dataset &&
+{sys.executable} {Path(__file__).with_name("train_program.py")} {private}/run {private}/dataset --address {head} &&
+cp -r {private}/run {tmp_path}/run
+"""
+    probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("needs the privilege to unshare a mount namespace")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": TOKEN}
+    scratch_before = set(Path(tempfile.gettempdir()).glob("ryot-worker-*"))
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], env=environment, capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoints travel through the driver" in done.stderr
+    for name in ("baseline", "optimized"):
+        job = planned(dataset, name)
+        trainer = Trainer(job.job, job.plan)
+        trainer.run_slice(600)
+        trainer.save(tmp_path / name)
+        [last] = (tmp_path / f"run/variants/{name}/seed-0/attempt-1").glob("step-00000060")
+        assert learned(last) == learned(tmp_path / name)
+    assert list(private.iterdir()) == []
+    assert set(Path(tempfile.gettempdir()).glob("ryot-worker-*")) == scratch_before
+
+
+def test_a_killed_driver_of_a_joined_cluster_frees_its_cores_and_resumes(
+    head: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    run_dir = tmp_path / "run"
+    with train_program(run_dir, dataset, "--address", head, "--steps", "200") as driver:
+        wait_for_event(driver, "checkpoint", count=3)
+        driver.kill()
+    with train_program(run_dir, dataset, "--address", head, "--steps", "200") as driver:
+        results = [wait_for_event(driver, "result") for _ in range(2)]
+        driver.communicate(timeout=60)
+    assert driver.returncode == 0
+    assert all((Path(r["checkpoint"]) / "model.safetensors").exists() for r in results)
+
+
+def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:
+    # The last test of this module: it ends the module's head.
+    watch = """
+        import os, signal
+        from ryot.cluster import keeper, runtime
+        runtime.HEAD_LOST_S = 6.0
+        [server] = keeper.find_marked(Path(os.environ["HEAD_FOLDER"]), programs=("gcs_server",))
+        assert cluster.is_whole()
+        os.kill(server, signal.SIGKILL)
+        while cluster.is_whole():
+            time.sleep(0.1)
+        cluster.restart()
+"""
+    [folder] = [p for p in Path("/tmp").glob("ryot-head-*") if keeper.find_marked(p)]
+    os.environ["HEAD_FOLDER"] = str(folder)
+    try:
+        done = connect(head, tmp_path, TOKEN, watch)
+    finally:
+        del os.environ["HEAD_FOLDER"]
+    assert done.returncode == EXIT_FAILED
+    assert f"Error: cluster {head}: its head has not answered for 6 s | hint: resume the run" in done.stderr
+    with pytest.raises(ClusterError):
+        probe_address(*head.split(":")[:1], int(head.split(":")[1]))

@@ -1,0 +1,218 @@
+"""`cluster-run` as a user runs it, small: from text to a bundle, stopped and resumed, finished and asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
+from ryot.report.rows import load_report
+from ryot.train.corpus import Corpus
+
+RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
+
+PRESET = """
+summary = "as small as the fused kernels take"
+[model]
+vocab_size = 384
+dim = 64
+num_layers = 2
+num_heads = 4
+num_kv_heads = 4
+ff_dim = 64
+max_seq_len = 32
+[train]
+batch_size = 4
+tokens = 7680
+warmup_fraction = 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> list[str]:
+    """A tiny preset and some text of the standard library; both recipes as they are packaged, at that size."""
+    from ryot.config import find_named
+
+    root = tmp_path_factory.mktemp("inputs")
+    (root / "tiny.toml").write_text(PRESET)
+    data = root / "text"
+    for document in corpus.documents:
+        path = data / document.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text)
+    variants = []
+    for name in ("baseline", "optimized"):
+        # The recipe's own budget and batch are for the reference size; the preset's are taken instead.
+        lines = find_named("variants", name).read_text().splitlines()
+        drop = ("tokens =", "batch_size =", "warmup_fraction =", "tune =")
+        (root / f"{name}.toml").write_text("\n".join(line for line in lines if not line.startswith(drop)) + "\n")
+        variants.append(str(root / f"{name}.toml"))
+    return [
+        "--preset",
+        str(root / "tiny.toml"),
+        "--variants",
+        ",".join(variants),
+        "--data",
+        str(data),
+        "--quick",
+        "--tokens",
+        str(7680 * 12),  # a quick run trains for a twelfth
+    ]
+
+
+def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RYOT, "cluster-run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RYOT_CACHE_DIR": str(cache)},
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    options: list[str], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A whole run, undisturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(*options, "-o", str(run_dir), cache=cache)
+    out, err = process.communicate(timeout=300)
+    return run_dir, subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def test_a_run_ends_with_a_table_a_report_and_a_bundle(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run_dir, result = finished
+    assert result.returncode == 0, result.stderr
+    assert "phase1" in result.stdout and "PASS" in result.stdout and "(raylet)" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    report = load_report(run_dir)
+    assert {(r.variant, r.precision) for r in report.rows} == {
+        (v, p) for v in ("baseline", "optimized") for p in ("fp32", "int8-dyn", "int8", "int4")
+    }
+    assert report.quick and report.corpus["sha256"] and report.bundle == "bundle"
+    for training in report.variants:
+        assert training.val_loss is not None and training.initial_val_loss is not None
+        assert training.val_loss < training.initial_val_loss - 0.3
+        assert training.concurrent
+    for row in report.rows:
+        assert row.runs_ok == row.runs == 3 and row.ttft_ms and row.decode_tok_s and row.peak_rss_bytes
+    assert sum(row.chosen for row in report.rows) == 1
+    assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
+    assert "PASS" in (run_dir / "report.md").read_text()
+
+
+def test_the_report_fits_its_schema(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    import jsonschema
+
+    from ryot.report.rows import load_schema
+
+    jsonschema.validate(json.loads((finished[0] / "report.json").read_text()), load_schema())
+
+
+def test_the_bundle_runs_verifies_and_carries_its_record(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    bundle = finished[0] / "bundle"
+    program = [sys.executable, str(bundle / "run.py")]
+    verified = subprocess.run([*program, "--verify"], capture_output=True, text=True, timeout=60, check=False)
+    assert verified.returncode == 0 and "files as in the manifest" in verified.stdout, verified.stderr
+    text = subprocess.run(
+        [*program, "--prompt", "def ", "--max-new-tokens", "8"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert text.returncode == 0 and text.stdout.strip()
+    record = load_report(bundle)
+    assert record.kind == "record" and len(record.rows) == 1 and record.rows[0].samples
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: variants take turns on it")
+def test_each_variant_trains_on_a_core_of_its_own(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    begun = [
+        e
+        for e in read_events(finished[0] / "events.jsonl")
+        if isinstance(e, StageEvent) and (e.stage, e.status) == ("train", "begin") and e.variant
+    ]
+    cores = {e.variant: e.detail.split("cores ")[1].split(",")[0] for e in begun}
+    assert set(cores) == {"baseline", "optimized"} and len(set(cores.values())) == 2
+
+
+def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    before = len((run_dir / "events.jsonl").read_text().splitlines())
+    process = start("--resume", str(run_dir), cache=cache)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    figures = [line for line in finished[1].stdout.splitlines() if line.startswith(("baseline", "optimized"))]
+    assert figures == [line for line in out.splitlines() if line.startswith(("baseline", "optimized"))]
+    new = list(read_events(run_dir / "events.jsonl"))[before:]
+    assert not [e for e in new if isinstance(e, StepEvent)]
+    ended = {e.stage: e.status for e in new if isinstance(e, StageEvent) and e.status != "begin" and not e.variant}
+    assert ended["data"] == ended["measure"] == "cached"
+
+
+def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if sum(isinstance(e, StepEvent) for e in read_events(run_dir / "events.jsonl")) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} steps within two minutes")
+
+
+def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
+    """The held-out losses of each training by step and split; the last one told counts."""
+    return {
+        (e.variant, e.step, e.split): e.loss for e in read_events(run_dir / "events.jsonl") if isinstance(e, EvalEvent)
+    }
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_result(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], options: list[str], cache: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "stopped"
+    process = start(*options, "-o", str(run_dir), cache=cache)
+    wait_for_steps(run_dir, process, 2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == "" and f"--resume {run_dir}" in err and "Traceback" not in err
+    assert not (run_dir / "report.json").exists()
+
+    resumed = start("--resume", str(run_dir), cache=cache)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, err
+    assert losses(run_dir) == losses(finished[0])
+
+
+def test_options_cannot_change_when_a_run_is_resumed(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path
+) -> None:
+    process = start("--resume", str(finished[0]), "--seeds", "2", cache=cache)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--seeds: cannot be changed when a run is resumed" in err
+
+
+def test_a_running_run_is_not_taken_twice(finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path) -> None:
+    from ryot.cluster.journal import RunLock
+
+    with RunLock(finished[0]):
+        process = start("--resume", str(finished[0]), cache=cache)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "is working on it" in err

@@ -1,0 +1,33 @@
+"""Parity at the size of every preset, with random weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ryot.config import list_named, resolve_variant
+from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.verify import check_parity
+from ryot.train.checkpoint import save_checkpoint
+
+from .conftest import random_decoder
+
+
+#: The largest model takes long; once is enough for its size, and its other recipe is covered at two sizes.
+CASES = [(p, v) for p in list_named("presets") for v in ("baseline", "optimized") if (p, v) != ("medium", "baseline")]
+
+
+@pytest.mark.parametrize(("preset", "variant"), CASES)
+def test_fp32_graphs_have_torchs_logits_and_tokens(preset, variant, tokenizer, tmp_path):
+    cfg = resolve_variant(variant, preset).model
+    model = random_decoder(cfg)
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(checkpoint, cfg=cfg, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
+    # A part of the largest model's context: float64 on 100 M parameters is slow.
+    length = min(cfg.max_seq_len, 16_000_000 // cfg.num_parameters * 16 + 32)
+    windows = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, length))
+    options = ExportOptions()
+    form = export_form(checkpoint, "fp32", tmp_path / "form", options=options, prompts=windows[:1, : cfg.max_seq_len])
+    parity = check_parity(model, form, windows)
+    assert parity.tokens_total == 2 * (length - length // 2)
+    assert parity.tokens_compared > 0

@@ -12,7 +12,6 @@ from ryot.train.checkpoint import save_checkpoint
 
 from .conftest import random_decoder
 
-
 #: The largest model takes long; once is enough for its size, and its other recipe is covered at two sizes.
 CASES = [(p, v) for p in list_named("presets") for v in ("baseline", "optimized") if (p, v) != ("medium", "baseline")]
 

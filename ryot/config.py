@@ -354,7 +354,7 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
     """
     preset_path, variant_path = find_named("presets", preset), find_named("variants", variant)
     size, recipe = load_toml(preset_path), load_toml(variant_path)
-    check_known(size, ("summary", "model", "tokens"), str(preset_path))
+    check_known(size, ("summary", "model", "train"), str(preset_path))
     check_known(recipe, ("summary", "tune", "model", "train", "kernels", "preset"), str(variant_path))
     special = recipe.get("preset", {}).get(preset_path.stem, {})
     check_known(special, ("model", "train", "kernels"), f"{variant_path}: preset.{preset_path.stem}")

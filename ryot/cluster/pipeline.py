@@ -338,10 +338,12 @@ class _Run:
         }
         rounds = QUICK_ROUNDS if self.options.quick else self.options.rounds
         manifests = {arm: load_bundle(Path(spec.bundle)).files for arm, spec in specs.items()}
-        inputs = digest({arm: spec.to_json() for arm, spec in specs.items()}, manifests, rounds, ryot.__version__)
+        # Where the run folder lies is no input: it may be moved and resumed.
+        asked = {arm: replace(spec, bundle="") for arm, spec in specs.items()}
+        inputs = digest(asked, manifests, rounds, ryot.__version__)
         file = self.run_dir / MEASURE_FILE
         with self._stage("measure") as said:
-            if self.journal.find_stage("measure", "all", inputs) and file.exists():
+            if self.journal.find_stage("measure", "all", inputs) is not None and file.exists():
                 said["status"] = "cached"
                 values = json.loads(file.read_text())
                 return [MeasureResult.from_mapping(r) for r in values["results"]], values["machine"]

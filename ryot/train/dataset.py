@@ -20,7 +20,7 @@ from ryot.train.corpus import SPLITS, Corpus
 from ryot.train.hf import END_OF_TEXT_ID
 from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, train_tokenizer
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)

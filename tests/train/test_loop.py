@@ -66,8 +66,9 @@ def test_a_normalized_table_is_stored_as_it_is_used(dataset: Dataset, tmp_path: 
     with torch.no_grad():
         stored = load_model(tmp_path / "c")
         rms = stored.embedding.weight.square().mean(dim=-1).sqrt()
-        torch.testing.assert_close(rms, torch.ones_like(rms))
-        # The rows are divided by their size once more or not: the same numbers up to rounding.
+        # rms_norm adds 1.2e-7 to a mean square of 4e-4, the square of the table's first standard deviation.
+        torch.testing.assert_close(rms, torch.ones_like(rms), atol=2e-4, rtol=0)
+        # The same numbers on both sides, in another order of sums.
         torch.testing.assert_close(stored(ids), trainer.model.eval()(ids), atol=1e-4, rtol=0)
 
 

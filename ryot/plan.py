@@ -88,6 +88,20 @@ def merge_options(file: Path | None, flags: Mapping[str, Any]) -> RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InferencePlan:
+    """What a machine has measured to be the fastest export of one shape."""
+
+    int8_block_size: int = 128
+    """Input features that share a scale at 8 bits."""
+    int4_block_size: int = 128
+    """The same at 4 bits."""
+    dynamic_bits: int = 7
+    """Bits of dynamic-int8 weights; 8 where the CPU's int8 products cannot saturate."""
+    fastest: str = ""
+    """The precision with the shortest request, possibly a pair; empty when nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """A run resolved: nothing in it is left to be decided but the kernels that a machine measures."""
 
@@ -96,12 +110,17 @@ class RunPlan:
     options: RunOptions
     variants: tuple[VariantConfig, ...]
     kernels: Mapping[str, KernelPlan] = dataclasses.field(default_factory=dict)
-    """The decision for each variant, taken once before its first step."""
+    """How each variant is trained: decided once, before its first step."""
+    inference: Mapping[str, InferencePlan] = dataclasses.field(default_factory=dict)
+    """How each variant is exported: decided at the same time."""
 
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """Weight formats to export and measure."""
-        return self.options.precisions or USUAL_PRECISIONS
+    def precisions(self, variant: str) -> tuple[str, ...]:
+        """Weight formats to export and measure of a variant: those named, or the usual ones and the fastest."""
+        if self.options.precisions:
+            return self.options.precisions
+        decision = self.inference.get(variant)
+        extra = (decision.fastest,) if decision and decision.fastest not in ("", *USUAL_PRECISIONS) else ()
+        return USUAL_PRECISIONS + extra
 
     def variant(self, name: str) -> VariantConfig:
         """The variant called `name`."""
@@ -138,11 +157,12 @@ def plan_to_toml(plan: RunPlan) -> str:
     values["options"] = to_mapping(plan.options)
     values["variants"] = [to_mapping(v) for v in plan.variants]
     values["kernels"] = {name: to_mapping(k) for name, k in plan.kernels.items()}
+    values["inference"] = {name: to_mapping(k) for name, k in plan.inference.items()}
     return tomli_w.dumps(values)
 
 
 def load_plan(path: Path) -> RunPlan:
-    """The plan in a run folder's `run.toml`. Raises `ConfigError` when it is missing, malformed or of another version."""
+    """The plan in a `run.toml`. Raises `ConfigError` when it is missing, malformed or of another version."""
     values = load_toml(path)
     if values.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}")
@@ -156,4 +176,7 @@ def load_plan(path: Path) -> RunPlan:
         options=build_from_mapping(RunOptions, values["options"], f"{path}: options"),
         variants=tuple(build_from_mapping(VariantConfig, v, f"{path}: variants") for v in values["variants"]),
         kernels={n: build_from_mapping(KernelPlan, k, f"{path}: kernels.{n}") for n, k in values["kernels"].items()},
+        inference={
+            n: build_from_mapping(InferencePlan, k, f"{path}: inference.{n}") for n, k in values["inference"].items()
+        },
     )

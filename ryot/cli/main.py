@@ -18,7 +18,12 @@ COMMANDS = {
     "train": ("train", "Train one variant in this process"),
     "export": ("export", "Export a checkpoint as bundles, one a precision"),
     "bench": ("bench", "Measure bundles in fresh processes"),
+    "compare": ("compare", "Compare two runs, bundles or reports, or measure both now"),
+    "reproduce": ("reproduce", "Measure a report's forms again and say whether it agrees"),
+    "eval": ("eval", "Score a bundle on any text: bits per byte, KL, top-1"),
     "generate": ("generate", "Generate text with a bundle"),
+    "tune": ("tune", "Time kernels and weight formats on this machine"),
+    "targets": ("targets", "List the limits that forms are judged by"),
     "doctor": ("doctor", "Show this machine and what would be used"),
 }
 

@@ -29,14 +29,19 @@ import ryot
 from ryot.cluster.driver import train_variants
 from ryot.cluster.jobs import DriverOptions, TrainResult, plan_job
 from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.runtime import Cluster, ClusterOptions, open_cluster
 from ryot.cluster.tuning import tune_on_cluster
-from ryot.config import digest, replace, to_mapping
+from ryot.config import PRECISIONS, KernelPlan, digest, replace, to_mapping
 from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import ExportOptions, export_variant
-from ryot.edge.bundle import load_bundle
-from ryot.edge.measure import build_spec, measure_rounds, record_environment
-from ryot.edge.protocol import MeasureResult, MeasureSpec
+from ryot.deploy.forms import QuantizeOptions
+from ryot.deploy.remeasure import spec_under
+from ryot.deploy.tune import choose_inference
+from ryot.deploy.tune import format_decision as format_inference
+from ryot.edge.bundle import hash_file, load_bundle
+from ryot.edge.machine import describe_cpu, sums_int8_exactly
+from ryot.edge.measure import measure_rounds, record_environment
+from ryot.edge.protocol import MeasureResult
 from ryot.errors import (
     EXIT_FAILED,
     EXIT_QUALITY,
@@ -48,8 +53,8 @@ from ryot.errors import (
     worst_exit_code,
 )
 from ryot.events import Event, EventLog, GateEvent, MeasureEvent, StageEvent, read_events
-from ryot.optimize.kernels import format_decision
-from ryot.plan import RunPlan, plan_to_toml
+from ryot.optimize.kernels import format_decision as format_training
+from ryot.plan import InferencePlan, RunPlan, plan_to_toml
 from ryot.report.build import FormFacts, build_report, curves_from_events
 from ryot.report.html import render_html
 from ryot.report.markdown import render_markdown
@@ -171,11 +176,11 @@ class _Run:
     def _check_disk(self) -> None:
         """Checkpoints hold weights and two moments; a few are kept, and each form is at most the weights again."""
         weights = sum(4 * v.model.num_parameters for v in self.plan.variants) * self.options.seeds
-        needed = 4 * 3 * weights + len(self.plan.precisions) * weights + 100_000_000
+        needed = 4 * 3 * weights + 6 * weights + 100_000_000
         free = shutil.disk_usage(self.run_dir).free
         if free < needed:
             raise RyotError(
-                f"output {self.run_dir}: {free / 1e6:.0f} MB free on the disk, this run needs about {needed / 1e6:.0f} MB",
+                f"output {self.run_dir}: {free / 1e6:.0f} MB free on the disk, expected about {needed / 1e6:.0f} MB",
                 hint="make room, or choose another folder with -o",
             )
 
@@ -210,7 +215,7 @@ class _Run:
             nodes = cluster.nodes()
             said["detail"] = f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
         with cluster:
-            self._decide_kernels(cluster, dataset)
+            self._tune(cluster, dataset)
             jobs = [
                 plan_job(
                     TrainJob(variant=variant, seed=seed, dataset_dir=str(dataset.path)), self.plan.kernels[variant.name]
@@ -230,25 +235,31 @@ class _Run:
                 )
         return sorted(results, key=lambda r: ([v.name for v in self.plan.variants].index(r.variant), r.seed))
 
-    def _decide_kernels(self, cluster: Any, dataset: Dataset) -> None:
-        """Fix the kernel plan of every variant before its first step and write it down."""
+    def _tune(self, cluster: Cluster, dataset: Dataset) -> None:
+        """Decide how every variant is trained and exported, before the first step, and write it down."""
         if self.plan.kernels:
             return
-        kernels = {}
+        kernels: dict[str, KernelPlan] = {}
+        inference: dict[str, InferencePlan] = {}
+        cache_dir, threads = self.settings.cache_dir, self.options.threads
         with self._stage("tune") as said:
             for variant in self.plan.variants:
-                recipe = variant if self.options.tune else replace(variant, tune=False)
-                if not recipe.tune:
-                    kernels[variant.name] = replace(variant.kernels, threads=self.options.threads)
+                if not (variant.tune and self.options.tune):
+                    kernels[variant.name] = replace(variant.kernels, threads=threads)
                     continue
-                decision = tune_on_cluster(
-                    cluster, recipe, dataset, self.settings.cache_dir, threads=self.options.threads
+                training = tune_on_cluster(cluster, variant, dataset, cache_dir, threads=threads)
+                export = choose_inference(variant.model, cache_dir)
+                kernels[variant.name] = training.plan
+                inference[variant.name] = InferencePlan(
+                    int8_block_size=export.quantize.int8_block_size,
+                    int4_block_size=export.quantize.int4_block_size,
+                    dynamic_bits=export.quantize.dynamic_bits,
+                    fastest=export.latency,
                 )
-                kernels[variant.name] = decision.plan
-                log.info("%s", format_decision(variant.name, decision))
-                said["status"] = "cached" if decision.cached else "end"
-                said["detail"] = f"{variant.name} {format_plan(decision.plan)}"
-        self.plan = replace(self.plan, kernels=kernels)
+                log.info("%s\n%s", format_training(variant.name, training), format_inference(export))
+                said["status"] = "cached" if training.cached and export.cached else "end"
+                said["detail"] = f"{variant.name} trains with {format_plan(training.plan)}"
+        self.plan = replace(self.plan, kernels=kernels, inference=inference)
         write_atomically(self.run_dir / PLAN_FILE, plan_to_toml(self.plan))
 
     def _on_trained(self, result: TrainResult, dataset: Dataset) -> None:
@@ -264,7 +275,9 @@ class _Run:
     def _export(self, result: TrainResult, dataset: Dataset) -> None:
         assert result.checkpoint is not None
         variant = self.plan.variant(result.variant)
-        inputs = digest(result.sha256, self.plan.precisions, ryot.__version__)
+        precisions = self.plan.precisions(variant.name)
+        quantize = self._quantize_options(variant.name)
+        inputs = digest(result.sha256, precisions, quantize, ryot.__version__)
         root = self.run_dir / "variants" / variant.name / f"seed-{result.seed}" / "forms"
         key = f"{variant.name}/seed-{result.seed}"
         known = self.journal.find_stage("export", key, inputs)
@@ -275,17 +288,21 @@ class _Run:
         begin = time.monotonic()
         shutil.rmtree(root, ignore_errors=True)
         options = ExportOptions(
-            name=f"ryot-{variant.name}", variant=variant.name, seed=result.seed, config=to_mapping(variant)
+            name=f"ryot-{variant.name}",
+            variant=variant.name,
+            seed=result.seed,
+            quantize=quantize,
+            config=to_mapping(variant),
         )
         try:
-            exported = export_variant(result.checkpoint, root, self.plan.precisions, dataset, options=options)
+            exported = export_variant(result.checkpoint, root, precisions, dataset, options=options)
         except QualityError as error:
             self._gate(result, "parity", passed=False, detail=str(error))
             forms = [
                 FormFacts(
                     variant=variant.name, seed=result.seed, precision=p, size_bytes=0, passed=False, reason=str(error)
                 )
-                for p in self.plan.precisions
+                for p in precisions
             ]
         else:
             parity = exported[0].parity
@@ -317,6 +334,16 @@ class _Run:
         self.forms += forms
         self._tell_export(result, "end", time.monotonic() - begin)
 
+    def _quantize_options(self, variant: str) -> QuantizeOptions:
+        decision = self.plan.inference.get(variant)
+        if decision is None:
+            return QuantizeOptions(dynamic_bits=8 if sums_int8_exactly(describe_cpu()["isa"]) else 7)
+        return QuantizeOptions(
+            int8_block_size=decision.int8_block_size,
+            int4_block_size=decision.int4_block_size,
+            dynamic_bits=decision.dynamic_bits,
+        )
+
     def _gate(self, result: TrainResult, gate: str, *, passed: bool, **facts: Any) -> None:
         values = {"value": 0.0, "limit": 0.0, **facts}
         self.events.emit(GateEvent(variant=result.variant, seed=result.seed, gate=gate, passed=passed, **values))
@@ -331,8 +358,11 @@ class _Run:
 
     def _measure(self) -> tuple[list[MeasureResult], dict[str, Any]]:
         """Measure every exported form, alone on the machine; forms that a gate stopped are measured and marked too."""
+        brief = {"min_runs": QUICK_RUNS, "min_time_s": QUICK_TIME_S} if self.options.quick else {}
         specs = {
-            arm_name(f.variant, f.seed, f.precision): self._spec(f)
+            arm_name(f.variant, f.seed, f.precision): spec_under(
+                self.targets, load_bundle(self.run_dir / f.path, verify=False), **brief
+            )
             for f in sorted(self.forms, key=lambda f: (f.variant, f.seed, f.precision))
             if f.path
         }
@@ -354,22 +384,6 @@ class _Run:
             write_atomically(file, json.dumps(values))
             self.journal.finish_stage("measure", "all", inputs)
         return results, machine
-
-    def _spec(self, form: FormFacts) -> MeasureSpec:
-        """The measurement of a form under the limits of the targets.
-
-        Several targets share one measurement: the fewest threads, and the largest memory limit, which a form has to
-        outgrow to fail them all; smaller ones are compared with the peak.
-        """
-        cores = len(os.sched_getaffinity(0))
-        limits = [t.memory_limit_bytes for t in self.targets if t.memory_limit_bytes]
-        brief = {"min_runs": QUICK_RUNS, "min_time_s": QUICK_TIME_S} if self.options.quick else {}
-        return build_spec(
-            load_bundle(self.run_dir / form.path, verify=False),
-            threads=min(cores, *(t.threads for t in self.targets)),
-            memory_limit_bytes=max(limits) if limits else None,
-            **brief,
-        )
 
     def _tell_measured(self, result: MeasureResult) -> None:
         self.events.emit(
@@ -418,6 +432,7 @@ class _Run:
                     "sha256": dataset.corpus_sha256,
                     **{f"{split}_tokens": count for split, count in dataset.num_tokens.items()},
                     "vocab_size": dataset.vocab_size,
+                    "tokenizer_sha256": hash_file(dataset.path / "tokenizer.json"),
                 },
                 variants=self._variant_rows(results),
                 preset=self.options.preset,
@@ -434,9 +449,7 @@ class _Run:
     def forms_in_order(self) -> list[FormFacts]:
         """The forms as the tables list them: variants and precisions as they were asked for."""
         names = [v.name for v in self.plan.variants]
-        return sorted(
-            self.forms, key=lambda f: (names.index(f.variant), f.seed, self.plan.precisions.index(f.precision))
-        )
+        return sorted(self.forms, key=lambda f: (names.index(f.variant), f.seed, PRECISIONS.index(f.precision)))
 
     def _variant_rows(self, results: list[TrainResult]) -> list[VariantRow]:
         curves = curves_from_events(read_events(self.run_dir / "events.jsonl"))

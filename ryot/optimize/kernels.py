@@ -1,9 +1,9 @@
 """KernelOptimizer, the training half: times real steps of a variant on this machine and picks the fastest plan.
 
-One setting is varied at a time, in the order in which they pay (attention, loss, optimizer, dtype), each from the best
-plan so far; the two candidates of a setting take steps in turn, so that a drifting machine slows both. A candidate counts only
-when its losses over the same few steps stay within `LOSS_TOLERANCE` of fp32 eager. Compiling is tried last, and only
-where the steps that are left could pay for it.
+One setting is varied at a time (attention, loss, optimizer, dtype), each from the best plan so far; the candidates of a
+setting take steps in turn, so that a drifting machine slows all of them. A candidate counts only when its losses over
+the same few steps stay within `LOSS_TOLERANCE` of fp32 eager. Compiling is tried last, and only where the steps of the
+run could pay for it.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _run_all(runs: list[_FixedRun]) -> list[_FixedRun]:
 def _pick(
     setting: str, runs: list[_FixedRun], reference: _FixedRun, *, steps: int | None = None
 ) -> tuple[KernelPlan, list[Candidate]]:
-    """The best of `runs`, of which the first is the plan so far; with `steps`, a candidate also earns its compiling back."""
+    """The best of `runs`, the first of which is the plan so far; over `steps`, compiling has to be earned back."""
     so_far, best = runs[0], runs[0]
     for run in runs[1:]:
         if _refusal(run, reference) is None and run.step_ms * MIN_GAIN < best.step_ms and _pays(run, so_far, steps):

@@ -17,8 +17,7 @@ from torch import Tensor
 from ryot.config import digest
 from ryot.errors import DataError
 from ryot.train.corpus import SPLITS, Corpus
-from ryot.train.hf import END_OF_TEXT_ID
-from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, train_tokenizer
+from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, encode_texts, train_tokenizer
 
 _SCHEMA = 2
 
@@ -53,15 +52,7 @@ class Dataset:
 
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
         """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
-        tokens = self.tokens(split)
-        fit = (len(tokens) - 1) // length
-        if fit < 1:
-            raise DataError(
-                f"data: the {split} split has {len(tokens)} tokens, expected more than one sequence of {length}",
-                hint="give more text with --data",
-            )
-        starts = np.linspace(0, len(tokens) - length - 1, min(count, fit)).astype(np.int64)
-        return np.asarray(tokens[starts[:, None] + np.arange(length + 1)], dtype=np.int64)
+        return spread_windows(self.tokens(split), count, length, f"the {split} split")
 
     def check_sequences(self, length: int, batch_size: int) -> None:
         """Raise `DataError` when a split has no sequence of `length`, or training less than one batch of them."""
@@ -101,6 +92,21 @@ class Batches:
             self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
         )
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def spread_windows(tokens: np.ndarray, count: int, length: int, name: str) -> np.ndarray:
+    """Evenly spread stretches of a row of ids, int64 [n, length + 1], n at most `count`.
+
+    Raises `DataError`, which calls the text `name`, when not even one fits.
+    """
+    fit = (len(tokens) - 1) // length
+    if fit < 1:
+        raise DataError(
+            f"data: {name} has {len(tokens)} tokens, expected more than one sequence of {length}",
+            hint="give more text with --data",
+        )
+    starts = np.linspace(0, len(tokens) - length - 1, min(count, fit)).astype(np.int64)
+    return np.asarray(tokens[starts[:, None] + np.arange(length + 1)], dtype=np.int64)
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:
@@ -157,8 +163,7 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
         tokenizer.save(str(draft / "tokenizer.json"))
         num_tokens = {}
         for split, parts in texts.items():
-            ids = [[END_OF_TEXT_ID, *e.ids] for e in tokenizer.encode_batch_fast(parts)]
-            shard = np.concatenate([np.asarray(i, dtype=_token_dtype(vocab_size)) for i in ids])
+            shard = encode_texts(tokenizer, parts).astype(_token_dtype(vocab_size))
             shard.tofile(draft / f"{split}.bin")
             num_tokens[split] = len(shard)
         meta = {

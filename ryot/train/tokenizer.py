@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     assert tokenizer.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID
     return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """All texts as one row of token ids, int64, the end-of-text token in front of each."""
+    ids = [[END_OF_TEXT_ID, *e.ids] for e in tokenizer.encode_batch_fast(list(texts))]
+    return np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

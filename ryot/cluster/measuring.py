@@ -1,0 +1,137 @@
+"""Measuring on a node of a joined cluster: the device class that matters, alone on it for the time it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ryot.cluster import keeper
+from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.cluster.runtime import Cluster, Node
+from ryot.edge.measure import measure_rounds, record_environment
+from ryot.edge.protocol import MeasureResult, MeasureSpec
+from ryot.errors import ClusterError, ConfigError
+
+log = logging.getLogger(__name__)
+
+SCRATCH_PREFIX = "ryot-measure-"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """What a node measured, and what it is."""
+
+    node: str
+    results: list[MeasureResult]
+    machine: dict[str, Any]
+    niceness: int
+    """Of the processes that measured; above 0 they yield to everything else on the node."""
+
+
+def find_nodes(cluster: Cluster, label: str) -> list[Node]:
+    """The nodes that carry `label`: a custom resource `NAME`, or a label `NAME=VALUE`.
+
+    Raises `ClusterError` that lists what there is.
+    """
+    nodes = cluster.nodes()
+    name, separator, value = label.partition("=")
+    if separator:
+        found = [n for n in nodes if n.labels.get(name) == value]
+    else:
+        found = [n for n in nodes if n.resources.get(name, 0) > 0]
+    if not found:
+        there = sorted(
+            {r for n in nodes for r in n.resources if not r.startswith(("node:", "CPU", "memory", "object_store"))}
+            | {f"{k}={v}" for n in nodes for k, v in n.labels.items() if not k.startswith("ray.io/")}
+        )
+        raise ClusterError(
+            f"bench-on: no node of {cluster.address} carries {label!r} (there are: {', '.join(there) or 'none'})",
+            hint=f"start a node with --resources='{{\"{name}\": 1}}'",
+        )
+    return found
+
+
+def measure_on_node(
+    cluster: Cluster,
+    specs: Mapping[str, MeasureSpec],
+    *,
+    label: str,
+    rounds: int,
+    seed: int = 0,
+    timeout_s: float = 3600.0,
+) -> Measured:
+    """`measure_rounds` on a node that carries `label`, holding all its CPUs meanwhile.
+
+    The bundles go to the node and are removed from it. Raises `ClusterError` when no node carries the label, none
+    becomes free in `timeout_s`, or the node is lost.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if cluster.embedded:
+        raise ConfigError("bench-on: needs a cluster of several machines", hint="give --address too")
+    node = max(find_nodes(cluster, label), key=lambda n: n.cpus)
+    needed = max(spec.threads for spec in specs.values())
+    if node.cpus < needed:
+        raise ClusterError(
+            f"bench-on: {node.name} has {node.cpus:g} CPUs, the targets ask for {needed} threads",
+            hint="measure on a larger node, or judge by a target with fewer threads",
+        )
+    options: dict[str, Any] = {
+        "num_cpus": node.cpus,
+        "max_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+    }
+    bundles = {arm: ray.put(pack_folder(Path(spec.bundle))) for arm, spec in specs.items()}
+    log.info("measuring on %s, alone, %g CPUs", node.name, node.cpus)
+    ref = ray.remote(**options)(_measure).remote(dict(specs), list(bundles), list(bundles.values()), rounds, seed)
+    ready, _ = ray.wait([ref], timeout=timeout_s)
+    if not ready:
+        ray.cancel(ref, force=True)
+        raise ClusterError(
+            f"bench-on: {node.name} was not free, or not done, within {timeout_s:g} s",
+            hint="wait until other jobs on it have ended, then resume the run",
+        )
+    try:
+        results, machine, niceness = ray.get(ref)
+    except RayTaskError as error:
+        raise ClusterError(f"bench-on: measuring on {node.name} failed: {error.cause}") from error
+    except RayError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"bench-on: {node.name} was lost ({reason})", hint="resume the run") from error
+    if niceness > 0:
+        log.warning(
+            "node %s runs Ray's workers at niceness %d; set RAY_worker_niceness=0 where it starts", node.name, niceness
+        )
+    return Measured(node.name, results, {**machine, "node": node.name, "niceness": niceness}, niceness)
+
+
+def _measure(
+    specs: dict[str, MeasureSpec], arms: list[str], packed: list[Any], rounds: int, seed: int
+) -> tuple[list[MeasureResult], dict[str, Any], int]:
+    """Runs on the node."""
+    import ray
+
+    # The workers' settings are for training; a device has glibc's own.
+    os.environ.pop("GLIBC_TUNABLES", None)
+    cores = sorted(os.sched_getaffinity(0))
+    base = Path(tempfile.gettempdir())
+    keeper.sweep_stale(base, SCRATCH_PREFIX)
+    scratch, lock = keeper.make_folder(base, SCRATCH_PREFIX)
+    try:
+        here = {}
+        for number, (arm, ref) in enumerate(zip(arms, packed, strict=True)):
+            unpack_folder(ray.get(ref), scratch / str(number))
+            spec = specs[arm]
+            here[arm] = dataclasses.replace(spec, bundle=str(scratch / str(number)), cpus=tuple(cores[-spec.threads :]))
+        return measure_rounds(here, rounds=rounds, seed=seed), record_environment(), os.nice(0)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)

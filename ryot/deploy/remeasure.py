@@ -1,0 +1,103 @@
+"""Forms measured under the limits of targets: those of a run as it goes, or of finished runs and bundles again."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ryot.edge.bundle import MANIFEST_NAME, Bundle, load_bundle
+from ryot.edge.measure import build_spec, measure_rounds, record_environment
+from ryot.edge.protocol import MeasureResult, MeasureSpec
+from ryot.errors import ConfigError
+from ryot.report.build import FormFacts, build_report
+from ryot.report.rows import Report, arm_name, find_report, load_report
+from ryot.report.targets import Target
+
+
+def spec_under(targets: Sequence[Target], bundle: Bundle, **overrides: Any) -> MeasureSpec:
+    """The measurement of a bundle under the limits of `targets`.
+
+    Several targets share one measurement: the fewest threads of any, and the largest memory limit, which a form has to
+    outgrow to fail them all; smaller limits are compared with the peak.
+    """
+    cores = len(os.sched_getaffinity(0))
+    limits = [t.memory_limit_bytes for t in targets if t.memory_limit_bytes]
+    return build_spec(
+        bundle,
+        threads=min([cores, *(t.threads for t in targets)]),
+        memory_limit_bytes=max(limits) if limits else None,
+        **overrides,
+    )
+
+
+def find_forms(path: Path) -> list[FormFacts]:
+    """The measurable forms behind a run folder, a report file in one, or a bundle; paths are those of their folders.
+
+    Raises `ConfigError` when there are none, `BundleError` for a damaged bundle.
+    """
+    if (path / MANIFEST_NAME).exists():
+        bundle = load_bundle(path)
+        quality = bundle.manifest.get("quality") or {}
+        return [
+            FormFacts(
+                variant=bundle.variant or bundle.name,
+                seed=bundle.seed,
+                precision=bundle.precision,
+                size_bytes=bundle.size_bytes,
+                context_tokens=bundle.model.context_length,
+                quality={k: quality.get(k) for k in ("kl", "top1", "bpb", "bpb_ratio")},
+                path=str(path),
+            )
+        ]
+    root = find_report(path).parent
+    names = [f.name for f in dataclasses.fields(FormFacts)]
+    forms = [
+        dataclasses.replace(FormFacts(**{n: getattr(row, n) for n in names}), path=str(root / row.path))
+        for row in load_report(path).rows
+        if row.path and row.passed
+    ]
+    if missing := [f for f in forms if not Path(f.path).is_dir()]:
+        raise ConfigError(f"{path}: form {missing[0].path} is gone, so it cannot be measured again")
+    if not forms:
+        raise ConfigError(f"{path}: names no exported form", hint="give a run folder or a bundle")
+    return forms
+
+
+def measure_together(
+    groups: Sequence[Sequence[FormFacts]],
+    targets: Sequence[Target],
+    *,
+    rounds: int,
+    command: str,
+    on_result: Callable[[MeasureResult], None] | None = None,
+) -> list[Report]:
+    """One report a group, all groups measured in the same interleaved rounds, so that their ratios are paired."""
+    specs: dict[str, MeasureSpec] = {}
+    for number, forms in enumerate(groups):
+        for form in forms:
+            arm = arm_name(form.variant, form.seed, form.precision)
+            specs[f"{number}:{arm}"] = spec_under(targets, load_bundle(Path(form.path)))
+    machine = record_environment()
+    results = measure_rounds(specs, rounds=rounds, on_result=on_result)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return [
+        build_report(
+            run_id=f"measured-{now}",
+            command=command,
+            forms=forms,
+            results=[
+                dataclasses.replace(r, arm=r.arm.removeprefix(f"{number}:"))
+                for r in results
+                if r.arm.startswith(f"{number}:")
+            ],
+            targets=targets,
+            machine=machine,
+            corpus={},
+            created_at=now,
+        )
+        for number, forms in enumerate(groups)
+    ]

@@ -236,7 +236,10 @@ class _Run:
         return sorted(results, key=lambda r: ([v.name for v in self.plan.variants].index(r.variant), r.seed))
 
     def _tune(self, cluster: Cluster, dataset: Dataset) -> None:
-        """Decide how every variant is trained and exported, before the first step, and write it down."""
+        """Decide how every variant is trained and exported, before the first step, and write it down.
+
+        A quick run is over before measuring could pay, so it takes the recipes' own kernels.
+        """
         if self.plan.kernels:
             return
         kernels: dict[str, KernelPlan] = {}
@@ -244,7 +247,7 @@ class _Run:
         cache_dir, threads = self.settings.cache_dir, self.options.threads
         with self._stage("tune") as said:
             for variant in self.plan.variants:
-                if not (variant.tune and self.options.tune):
+                if not (variant.tune and self.options.tune) or self.options.quick:
                     kernels[variant.name] = replace(variant.kernels, threads=threads)
                     continue
                 training = tune_on_cluster(cluster, variant, dataset, cache_dir, threads=threads)

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from record import RESULTS, describe_setting, write_result
+
 from ryot.edge.bundle import load_bundle
-from ryot.edge.measure import build_spec, measure_rounds, record_environment
+from ryot.edge.measure import build_spec, measure_rounds
+from ryot.edge.protocol import MeasureResult
 from ryot.report.resolution import measure_resolution
 from ryot.report.stats import find_noise
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -59,13 +56,13 @@ def main() -> None:
         for title, metric in (("TTFT", "ttft_ms"), ("time a token", "decode_tok_s"))
     }
     noise = find_noise([r.to_mapping() for r in results])
-    machine = record_environment()
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    setting = describe_setting()
     lines = [
-        f"# What the measurement can tell apart, {day}",
+        "# What the measurement can tell apart",
         "",
-        f"`{shlex.join(['python', *sys.argv])}` at commit {_commit()}, {machine['cpu']['model']},"
-        f" {machine['cpu']['cores']} cores, {len(results)} processes in {time.monotonic() - begin:.0f} s.",
+        f"`{setting['command']}` at commit {setting['commit']}, {setting['environment']['cpu']['model']},"
+        f" {setting['environment']['cpu']['cores']} cores, {len(results)} processes"
+        f" in {time.monotonic() - begin:.0f} s.",
         "",
         "| figure | windows | rounds | A differs from A | smallest slowdown found (80 %) |",
         "|:--|--:|--:|--:|--:|",
@@ -76,16 +73,13 @@ def main() -> None:
         "",
         *(f"Noise: {note}." for note in noise),
     ]
-    options.output.mkdir(parents=True, exist_ok=True)
-    raw = {"found": found, "noise": noise, "machine": machine, "results": [r.to_mapping() for r in results]}
-    (options.output / f"{day}-measurement.json").write_text(json.dumps(raw) + "\n")
-    (options.output / f"{day}-measurement.md").write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(lines))
+    raw = {**setting, "found": found, "noise": noise, "results": [_without_steps(r) for r in results]}
+    print(write_result("measurement", raw, "\n".join(lines), options.output))
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def _without_steps(result: MeasureResult) -> dict[str, object]:
+    """The result without the time of each single token, which nothing here reads and which fills megabytes."""
+    return {k: v for k, v in result.to_mapping().items() if k != "token_ms"}
 
 
 if __name__ == "__main__":

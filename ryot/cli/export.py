@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, data_option, verbose_option
 from ryot.config import PRECISIONS
+
+log = logging.getLogger(__name__)
 
 
 @click.command("export", context_settings=HELP)
@@ -20,38 +24,45 @@ from ryot.config import PRECISIONS
     show_default=True,
     help=f"Weight formats, separated by commas: {', '.join(PRECISIONS)}",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Type of the key-value cache: int8 takes a quarter of the memory and reads faster at depth",
+)
 @data_option
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder for the bundles"
 )
 @verbose_option
-def command(checkpoint: Path, precisions: tuple[str, ...], data: tuple[str, ...], output: Path) -> int:
+def command(checkpoint: Path, precisions: tuple[str, ...], kv_cache: Any, data: tuple[str, ...], output: Path) -> int:
     """Export a Hugging Face checkpoint (Llama or OPT) as one bundle a precision.
 
-    The fp32 graph is checked against torch, the others against fp32 on held-out text. Ends with exit code 4 when a
-    form breaches its quality limit.
+    The fp32 graph is checked against torch, the others against fp32 on held-out text: the test part of --data, by
+    default of the standard library's source. Ends with exit code 4 when a form breaches its quality limit.
 
     Example: ryot-deploy export /tmp/checkpoint --precisions fp32,int8 -o /tmp/forms
     """
     check_output_folder(output)
     from tabulate import tabulate
 
+    from ryot.config import replace
     from ryot.deploy.export import ExportOptions, export_variant
-    from ryot.errors import EXIT_OK, EXIT_QUALITY, CheckpointError
-    from ryot.train.checkpoint import read_model_config
+    from ryot.deploy.tune import choose_inference, format_decision
+    from ryot.errors import EXIT_OK, EXIT_QUALITY
+    from ryot.train.checkpoint import load_tokenizer, read_model_config
     from ryot.train.corpus import load_corpus
-    from ryot.train.dataset import prepare_dataset
+    from ryot.train.dataset import HeldOutText
 
     cfg = read_model_config(checkpoint)
-    dataset, _ = prepare_dataset(load_corpus(data), cfg.vocab_size, cache_dir())
-    if (checkpoint / "tokenizer.json").read_text() != (dataset.path / "tokenizer.json").read_text():
-        raise CheckpointError(
-            f"checkpoint {checkpoint}: its tokenizer is not the one of this corpus, so quality cannot be scored on it",
-            hint="give the text the model was trained on with --data",
-        )
-    forms = export_variant(
-        checkpoint, output, precisions, dataset, options=ExportOptions(name="ryot", variant=checkpoint.name)
+    text = HeldOutText(load_corpus(data), load_tokenizer(checkpoint))
+    decision = choose_inference(cfg, cache_dir())
+    log.info("%s", format_decision(decision))
+    options = ExportOptions(
+        name="ryot", variant=checkpoint.name, quantize=replace(decision.quantize, kv_dtype=kv_cache)
     )
+    forms = export_variant(checkpoint, output, precisions, text, options=options)
     rows = [
         (
             f.precision,

@@ -26,7 +26,7 @@ TOKENIZER_NAME = "tokenizer.json"
 #: Roles in the manifest's `graphs`; `prefill` and `decode` name the same file when one session does both.
 GRAPH_ROLES = ("standard", "prefill", "decode")
 KV_DTYPES = ("float32", "int8")
-REBUILD_HINT = "build it again with 'ryot-deploy bundle', or copy it to the device again"
+REBUILD_HINT = "export it again with 'ryot-deploy export', or copy it to the device again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

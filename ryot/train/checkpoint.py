@@ -21,6 +21,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ryot.config import ModelConfig
@@ -107,6 +108,17 @@ def load_weights(directory: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(directory / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory}: {_WEIGHTS} cannot be read ({error})") from error
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises `CheckpointError` when it is missing or malformed."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {directory}: tokenizer.json is missing")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise CheckpointError(f"checkpoint {directory}: tokenizer.json cannot be read ({error})") from error
 
 
 def load_model(directory: Path) -> Decoder:

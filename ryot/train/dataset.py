@@ -66,6 +66,22 @@ class Dataset:
             )
 
 
+class HeldOutText:
+    """A corpus under any tokenizer, encoded split by split when it is asked for; for scoring, not for training."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+        self.corpus_sha256 = corpus.sha256
+        self.byte_lengths = byte_lengths(tokenizer)
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._tokens: dict[str, np.ndarray] = {}
+
+    def windows(self, split: str, count: int, length: int) -> np.ndarray:
+        """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
+        if split not in self._tokens:
+            self._tokens[split] = encode_texts(self._tokenizer, self._corpus.texts(split))
+        return spread_windows(self._tokens[split], count, length, f"the {split} split")
+
+
 class Batches:
     """Training batches by step number: batch i is the same whenever and wherever it is asked for.
 

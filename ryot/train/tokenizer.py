@@ -55,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """All texts as one row of token ids, int64, the end-of-text token in front of each."""
     ids = [[END_OF_TEXT_ID, *e.ids] for e in tokenizer.encode_batch_fast(list(texts))]
-    return np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
+    return np.concatenate([np.empty(0, np.int64), *(np.asarray(i, dtype=np.int64) for i in ids)])
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -28,6 +28,7 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
             raise ClusterError(
                 "this process is connected to a Ray cluster already", hint="one cluster a process at a time"
             )
+        _reread_environment()
         # Ray prints failures of its raylets to stdout even with log_to_driver=False.
         setattr(ray._private.worker, "print_worker_logs", _log_instead_of_printing)  # noqa: B010 (mypy: it has another type)
         try:
@@ -41,6 +42,18 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
     finally:
         with _quiet(log_dir / "ray.log"), _own_signal_handlers():
             ray.shutdown()
+
+
+def _reread_environment() -> None:
+    """Make Ray take its settings from the environment of now: it has read some when it was first imported."""
+    import ray._raylet
+    from ray._private import ray_constants
+
+    compiled: Any = ray._raylet
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
+    several_hosts = ray_constants.env_bool(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
+    setattr(ray_constants, "ENABLE_RAY_CLUSTER", several_hosts)  # noqa: B010 (mypy: it takes it for a constant)
 
 
 def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> ClusterError:

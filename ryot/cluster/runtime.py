@@ -10,7 +10,6 @@ environment at import. The traps that the settings below avoid were found with R
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -182,7 +181,7 @@ class EmbeddedCluster(Cluster):
             keeper.MARK: str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": _process_token(),
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # Unofficial, but the one switch that binds every socket to the loopback address; checked below.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_worker_niceness": "0",
@@ -282,12 +281,6 @@ def open_cluster(options: ClusterOptions, *, log_dir: Path) -> Cluster:
 def usable_cores() -> list[int]:
     """The cores this process may run on."""
     return sorted(os.sched_getaffinity(0))
-
-
-@functools.cache
-def _process_token() -> str:
-    """The secret of this process's embedded clusters; Ray reads it once a process and keeps it."""
-    return secrets.token_hex(32)
 
 
 @contextlib.contextmanager

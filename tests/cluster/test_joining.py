@@ -20,7 +20,8 @@ from ryot.cluster.address import probe_address
 from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
 from ryot.train.dataset import Dataset
 from ryot.train.loop import Trainer
-from tests.cluster.conftest import learned, planned, train_program, wait_for_event
+from tests.cluster.conftest import learned, planned
+from tests.edge.tiny_bundle import write_bundle
 
 TOKEN = "5a" * 32
 ROOT = Path(__file__).parents[2]
@@ -28,13 +29,19 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """Address of a Ray head of two CPUs that demands `TOKEN`."""
+    """Address of a Ray head of two CPUs, labelled `measure`, that demands `TOKEN`."""
     folder = Path(tempfile.mkdtemp(prefix="ryot-head-", dir="/tmp"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
-        *(f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--object-store-memory=80000000"),
+        *(
+            f"--port={port}",
+            "--num-cpus=2",
+            '--resources={"measure": 1}',
+            "--include-dashboard=false",
+            "--object-store-memory=80000000",
+        ),
         *(f"--temp-dir={folder / 'r'}", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"),
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, keeper.MARK: str(folder)}
@@ -154,19 +161,25 @@ cp -r {private}/run {tmp_path}/run
     assert set(Path(tempfile.gettempdir()).glob("ryot-worker-*")) == scratch_before
 
 
-def test_a_killed_driver_of_a_joined_cluster_frees_its_cores_and_resumes(
-    head: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    run_dir = tmp_path / "run"
-    with train_program(run_dir, dataset, "--address", head, "--steps", "200") as driver:
-        wait_for_event(driver, "checkpoint", count=3)
-        driver.kill()
-    with train_program(run_dir, dataset, "--address", head, "--steps", "200") as driver:
-        results = [wait_for_event(driver, "result") for _ in range(2)]
-        driver.communicate(timeout=60)
-    assert driver.returncode == 0
-    assert all((Path(r["checkpoint"]) / "model.safetensors").exists() for r in results)
+def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: str, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    program = f"""
+        import json
+        from ryot.cluster.measuring import measure_on_node
+        from ryot.edge.bundle import load_bundle
+        from ryot.edge.measure import build_spec
+        spec = build_spec(load_bundle(Path({str(bundle)!r})), min_runs=3, min_time_s=0.0)
+        for label in ("measure", "arm"):
+            measured = measure_on_node(cluster, dict(a=spec, b=spec), label=label, rounds=1)
+            print(json.dumps([measured.node, [[r.arm, r.ok, r.reason, r.runs] for r in measured.results]]))
+"""
+    done = connect(head, tmp_path, TOKEN, program)
+    assert done.returncode == EXIT_FAILED
+    assert f"Error: bench-on: no node of {head} carries 'arm' (there are: measure)" in done.stderr
+    node, results = json.loads(done.stdout.splitlines()[1])
+    assert node.startswith(socket.gethostname())
+    assert sorted(results) == [["a", True, "", 3], ["b", True, "", 3]]
+    assert not list(Path(tempfile.gettempdir()).glob("ryot-measure-*"))
 
 
 def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:

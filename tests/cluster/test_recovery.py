@@ -21,7 +21,7 @@ from tests.cluster.conftest import (
     wait_for_event,
 )
 
-STEPS = 60
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def finish(run_dir: Path, dataset: Dataset) -> dict[str, str]:
     """Resume the run to its end; what its variants have learned."""
-    with train_program(run_dir, dataset) as driver:
+    with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         digests = {}
         for _ in range(2):
             result = wait_for_event(driver, "result")
@@ -57,33 +57,27 @@ def wait_until_gone(folders: set[Path]) -> None:
         assert time.monotonic() < deadline, [(f, f.exists(), processes_of(f)) for f in folders]
 
 
-def test_a_killed_driver_leaves_no_process_and_no_folder_and_its_run_resumes_to_the_same_weights(
+def test_a_run_that_is_killed_stopped_and_stopped_at_once_learns_what_an_undisturbed_one_learns(
     dataset: Dataset, expected: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     before = cluster_folders()
-    with train_program(run_dir, dataset) as driver:
-        wait_for_event(driver, "checkpoint", count=3)
+
+    # Killed: what the driver started ends without it.
+    with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
+        wait_for_event(driver, "checkpoint", count=2)
         folders = cluster_folders() - before
         assert len(folders) == 1
         driver.send_signal(signal.SIGKILL)
     wait_until_gone(folders)
-    accepted = {r["key"]: r["step"] for r in records(run_dir, "checkpoint")}
+    accepted = newest_steps(run_dir)
     # The driver may have died within a write.
     with (run_dir / "journal.jsonl").open("ab") as journal:
         journal.write(b'{"record": "checkpoint", "key": "opti')
-    assert finish(run_dir, dataset) == expected
-    for key, step in accepted.items():
-        assert all(r["step"] > step for r in records(run_dir, "checkpoint") if r["key"] == key and r["attempt"] == 2)
 
-
-def test_a_stopped_driver_accepts_the_slice_in_flight_exits_130_and_resumes_from_there(
-    dataset: Dataset, expected: dict[str, str], tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    before = cluster_folders()
-    with train_program(run_dir, dataset) as driver:
-        wait_for_event(driver, "checkpoint", count=2)
+    # Stopped: the slice in flight is finished and counts.
+    with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
+        wait_for_event(driver, "checkpoint")
         folders = cluster_folders() - before
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=60)
@@ -92,16 +86,12 @@ def test_a_stopped_driver_accepts_the_slice_in_flight_exits_130_and_resumes_from
     assert "Error: stopped by a signal; what was accepted so far is in" in said
     assert "Traceback" not in said
     wait_until_gone(folders)
-    newest = {r["key"]: r for r in records(run_dir, "checkpoint")}
-    for record in newest.values():
-        assert (run_dir / record["path"]).is_dir()
-    assert finish(run_dir, dataset) == expected
+    later = newest_steps(run_dir)
+    assert all(later[key] >= step for key, step in accepted.items())
+    assert sum(later.values()) > sum(accepted.values())
 
-
-def test_a_driver_stopped_twice_ends_at_once_and_cleanly(dataset: Dataset, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    before = cluster_folders()
-    with train_program(run_dir, dataset) as driver:
+    # Stopped twice: at once.
+    with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         wait_for_event(driver, "checkpoint")
         folders = cluster_folders() - before
         driver.send_signal(signal.SIGINT)
@@ -110,8 +100,16 @@ def test_a_driver_stopped_twice_ends_at_once_and_cleanly(dataset: Dataset, tmp_p
     assert driver.returncode == EXIT_INTERRUPTED
     assert "Error: stopped at once" in said
     wait_until_gone(folders)
+
+    assert finish(run_dir, dataset) == expected
     for record in records(run_dir, "checkpoint"):
-        assert record["attempt"] == 1
+        older = accepted.get(record["key"], 0)
+        assert record["attempt"] == 1 or record["step"] > older
+
+
+def newest_steps(run_dir: Path) -> dict[str, int]:
+    """The step of the newest accepted checkpoint of each training."""
+    return {r["key"]: r["step"] for r in records(run_dir, "checkpoint")}
 
 
 def test_ray_itself_may_die_twice_under_a_running_driver(
@@ -119,7 +117,7 @@ def test_ray_itself_may_die_twice_under_a_running_driver(
 ) -> None:
     before = cluster_folders()
     folders = set()
-    with train_program(tmp_path / "run", dataset) as driver:
+    with train_program(tmp_path / "run", dataset, "--steps", str(STEPS)) as driver:
         for program in ("raylet", "gcs_server"):
             wait_for_event(driver, "checkpoint", count=2)
             [folder] = cluster_folders() - before

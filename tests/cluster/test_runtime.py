@@ -94,10 +94,12 @@ def test_more_cores_than_there_are_are_refused(tmp_path: Path) -> None:
 def test_a_cluster_that_lost_its_control_process_is_known_and_can_be_restarted(cluster: EmbeddedCluster) -> None:
     assert cluster.is_whole()
     first = cluster.folder
+    token = processes_of(first)[0].environ()["RAY_AUTH_TOKEN"]
     next(p for p in processes_of(first) if p.name() == "gcs_server").kill()
     assert not cluster.is_whole()
     cluster.restart()
     assert cluster.is_whole()
+    assert processes_of(cluster.folder)[0].environ()["RAY_AUTH_TOKEN"] != token
     assert cluster.nodes()[0].cpus == len(os.sched_getaffinity(0))
     assert not first.exists()
     assert processes_of(first) == []

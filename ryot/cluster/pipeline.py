@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,45 +25,33 @@ from pathlib import Path
 from typing import Any
 
 import ryot
+from ryot.cluster.conclusion import Findings, build_run_report, decide_exit_code, write_outcome
 from ryot.cluster.driver import train_variants
+from ryot.cluster.exports import Exporter
 from ryot.cluster.jobs import DriverOptions, TrainResult, plan_job
 from ryot.cluster.journal import Journal, RunLock
 from ryot.cluster.runtime import Cluster, ClusterOptions, open_cluster
 from ryot.cluster.tuning import tune_on_cluster
-from ryot.config import PRECISIONS, KernelPlan, digest, replace, to_mapping
-from ryot.deploy.bundle import finish_bundle
-from ryot.deploy.export import ExportOptions, export_variant
-from ryot.deploy.forms import QuantizeOptions
+from ryot.config import KernelPlan, digest, replace
 from ryot.deploy.remeasure import spec_under
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
-from ryot.edge.bundle import hash_file, load_bundle
-from ryot.edge.machine import describe_cpu, sums_int8_exactly
+from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import (
-    EXIT_FAILED,
-    EXIT_QUALITY,
     DataError,
     Interrupted,
-    QualityError,
     RyotError,
     TrainingError,
-    worst_exit_code,
 )
-from ryot.events import Event, EventLog, GateEvent, MeasureEvent, StageEvent, read_events
+from ryot.events import Event, EventLog, MeasureEvent, StageEvent
 from ryot.optimize.kernels import format_decision as format_training
 from ryot.plan import InferencePlan, RunPlan, plan_to_toml
-from ryot.report.build import FormFacts, build_report, curves_from_events
-from ryot.report.html import render_html
-from ryot.report.markdown import render_markdown
+from ryot.report.build import FormFacts
 from ryot.report.rows import (
     Report,
-    VariantRow,
     arm_name,
-    build_record,
-    report_to_dict,
-    save_report,
     write_atomically,
 )
 from ryot.report.targets import Target, load_targets
@@ -133,10 +120,7 @@ class _Run:
         self.events = EventLog(run_dir / "events.jsonl")
         self.events.listeners += settings.listeners
         self.stages: list[dict[str, Any]] = []
-        self.notes: list[str] = []
         self.forms: list[FormFacts] = []
-        self._export_lock = threading.Lock()
-        self._trained: dict[str, list[TrainResult]] = {}
 
     @property
     def resume_hint(self) -> str:
@@ -152,7 +136,19 @@ class _Run:
             errors = "; ".join(str(r.error) for r in results)
             raise TrainingError(f"no variant finished training: {errors}", hint=self.resume_hint)
         measured, machine = self._measure()
-        return self._conclude(dataset, results, measured, machine)
+        return self._conclude(
+            Findings(
+                plan=self.plan,
+                command=self.settings.command,
+                dataset=dataset,
+                trainings=results,
+                forms=self.forms,
+                measured=measured,
+                machine=machine,
+                targets=self.targets,
+                stages=self.stages,
+            )
+        )
 
     def close(self) -> None:
         self.events.close()
@@ -223,6 +219,14 @@ class _Run:
                 for variant in self.plan.variants
                 for seed in range(self.options.seeds)
             ]
+            exporter = Exporter(
+                run_dir=self.run_dir,
+                plan=self.plan,
+                dataset=dataset,
+                targets=self.targets,
+                journal=self.journal,
+                emit=self.events.emit,
+            )
             with self._stage("train"):
                 results = train_variants(
                     jobs,
@@ -231,8 +235,9 @@ class _Run:
                     journal=self.journal,
                     emit=self.events.emit,
                     options=self.settings.driver,
-                    on_done=lambda result: self._on_trained(result, dataset),
+                    on_done=exporter,
                 )
+        self.forms, self.stages = exporter.forms, self.stages + exporter.stages
         return sorted(results, key=lambda r: ([v.name for v in self.plan.variants].index(r.variant), r.seed))
 
     def _tune(self, cluster: Cluster, dataset: Dataset) -> None:
@@ -264,98 +269,6 @@ class _Run:
                 said["detail"] = f"{variant.name} trains with {format_plan(training.plan)}"
         self.plan = replace(self.plan, kernels=kernels, inference=inference)
         write_atomically(self.run_dir / PLAN_FILE, plan_to_toml(self.plan))
-
-    def _on_trained(self, result: TrainResult, dataset: Dataset) -> None:
-        """Export the best seed of a variant once all its seeds have ended; other variants still train meanwhile."""
-        seeds = self._trained.setdefault(result.variant, [])
-        seeds.append(result)
-        if len(seeds) < self.options.seeds:
-            return
-        finished = [r for r in seeds if r.error is None and r.checkpoint]
-        if finished:
-            self._export(min(finished, key=lambda r: (r.facts["val_loss"], r.seed)), dataset)
-
-    def _export(self, result: TrainResult, dataset: Dataset) -> None:
-        assert result.checkpoint is not None
-        variant = self.plan.variant(result.variant)
-        precisions = self.plan.precisions(variant.name)
-        quantize = self._quantize_options(variant.name)
-        inputs = digest(result.sha256, precisions, quantize, ryot.__version__)
-        root = self.run_dir / "variants" / variant.name / f"seed-{result.seed}" / "forms"
-        key = f"{variant.name}/seed-{result.seed}"
-        known = self.journal.find_stage("export", key, inputs)
-        if known and all((self.run_dir / f["path"]).is_dir() for f in known["forms"] if f["path"]):
-            self.forms += [FormFacts(**f) for f in known["forms"]]
-            self._tell_export(result, "cached", 0.0)
-            return
-        begin = time.monotonic()
-        shutil.rmtree(root, ignore_errors=True)
-        options = ExportOptions(
-            name=f"ryot-{variant.name}",
-            variant=variant.name,
-            seed=result.seed,
-            quantize=quantize,
-            config=to_mapping(variant),
-        )
-        try:
-            exported = export_variant(result.checkpoint, root, precisions, dataset, options=options)
-        except QualityError as error:
-            self._gate(result, "parity", passed=False, detail=str(error))
-            forms = [
-                FormFacts(
-                    variant=variant.name, seed=result.seed, precision=p, size_bytes=0, passed=False, reason=str(error)
-                )
-                for p in precisions
-            ]
-        else:
-            parity = exported[0].parity
-            self._gate(result, "parity", passed=True, value=parity.max_difference, limit=parity.tolerance)
-            forms = [
-                FormFacts(
-                    variant=variant.name,
-                    seed=result.seed,
-                    precision=form.precision,
-                    size_bytes=form.size_bytes,
-                    context_tokens=variant.model.max_seq_len,
-                    quality=form.quality.as_dict(),
-                    passed=form.passed,
-                    reason=form.reason,
-                    path=form.path.relative_to(self.run_dir).as_posix(),
-                )
-                for form in exported
-            ]
-            for form in exported:
-                self._gate(
-                    result,
-                    f"quality {form.precision}",
-                    passed=form.passed,
-                    value=form.quality.bpb_ratio,
-                    limit=options.max_bpb_ratio,
-                    detail=form.reason,
-                )
-        self.journal.finish_stage("export", key, inputs, forms=[_plain(f) for f in forms])
-        self.forms += forms
-        self._tell_export(result, "end", time.monotonic() - begin)
-
-    def _quantize_options(self, variant: str) -> QuantizeOptions:
-        decision = self.plan.inference.get(variant)
-        if decision is None:
-            return QuantizeOptions(dynamic_bits=8 if sums_int8_exactly(describe_cpu()["isa"]) else 7)
-        return QuantizeOptions(
-            int8_block_size=decision.int8_block_size,
-            int4_block_size=decision.int4_block_size,
-            dynamic_bits=decision.dynamic_bits,
-        )
-
-    def _gate(self, result: TrainResult, gate: str, *, passed: bool, **facts: Any) -> None:
-        values = {"value": 0.0, "limit": 0.0, **facts}
-        self.events.emit(GateEvent(variant=result.variant, seed=result.seed, gate=gate, passed=passed, **values))
-
-    def _tell_export(self, result: TrainResult, status: str, wall_s: float) -> None:
-        self.stages.append({"stage": "export", "variant": result.variant, "wall_s": round(wall_s, 3)})
-        self.events.emit(
-            StageEvent(stage="export", status=status, variant=result.variant, seed=result.seed, wall_s=wall_s)
-        )
 
     # Measurement
 
@@ -403,101 +316,12 @@ class _Run:
 
     # Result
 
-    def _conclude(
-        self, dataset: Dataset, results: list[TrainResult], measured: list[MeasureResult], machine: dict[str, Any]
-    ) -> Outcome:
+    def _conclude(self, findings: Findings) -> Outcome:
         """Judge, write report and bundle, and say how the run ended."""
         with self._stage("report"):
-            report = self._build_report(dataset, results, measured, machine)
-            target = self.run_dir / "bundle"
-            shutil.rmtree(target, ignore_errors=True)
-            if report.bundle:
-                row = next(r for r in report.rows if r.chosen)
-                finish_bundle(self.run_dir / row.path, target, report_to_dict(build_record(report, row)))
-            save_report(report, self.run_dir / "report.json")
-            write_atomically(self.run_dir / "report.md", render_markdown(report))
-            write_atomically(self.run_dir / "report.html", render_html(report))
-        return Outcome(report, self._exit_code(report, results))
-
-    def _build_report(
-        self, dataset: Dataset, results: list[TrainResult], measured: list[MeasureResult], machine: dict[str, Any]
-    ) -> Report:
-        def build(bundle: str | None) -> Report:
-            return build_report(
-                run_id=self.run_dir.name,
-                command=self.settings.command,
-                forms=self.forms_in_order(),
-                results=measured,
-                targets=self.targets,
-                machine=machine,
-                corpus={
-                    "name": dataset.name,
-                    "sha256": dataset.corpus_sha256,
-                    **{f"{split}_tokens": count for split, count in dataset.num_tokens.items()},
-                    "vocab_size": dataset.vocab_size,
-                    "tokenizer_sha256": hash_file(dataset.path / "tokenizer.json"),
-                },
-                variants=self._variant_rows(results),
-                preset=self.options.preset,
-                plan=to_mapping(self.plan),
-                quick=self.options.quick,
-                stages=self.stages,
-                bundle=bundle,
-                notes=self.notes,
-            )
-
-        report = build(None)
-        return build("bundle") if any(row.chosen for row in report.rows) else report
-
-    def forms_in_order(self) -> list[FormFacts]:
-        """The forms as the tables list them: variants and precisions as they were asked for."""
-        names = [v.name for v in self.plan.variants]
-        return sorted(self.forms, key=lambda f: (names.index(f.variant), f.seed, PRECISIONS.index(f.precision)))
-
-    def _variant_rows(self, results: list[TrainResult]) -> list[VariantRow]:
-        curves = curves_from_events(read_events(self.run_dir / "events.jsonl"))
-        rows = []
-        for result in results:
-            variant, facts = self.plan.variant(result.variant), result.facts
-            wall_s = facts.get("train_wall_s")
-            curve, train_curve = curves.get((result.variant, result.seed), ((), ()))
-            rows.append(
-                VariantRow(
-                    name=result.variant,
-                    seed=result.seed,
-                    params=variant.model.num_parameters,
-                    tokens=result.step * variant.step_tokens,
-                    train_wall_s=wall_s,
-                    tokens_per_s=result.step * variant.step_tokens / wall_s if wall_s else None,
-                    concurrent=len(results) > 1,
-                    failed=str(result.error or ""),
-                    summary=variant.summary,
-                    curve=curve,
-                    train_curve=train_curve,
-                    **{
-                        name: facts.get(name)
-                        for name in (
-                            "compile_s",
-                            "initial_val_loss",
-                            "val_loss",
-                            "val_bpb",
-                            "test_loss",
-                            "test_bpb",
-                            "grad_norm_max",
-                        )
-                    },
-                )
-            )
-        return rows
-
-    def _exit_code(self, report: Report, results: list[TrainResult]) -> int:
-        assert report.choice is not None
-        codes = [report.choice.exit_code]
-        if any(r.error for r in results):
-            codes.append(EXIT_FAILED)
-        if self.options.precisions and any(not f.passed for f in self.forms):
-            codes.append(EXIT_QUALITY)  # a form asked for by name
-        return worst_exit_code(codes)
+            report = build_run_report(self.run_dir, findings)
+            write_outcome(self.run_dir, report)
+        return Outcome(report, decide_exit_code(report, findings))
 
 
 def format_plan(plan: Any) -> str:
@@ -505,10 +329,6 @@ def format_plan(plan: Any) -> str:
     parts = [f"attention {plan.attention}", plan.dtype, "compiled" if plan.compile else "eager"]
     parts.append(f"loss in chunks of {plan.loss_chunk}" if plan.loss_chunk else "loss whole")
     return ", ".join(parts)
-
-
-def _plain(facts: FormFacts) -> dict[str, Any]:
-    return to_mapping(facts)
 
 
 def _median(values: Sequence[float]) -> float | None:

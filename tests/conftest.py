@@ -25,7 +25,11 @@ CONTEXT = 32
 @pytest.fixture(scope="session")
 def corpus() -> Corpus:
     """Real text, small: some packages of the standard library."""
-    documents = [d for d in load_corpus().documents if d.name.startswith(("json/", "email/", "http/", "xml/", "logging/", "asyncio/"))]
+    documents = [
+        d
+        for d in load_corpus().documents
+        if d.name.startswith(("json/", "email/", "http/", "xml/", "logging/", "asyncio/"))
+    ]
     return Corpus(name="stdlib-part", documents=tuple(Document(d.name, d.text) for d in documents))
 
 

@@ -95,6 +95,14 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    except ModuleNotFoundError as error:
+        if verbose:
+            traceback.print_exc()
+        _complain(
+            f"this command needs {error.name}, which is not installed",
+            "a base install has what a device needs; for training and export: pip install 'ryot[all]'",
+        )
+        sys.exit(EXIT_FAILED)
     except Exception as error:  # the outermost edge: a bug still gets one line, and a way to see more
         if verbose:
             traceback.print_exc()

@@ -50,7 +50,7 @@ def test_files_folders_globs_and_json_lines_are_read(tmp_path: Path) -> None:
     [
         ({}, "holds no files"),
         ({"x.txt": b""}, "holds no text"),
-        ({"x.bin": b"\x7fELF\0\0"}, "x.bin is a binary file, expected UTF-8 text"),
+        ({"x.bin": b"\x7fELF\0\0"}, r"x\.bin is a binary file, expected UTF-8 text"),
         ({"x.txt": b"gr\xfc\xdfe"}, r"x.txt is not UTF-8 \(byte 0xfc at offset 2\)"),
         ({"x.jsonl": b'{"body": "x"}\n'}, "line 1 has no string field 'text'"),
         ({"x.jsonl": b"{\n"}, "line 1 is not JSON"),

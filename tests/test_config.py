@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from ryot import errors
+from ryot.config import list_named, replace, resolve_variant, to_mapping
+from ryot.errors import ConfigError, RyotError, worst_exit_code
+from ryot.plan import InferencePlan, RunOptions, load_plan, plan_to_toml, resolve_plan
+
+
+@pytest.mark.parametrize("preset", list_named("presets"))
+@pytest.mark.parametrize("variant", list_named("variants"))
+def test_every_packaged_recipe_resolves_at_every_size(variant: str, preset: str) -> None:
+    config = resolve_variant(variant, preset)
+    assert config.name == variant and config.num_steps > config.warmup_steps
+
+
+def test_the_optimized_variant_is_smaller_than_the_baseline_at_every_size() -> None:
+    for preset in list_named("presets"):
+        sizes = [resolve_variant(v, preset).model.num_parameters for v in ("baseline", "optimized")]
+        assert sizes[1] <= 0.7 * sizes[0]
+
+
+def test_a_plan_survives_its_file(tmp_path) -> None:
+    plan = resolve_plan(RunOptions(preset="small", seeds=2, precisions=("int8-dyn+int4",), quick=True))
+    kernels = {v.name: v.kernels for v in plan.variants}
+    plan = replace(plan, kernels=kernels, inference={"optimized": InferencePlan(fastest="int8-dyn+int4")})
+    (tmp_path / "run.toml").write_text(plan_to_toml(plan))
+    assert load_plan(tmp_path / "run.toml") == plan
+
+
+def test_tokens_scale_every_budget_and_quick_is_a_twelfth() -> None:
+    own = resolve_plan(RunOptions()).variants
+    half = resolve_plan(RunOptions(tokens=own[0].train.tokens // 2)).variants
+    quick = resolve_plan(RunOptions(quick=True)).variants
+    assert [v.train.tokens for v in half] == [v.train.tokens // 2 for v in own]
+    assert [v.train.tokens for v in quick] == [v.train.tokens // 12 for v in own]
+
+
+def test_the_fastest_pair_is_exported_besides_the_usual_forms_unless_forms_are_named() -> None:
+    inference = {"optimized": InferencePlan(fastest="int8-dyn+int4")}
+    usual = replace(resolve_plan(RunOptions()), inference=inference)
+    assert usual.precisions("optimized")[-1] == "int8-dyn+int4"
+    assert "int8-dyn+int4" not in usual.precisions("baseline")
+    named = replace(resolve_plan(RunOptions(precisions=("fp32",))), inference=inference)
+    assert named.precisions("optimized") == ("fp32",)
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path) -> None:
+    text = plan_to_toml(resolve_plan(RunOptions())).replace('version = "', 'version = "9.')
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"made by ryot 9\."):
+        load_plan(tmp_path / "run.toml")
+
+
+def test_a_resolved_recipe_holds_every_field() -> None:
+    values = to_mapping(resolve_variant("optimized", "reference"))
+    assert values["model"]["num_kv_heads"] == 2 and values["train"]["alternate_final_norm"] is True
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([], 0), ([0, 3], 3), ([3, 4], 4), ([4, 1], 1), ([1, 130], 130), ([130, 2], 2)],
+)
+def test_exit_codes_have_the_documented_precedence(codes: list[int], expected: int) -> None:
+    assert worst_exit_code(codes) == expected
+
+
+def test_every_error_crosses_processes_with_its_hint_and_is_drawn_in_the_tree() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, RyotError)]
+    for cls in classes:
+        again = pickle.loads(pickle.dumps(cls("what", hint="next")))
+        assert (type(again), str(again), again.hint) == (cls, "what", "next")
+        assert cls.__name__ in (errors.__doc__ or "")

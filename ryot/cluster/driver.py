@@ -27,7 +27,7 @@ from ryot.cluster.probe import probe_nodes
 from ryot.cluster.runtime import Cluster, Node
 from ryot.cluster.signals import StopSignals
 from ryot.cluster.store import CheckpointStore
-from ryot.cluster.worker import Assignment, SliceReport, Started, TrainWorker
+from ryot.cluster.worker import LOG_FILE, Assignment, SliceReport, Started, TrainWorker
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
 from ryot.events import CheckpointEvent, Event, StageEvent
 
@@ -293,8 +293,9 @@ class Driver:
             # The folder was whole when the driver looked: a path that the worker cannot see, or not now.
             self._lose(lane, cause)
             return
+        where = self.store.attempt_folder(lane.task.planned, lane.task.attempt) / LOG_FILE
         reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
-        error = TrainingError(f"{lane.task.planned.key}: {reason}", hint="the worker's log is in logs/")
+        error = TrainingError(f"{lane.task.planned.key}: {reason}", hint=f"its worker's log: {where}")
         self._fail(lane, error, final=False)
 
     def _on_started(self, lane: _Lane, started: Started) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints in a run folder: which count, whether they are still what they were, and which may go.
 
-    variants/NAME/seed-K/attempt-N/step-XXXXXXXX/
+    variants/NAME/seed-K/attempt-N/step-XXXXXXXX/   worker.log
 
 An attempt writes only below its own folder, and no folder is written twice, so a worker that goes on after it was
 given up can spoil nothing.
@@ -84,7 +84,7 @@ class CheckpointStore:
         keep = {self.run_dir / a.path for a in accepted[: self._keep]}
         current = self.attempt_folder(planned, attempt)
         for folder in current.parent.glob("attempt-*"):
-            for path in folder.iterdir():
+            for path in [p for p in folder.iterdir() if p.is_dir()]:
                 # The attempt in progress may be writing a draft next to its checkpoints.
                 if path not in keep and not (folder == current and path.name.startswith(".")):
                     shutil.rmtree(path, ignore_errors=True)

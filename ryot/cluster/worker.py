@@ -6,6 +6,7 @@ tells the driver; whether a checkpoint counts is the driver's to say.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -19,11 +20,14 @@ from ryot.cluster import keeper
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.config import KernelPlan, replace
-from ryot.errors import CheckpointError, RyotError, TrainingError
+from ryot.errors import CheckpointError, ClusterError, RyotError, TrainingError
 from ryot.events import Event
 from ryot.train.loop import Trainer, TrainJob
 
+log = logging.getLogger(__name__)
+
 SCRATCH_PREFIX = "ryot-worker-"
+LOG_FILE = "worker.log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +86,9 @@ class TrainWorker:
 
     def __init__(self, threads: int):
         self.claim = CoreClaim(threads) if not has_cpu_quota() else None
-        if self.claim and self.claim.cores:
-            pin_process(self.claim.cores)
+        self._cores = self.claim.cores if self.claim else []
+        if self._cores:
+            pin_process(self._cores)
         self._trainer: Trainer | None = None
         self._assignment: Assignment | None = None
         self._saved_step = -1
@@ -96,7 +101,10 @@ class TrainWorker:
         self._trainer = None
         job = assignment.job
         resume = Path(assignment.resume) if assignment.resume else None
-        if assignment.travels:
+        if not assignment.travels:
+            _log_to(Path(assignment.folder))
+        log.info("%s in process %d on %s, cores %s", job.key, os.getpid(), socket.gethostname(), self._cores)
+        if assignment.travels or dataset is not None:
             scratch = self._fresh_scratch()
             if dataset is not None:
                 unpack_folder(dataset, scratch / "dataset")
@@ -107,8 +115,8 @@ class TrainWorker:
         trainer = Trainer.resume(job, assignment.plan, resume) if resume else Trainer(job, assignment.plan)
         self._trainer, self._assignment = trainer, assignment
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
-        cores = self.claim.cores if self.claim else []
-        return Started(socket.gethostname(), os.getpid(), cores, trainer.step)
+        log.info("going on from step %d of %d", trainer.step, trainer.num_steps)
+        return Started(socket.gethostname(), os.getpid(), self._cores, trainer.step)
 
     def run_slice(self, max_seconds: float, checkpoint_every_s: float) -> SliceReport:
         """Train for about `max_seconds`; save when a checkpoint is due and always after the last step."""
@@ -172,3 +180,16 @@ class TrainWorker:
             shutil.rmtree(self._scratch, ignore_errors=True)
             os.close(self._scratch_lock)
             self._scratch = None
+
+
+def _log_to(folder: Path) -> None:
+    """From now on all that this process says goes to `worker.log` in its attempt's folder, C++ included."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise ClusterError(f"{folder}: cannot be written on {socket.gethostname()} ({error.strerror})") from error
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)

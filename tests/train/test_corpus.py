@@ -70,7 +70,7 @@ def test_a_path_that_does_not_exist_is_refused() -> None:
 
 def test_a_corpus_too_small_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("tiny")
-    with pytest.raises(DataError, match="has 4 characters, too few for a (train|val|test) split"):
+    with pytest.raises(DataError, match=r"has 4 characters, too few for a (train|val|test) split"):
         prepare_dataset(load_corpus([str(tmp_path / "x.txt")]), 300, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.bin"))
 

@@ -80,6 +80,9 @@ _FIXED = (
 )
 @click.option("--address", metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Use this Ray cluster  [env: RAY_ADDRESS]")
 @click.option(
+    "--bench-on", metavar="LABEL", default="", help="Measure on a node with this custom resource or NAME=VALUE label"
+)
+@click.option(
     "--max-hours", metavar="H", type=click.FloatRange(min=0, min_open=True), help="Stop, resumably, after so long"
 )
 @click.option(
@@ -111,6 +114,8 @@ def command(ctx: click.Context, **options: Any) -> int:
     """
     from ryot.plan import load_plan, merge_options, plan_to_toml, resolve_plan
 
+    if options["bench_on"] and not options["address"]:
+        raise click.UsageError("--bench-on needs a cluster of several machines: give --address too")
     given = {
         name: value
         for name, value in options.items()
@@ -166,7 +171,7 @@ def _carry_out(run_dir: Path, plan: Any, options: dict[str, Any], *, resume: boo
         settings = RunSettings(
             command=" ".join(["ryot-deploy", *sys.argv[1:]]),
             cache_dir=cache_dir(),
-            cluster=ClusterOptions(address=options["address"]),
+            cluster=ClusterOptions(address=options["address"], bench_label=options["bench_on"]),
             driver=DriverOptions(max_hours=options["max_hours"], keep_checkpoints=options["keep_checkpoints"]),
             listeners=[progress],
         )

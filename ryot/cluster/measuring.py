@@ -13,7 +13,7 @@ from typing import Any
 
 from ryot.cluster import keeper
 from ryot.cluster.folders import pack_folder, unpack_folder
-from ryot.cluster.runtime import Cluster, Node
+from ryot.cluster.runtime import Cluster, ClusterOptions, Node, open_cluster
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ClusterError, ConfigError
@@ -75,8 +75,6 @@ def measure_on_node(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if cluster.embedded:
-        raise ConfigError("bench-on: needs a cluster of several machines", hint="give --address too")
     node = max(find_nodes(cluster, label), key=lambda n: n.cpus)
     needed = max(spec.threads for spec in specs.values())
     if node.cpus < needed:
@@ -111,6 +109,16 @@ def measure_on_node(
             "node %s runs Ray's workers at niceness %d; set RAY_worker_niceness=0 where it starts", node.name, niceness
         )
     return Measured(node.name, results, {**machine, "node": node.name, "niceness": niceness}, niceness)
+
+
+def measure_on_cluster(
+    options: ClusterOptions, specs: Mapping[str, MeasureSpec], *, rounds: int, log_dir: Path
+) -> Measured:
+    """Join the cluster for the time of a measurement on a node that carries `options.bench_label`."""
+    if options.address is None:
+        raise ConfigError("bench-on: needs a cluster of several machines", hint="give --address too")
+    with open_cluster(options, log_dir=log_dir) as cluster:
+        return measure_on_node(cluster, specs, label=options.bench_label, rounds=rounds)
 
 
 def _measure(

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ("generate", "Generate text with a bundle"),
     "tune": ("tune", "Time kernels and weight formats on this machine"),
     "targets": ("targets", "List the limits that forms are judged by"),
+    "runs": ("runs", "List, show and remove run folders"),
     "doctor": ("doctor", "Show this machine and what would be used"),
 }
 

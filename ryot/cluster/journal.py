@@ -43,6 +43,32 @@ class Accepted:
     """What is known about the training at this point: times, losses."""
 
 
+def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a journal, and the bytes up to a last line that was cut short.
+
+    Raises `ClusterError` for a line damaged elsewhere and for a newer schema.
+    """
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    lines = data[:whole].splitlines(keepends=True)
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            schema = record.get("schema", SCHEMA)
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):
+                return records, whole - len(line)
+            raise ClusterError(
+                f"{path}: line {number} is not a JSON object ({error})",
+                hint="the file was changed by hand or by the disk; start a new run",
+            ) from error
+        if schema > SCHEMA:
+            raise ClusterError(f"{path}: schema {schema}, expected at most {SCHEMA}", hint="use a newer ryot")
+        records.append(record)
+    return records, whole
+
+
 class Journal:
     """The journal of one run folder; open it only while holding the folder's `RunLock`."""
 
@@ -52,34 +78,13 @@ class Journal:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ClusterError(f"run {run_dir}: {FILE} cannot be written ({error.strerror})") from error
-        self.records: list[dict[str, Any]] = []
-        self._load()
-        fsync_folder(run_dir)
-
-    def _load(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        lines = data[:whole].splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                schema = record.get("schema", SCHEMA)
-            except (ValueError, AttributeError) as error:
-                if number == len(lines):
-                    whole -= len(line)
-                    break
-                raise ClusterError(
-                    f"{self.path}: line {number} is not a JSON object ({error})",
-                    hint="the file was changed by hand or by the disk; start a new run",
-                ) from error
-            if schema > SCHEMA:
-                raise ClusterError(f"{self.path}: schema {schema}, expected at most {SCHEMA}", hint="use a newer ryot")
-            self.records.append(record)
-        if whole < len(data):
+        self.records, whole = parse_journal(self.path)
+        if whole < os.fstat(self._fd).st_size:
             # Never acknowledged to anyone: the driver, or the power, went while it was written.
             log.warning("%s: the last line was cut short by a crash and is dropped", self.path)
             os.ftruncate(self._fd, whole)
             os.fsync(self._fd)
+        fsync_folder(run_dir)
 
     def append(self, record: str, **fields: Any) -> None:
         """Write one fact; it is on disk when this returns. Raises `ClusterError` when it cannot be (a full disk)."""
@@ -153,7 +158,8 @@ class RunLock:
     Raises `ClusterError` when another driver holds it.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, *, record: bool = True):
+        """`record`: whether to write down who holds it; not for a mere look."""
         path = run_dir / LOCK_FILE
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -167,6 +173,8 @@ class RunLock:
             raise ClusterError(
                 f"run {run_dir}: {holder} is working on it", hint="wait for it, or stop it and resume then"
             ) from error
+        if not record:
+            return
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 

@@ -232,10 +232,16 @@ def form_blocks(columns: Sequence[Column], width: int) -> list[str]:
 
 
 def varying_columns(columns: Sequence[Column]) -> list[Column]:
-    """The columns worth showing: needed ones, and those in which rows differ; never one without any value."""
-    return [
-        c for c in columns if (c.needed or len(set(c.texts())) > 1) and any(v is not None for v in c.cells)
-    ] or list(columns)
+    """The columns worth showing: needed ones, and those in which rows differ; never one without any value.
+
+    Of a single row everything is shown but a ratio to itself.
+    """
+
+    def worth(column: Column) -> bool:
+        texts = column.texts()
+        return column.needed or len(set(texts)) > 1 or (len(texts) == 1 and texts[0] != "1")
+
+    return [c for c in columns if worth(c) and any(v is not None for v in c.cells)] or list(columns)
 
 
 def constant_columns(columns: Sequence[Column]) -> list[Column]:

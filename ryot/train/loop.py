@@ -90,6 +90,7 @@ class TrainStep:
             loss = self.loss(x, y) / len(micro)
             self._scaler.scale(loss).backward()
             total += loss.item()
+        total = self._combine(total)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.clip_norm).item()
         for group in self.optimizer.param_groups:
@@ -98,6 +99,10 @@ class TrainStep:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
+
+    def _combine(self, loss: float) -> float:
+        """The loss of the whole batch; `ryot.train.parallel` also makes the gradients those of the whole batch here."""
+        return loss
 
     def _micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
         n = self.variant.train.accumulate
@@ -116,7 +121,7 @@ class Trainer:
         self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
         self.model = Decoder(variant.model, plan.attention).to(plan.device).train()
         self.model.start_final_norm(variant.train.final_norm_init, alternate=variant.train.alternate_final_norm)
-        self._take_step = TrainStep(self.model, variant, plan)
+        self._take_step = self._build_step()
         self._batches = Batches(
             self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
         )
@@ -129,6 +134,9 @@ class Trainer:
         self._compiled = not plan.compile
         self._since = _Window()
         self._process = psutil.Process()
+
+    def _build_step(self) -> TrainStep:
+        return TrainStep(self.model, self.job.variant, self.plan)
 
     @classmethod
     def resume(cls, job: TrainJob, plan: KernelPlan, checkpoint: Path) -> Trainer:

@@ -15,6 +15,7 @@ from ryot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RyotError
 #: Command, module under `ryot.cli`. A module is imported only when its command is asked for or listed in full.
 COMMANDS = {
     "cluster-run": ("cluster_run", "Train the variants, export, measure, judge and bundle the best"),
+    "watch": ("watch", "Follow a run live from another terminal"),
     "train": ("train", "Train one variant in this process"),
     "export": ("export", "Export a checkpoint as bundles, one a precision"),
     "bench": ("bench", "Measure bundles in fresh processes"),

@@ -201,6 +201,63 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_result(
     assert losses(run_dir) == losses(finished[0])
 
 
+def ryot(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*RYOT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_run_can_be_watched_listed_and_removed(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "runs" / "copy"))
+    watched = ryot("watch", run_dir)
+    assert watched.returncode == 0 and "step 60/60" in watched.stderr and "report done" in watched.stderr
+    assert "copy" in ryot("runs", "list", tmp_path / "runs").stdout
+    assert "optimized" in ryot("runs", "show", run_dir).stdout
+    assert ryot("runs", "remove", tmp_path / "runs", "--yes").returncode != 0 and run_dir.exists()
+    assert ryot("runs", "remove", run_dir, "--yes").returncode == 0 and not run_dir.exists()
+
+
+def test_a_finished_run_is_compared_and_reproduced(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run_dir = finished[0]
+    same = ryot("compare", run_dir, run_dir)
+    assert same.returncode == 0 and "no difference" in same.stdout
+    assert not {"lower", "higher"} & set(same.stdout.split())
+    bundle = run_dir / "bundle"
+    measured = ryot("compare", bundle, run_dir / "variants/optimized/seed-0/forms/fp32", "--measure", "--rounds", 2)
+    assert measured.returncode == 0 and "size (MB)" in measured.stdout, measured.stderr
+    again = ryot("reproduce", bundle, "--rounds", 2)
+    assert again.returncode in (0, 1) and "decode (tok/s)" in again.stdout, again.stderr
+
+
+def test_forms_are_benched_and_scored(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    bundle = finished[0] / "bundle"
+    benched = ryot("bench", bundle, "-p", "8,32", "-n", "16", "-d", "8", "-r", "1", "--format", "json")
+    rows = json.loads(benched.stdout)["rows"]
+    assert [r["test"] for r in rows] == ["pp8", "tg16 @ d8", "pp32"] and all(r["samples_ms"] for r in rows)
+    refused = ryot("bench", bundle, "-p", "33")
+    assert refused.returncode == 1 and "pp33: needs 33 tokens, the bundle's context holds 32" in refused.stderr
+    fp32 = finished[0] / "variants/optimized/seed-0/forms/fp32"
+    scored = ryot("eval", bundle, "--reference", fp32, "--tokens", "2000", "--format", "json")
+    assert json.loads(scored.stdout)["bpb_ratio"] == pytest.approx(1, abs=0.02), scored.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
+def test_a_full_disk_is_refused_before_anything_is_done(options: list[str], cache: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        process = start(*options, "-o", str(disk / "run"), cache=cache)
+        out, err = process.communicate(timeout=60)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert process.returncode == 1 and out == ""
+    assert "MB free on the disk, expected about" in err and "Traceback" not in err
+
+
 def test_options_cannot_change_when_a_run_is_resumed(
     finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path
 ) -> None:

@@ -1,0 +1,53 @@
+"""`ryot-deploy watch`: a run followed live from another terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from ryot.cli.options import HELP, verbose_option
+
+_POLL_S = 0.2
+
+
+@click.command("watch", context_settings=HELP)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--once", is_flag=True, help="Show what has happened so far and stop")
+@verbose_option
+def command(run: Path, once: bool) -> None:
+    """Follow a run's events from another terminal, until the run ends or you press Ctrl-C.
+
+    Example: ryot-deploy watch runs/first
+    """
+    from ryot.cli.progress import Progress
+    from ryot.cluster.journal import RunLock
+    from ryot.errors import ClusterError, ConfigError
+    from ryot.events import EVENT_TYPES, event_from_dict
+
+    path = run / "events.jsonl"
+    if not path.exists():
+        raise ConfigError(f"run {run}: has no events.jsonl, so it is not a run folder")
+
+    def running() -> bool:
+        try:
+            RunLock(run).release()
+        except ClusterError:
+            return True
+        return False
+
+    with path.open(encoding="utf-8") as lines, Progress() as show:
+        rest = ""
+        while True:
+            alive = running()
+            for line in lines:
+                rest += line
+                if rest.endswith("\n"):
+                    values, rest = json.loads(rest), ""
+                    if values["kind"] in EVENT_TYPES:
+                        show(event_from_dict(values))
+            if once or not alive:
+                return
+            time.sleep(_POLL_S)

@@ -12,6 +12,7 @@ folder of its own. Reports of an attempt that was given up are never looked at a
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,16 @@ from ryot.cluster.callbacks import CallbackThread
 from ryot.cluster.folders import pack_folder
 from ryot.cluster.jobs import DriverOptions, OnDone, PlannedJob, TrainResult, merge_facts
 from ryot.cluster.journal import Accepted, Journal
+from ryot.cluster.lanes import Lane, WorkerFailed, WorkerLost
 from ryot.cluster.placement import Placement
 from ryot.cluster.probe import probe_nodes
-from ryot.cluster.runtime import Cluster, Node
+from ryot.cluster.runtime import Cluster
 from ryot.cluster.signals import StopSignals
 from ryot.cluster.store import CheckpointStore
-from ryot.cluster.worker import LOG_FILE, Assignment, SliceReport, Started, TrainWorker
+from ryot.cluster.worker import LOG_FILE, Assignment, SliceReport, Started
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
 from ryot.events import CheckpointEvent, Event, StageEvent
+from ryot.train.parallel import Group
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +56,14 @@ class _Task:
     result: TrainResult | None = None
 
 
-@dataclass(slots=True)
-class _Lane:
-    """One actor, the cores it holds and the call it works on."""
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A training and the actors that are at it."""
 
-    actor: Any
-    node: Node
-    threads: int
     task: _Task
-    ref: Any = None
-    doing: str = "start"
-    since: float = 0.0
-
-    def call(self, doing: str, ref: Any) -> None:
-        self.ref, self.doing, self.since = ref, doing, time.monotonic()
+    lane: Lane
+    max_steps: int | None = None
+    """Steps of the next slice; the ranks of a group must agree on them."""
 
 
 class Driver:
@@ -89,7 +86,7 @@ class Driver:
         self.store = CheckpointStore(self.run_dir, journal, keep=options.keep_checkpoints, reread=not cluster.embedded)
         self.tasks = [_Task(p) for p in jobs]
         self.waiting: list[_Task] = []
-        self.lanes: list[_Lane] = []
+        self.works: list[_Work] = []
         self.placement = Placement(cluster)
         self.travels: set[Path] = set()
         """Folders that not every node sees: what is in them comes and goes as bytes."""
@@ -107,7 +104,7 @@ class Driver:
                 self._recall(task)
             if self.waiting:
                 self._look_at_cluster()
-            while (self.waiting and not self.stopping) or self.lanes:
+            while (self.waiting and not self.stopping) or self.works:
                 self._heed_signals()
                 if not self.cluster.is_whole():
                     self._restart_cluster()
@@ -117,8 +114,8 @@ class Driver:
             if self._callbacks:
                 self._callbacks.finish(lambda: self.signals.stop_at_once)
         finally:
-            for lane in list(self.lanes):
-                self._close(lane, kill=True)
+            for work in list(self.works):
+                self._close(work, kill=True)
         if self.stopping:
             raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.run_dir}")
         return [t.result for t in self.tasks if t.result]
@@ -133,27 +130,27 @@ class Driver:
         elif self._deadline is not None and time.monotonic() > self._deadline:
             self.stopping = "the time limit was reached"
         if self.stopping:
-            for lane in [lane for lane in self.lanes if lane.doing == "start"]:
-                self._close(lane, kill=True)
+            for work in [w for w in self.works if w.lane.doing == "start"]:
+                self._close(work, kill=True)
 
     def _wait(self) -> None:
         import ray
 
-        refs = [lane.ref for lane in self.lanes]
+        refs = [ref for work in self.works for ref in work.lane.refs]
         if not refs:
             time.sleep(_TICK_S)
             return
         ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK_S)
         if ready:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for lane in [lane for lane in self.lanes if lane.ref in set(ready)]:
-            self._collect(lane)
+        for work in list(self.works):
+            self._collect(work, set(ready))
 
     def _restart_cluster(self) -> None:
         """The embedded Ray has lost its control process or node manager: start another, and all trainings again."""
         error = ClusterError("Ray itself died")
-        for lane in list(self.lanes):
-            self._lose(lane, error)
+        for work in list(self.works):
+            self._lose(work, error)
         log.warning("%s: it is started again", error)
         self.cluster.restart()
         self.placement = Placement(self.cluster)
@@ -180,8 +177,8 @@ class Driver:
 
     def _look_at_cluster(self) -> None:
         """Refuse what can't be run, and find out what the nodes see."""
-        for threads in {t.planned.plan.threads for t in self.waiting}:
-            self.placement.check_fits(threads, "training")
+        for threads, workers in {(t.planned.plan.threads, t.planned.workers) for t in self.waiting}:
+            self.placement.check_fits(threads, workers, "training")
         if self.cluster.embedded:
             return
         datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
@@ -198,7 +195,7 @@ class Driver:
     def _fill(self) -> None:
         """Give each free core to the longest waiting training; `ClusterError` when none was free for long."""
         now = time.monotonic()
-        if self.lanes or not self.waiting:
+        if self.works or not self.waiting:
             self._busy_at = now
         elif now - self._busy_at > self.options.cores_timeout_s:
             raise ClusterError(
@@ -212,50 +209,50 @@ class Driver:
         for task in list(self.waiting):
             if task.not_before > now:
                 continue
-            threads = task.planned.plan.threads
-            node = self.placement.take(threads)
-            if node is None:
+            nodes = self.placement.take(task.planned.plan.threads, task.planned.workers)
+            if not nodes:
                 continue
             self.waiting.remove(task)
-            lane = _Lane(self._make_actor(node, threads), node, threads, task)
-            self.lanes.append(lane)
-            self._assign(lane, task)
+            work = _Work(task, Lane(nodes, task.planned.plan.threads))
+            self.works.append(work)
+            self._assign(work, task)
 
-    def _make_actor(self, node: Node, threads: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        # A restarted actor would answer from a fresh constructor as if nothing had happened.
-        options: dict[str, Any] = {
-            "num_cpus": threads,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-        }
-        return ray.remote(**options)(TrainWorker).remote(threads)
-
-    def _assign(self, lane: _Lane, task: _Task) -> None:
+    def _assign(self, work: _Work, task: _Task) -> None:
         planned = task.planned
         task.attempt = self.journal.next_attempt(planned.key)
         task.attempts += 1
         task.wall_begin = task.wall_begin or time.monotonic()
         newest = task.accepted[0] if task.accepted else None
         self.journal.append(
-            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=lane.node.name
+            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=work.lane.where
         )
         self.store.prune(planned, task.accepted, task.attempt)
+        folder = self.store.attempt_folder(planned, task.attempt)
         assignment = Assignment(
             job=planned.job,
             plan=planned.plan,
-            folder=str(self.store.attempt_folder(planned, task.attempt)),
+            folder=str(folder),
             resume=str(self.run_dir / newest.path) if newest else None,
             travels=self.run_dir in self.travels,
         )
         dataset_dir = Path(planned.job.dataset_dir)
         dataset = self._packed_dataset(dataset_dir) if dataset_dir in self.travels else None
         checkpoint = pack_folder(self.run_dir / newest.path) if assignment.travels and newest else None
-        lane.task = task
-        lane.call("start", lane.actor.start.remote(assignment, dataset, checkpoint))
+        work.task = task
+        work.max_steps = None if planned.workers == 1 else 1
+        groups: list[Group | None] = [None]
+        if planned.workers > 1:
+            meet = self._choose_rendezvous(work.lane, folder)
+            groups = [Group(rank=rank, size=planned.workers, rendezvous=meet) for rank in range(planned.workers)]
+        work.lane.call("start", "start", *[(assignment, group, dataset, checkpoint) for group in groups])
+
+    def _choose_rendezvous(self, lane: Lane, folder: Path) -> str:
+        """A place where the ranks of this attempt, and no stale one, meet."""
+        if self.run_dir not in self.travels:
+            folder.mkdir(parents=True, exist_ok=True)
+            return f"file://{folder}/group"
+        # Whether the port is free shows when rank 0 listens; if not, the attempt is lost and the next has another.
+        return f"tcp://{lane.nodes[0].ip}:{random.randrange(20_000, 32_000)}"
 
     def _packed_dataset(self, dataset_dir: Path) -> Any:
         import ray
@@ -266,50 +263,48 @@ class Driver:
 
     # Collecting
 
-    def _collect(self, lane: _Lane) -> None:
-        """Take in what a worker says, and ask for what comes next."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
-
+    def _collect(self, work: _Work, ready: set[Any]) -> None:
+        """Take in what the workers of a training say, and ask for what comes next."""
         try:
-            answer = ray.get(lane.ref)
-        except RayTaskError as error:
-            self._on_exception(lane, error.cause)
-        except RuntimeEnvSetupError as error:
-            raise ClusterError(
-                f"node {lane.node.name}: its workers cannot be set up: {str(error).splitlines()[0]}",
-                hint="each node needs Python, Ray and torch in the versions of constraints.txt",
-            ) from error
-        except RayError as error:
-            self._lose(lane, error)
+            answer = work.lane.collect(ready)
+        except WorkerFailed as error:
+            self._on_exception(work, error.cause)
+        except WorkerLost as error:
+            self._lose(work, error)
         else:
             if isinstance(answer, Started):
-                self._on_started(lane, answer)
-            else:
-                self._on_report(lane, answer)
+                self._on_started(work, answer)
+            elif isinstance(answer, SliceReport):
+                self._on_report(work, answer)
 
-    def _on_exception(self, lane: _Lane, cause: BaseException) -> None:
-        if isinstance(cause, RyotError) and lane.doing == "start":
+    def _on_exception(self, work: _Work, cause: BaseException) -> None:
+        if isinstance(cause, RyotError) and work.lane.doing == "start":
             # The folder was whole when the driver looked: a path that the worker cannot see, or not now.
-            self._lose(lane, cause)
+            self._lose(work, cause)
             return
-        where = self.store.attempt_folder(lane.task.planned, lane.task.attempt) / LOG_FILE
+        where = self.store.attempt_folder(work.task.planned, work.task.attempt) / LOG_FILE
         reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
-        error = TrainingError(f"{lane.task.planned.key}: {reason}", hint=f"its worker's log: {where}")
-        self._fail(lane, error, final=False)
+        error = TrainingError(f"{work.task.planned.key}: {reason}", hint=f"its worker's log: {where}")
+        self._fail(work, error, final=False)
 
-    def _on_started(self, lane: _Lane, started: Started) -> None:
+    def _on_started(self, work: _Work, started: Started) -> None:
         cores = f"cores {','.join(map(str, started.cores))}" if started.cores else "not pinned"
-        where = f"step {started.step} on {lane.node.name}, {cores}, attempt {lane.task.attempt}"
-        self._tell(lane.task, "begin", where)
-        self._next_slice(lane)
+        ranks = f"{len(work.lane.nodes)} ranks, " if len(work.lane.nodes) > 1 else ""
+        where = f"step {started.step} on {work.lane.where}, {ranks}{cores}, attempt {work.task.attempt}"
+        self._tell(work.task, "begin", where)
+        self._next_slice(work)
 
-    def _next_slice(self, lane: _Lane) -> None:
-        ref = lane.actor.run_slice.remote(self.options.slice_s, self.options.checkpoint_every_s)
-        lane.call("slice", ref)
+    def _next_slice(self, work: _Work) -> None:
+        slice_s = self.options.slice_s
+        if work.max_steps is not None:
+            if work.lane.doing == "slice":
+                fitting = work.max_steps * slice_s / max(time.monotonic() - work.lane.since, 1e-3)
+                work.max_steps = max(1, min(int(fitting), 4 * work.max_steps))
+            slice_s = float("inf")
+        work.lane.call("slice", "run_slice", (slice_s, self.options.checkpoint_every_s, work.max_steps))
 
-    def _on_report(self, lane: _Lane, report: SliceReport) -> None:
-        task = lane.task
+    def _on_report(self, work: _Work, report: SliceReport) -> None:
+        task = work.task
         for event in report.events:
             self.emit(event)
         task.facts = merge_facts(task.facts, report)
@@ -322,30 +317,31 @@ class Driver:
             self._tell_accepted(task, accepted)
             self.store.prune(task.planned, task.accepted, task.attempt)
         if report.breach:
-            self._fail(lane, report.breach, final=True)
+            self._fail(work, report.breach, final=True)
         elif report.done:
             planned = task.planned
             self.journal.append("done", key=planned.key, digest=planned.digest, path=task.accepted[0].path)
             self._finish(task)
-            self._next_task(lane)
-        elif self.stopping and (report.saved or lane.doing == "save"):
-            self._close(lane)
+            self._next_task(work)
+        elif self.stopping and (report.saved or work.lane.doing == "save"):
+            self._close(work)
         elif self.stopping:
-            lane.call("save", lane.actor.save.remote())
+            work.lane.call("save", "save", ())
         else:
-            self._next_slice(lane)
+            self._next_slice(work)
 
     # Ending
 
-    def _next_task(self, lane: _Lane) -> None:
+    def _next_task(self, work: _Work) -> None:
         """Keep a worker that is warm for the next training of the same width, or let it go."""
         now = time.monotonic()
         for task in self.waiting:
-            if task.planned.plan.threads == lane.threads and task.not_before <= now and not self.stopping:
+            same = (task.planned.plan.threads, task.planned.workers) == (work.lane.threads, len(work.lane.nodes))
+            if same and task.not_before <= now and not self.stopping:
                 self.waiting.remove(task)
-                self._assign(lane, task)
+                self._assign(work, task)
                 return
-        self._close(lane)
+        self._close(work)
 
     def _finish(self, task: _Task, error: RyotError | None = None, cached: bool = False) -> None:
         job = task.planned.job
@@ -367,18 +363,18 @@ class Driver:
         if self._callbacks:
             self._callbacks.put(task.result)
 
-    def _fail(self, lane: _Lane, error: RyotError, *, final: bool) -> None:
+    def _fail(self, work: _Work, error: RyotError, *, final: bool) -> None:
         """End a training; the others go on. A `final` failure would happen again: resuming does not try it."""
-        planned = lane.task.planned
+        planned = work.task.planned
         log.error("%s failed: %s", planned.key, error)
         self.journal.append("failed", key=planned.key, digest=planned.digest, reason=str(error), final=final)
-        self._finish(lane.task, error=error)
-        self._next_task(lane)
+        self._finish(work.task, error=error)
+        self._next_task(work)
 
-    def _lose(self, lane: _Lane, error: BaseException) -> None:
+    def _lose(self, work: _Work, error: BaseException) -> None:
         """A worker is gone: try again from the last accepted checkpoint, later each time."""
-        task, planned = lane.task, lane.task.planned
-        self._close(lane, kill=True)
+        task, planned = work.task, work.task.planned
+        self._close(work, kill=True)
         task.losses += 1
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if task.losses > self.options.max_losses:
@@ -390,31 +386,24 @@ class Driver:
         task.not_before = time.monotonic() + wait_s
         self._load_accepted(task)
         step = task.accepted[0].step if task.accepted else 0
-        log.warning("%s: lost its worker on %s (%s)", planned.key, lane.node.name, reason)
+        log.warning("%s: lost its worker on %s (%s)", planned.key, work.lane.where, reason)
         then = f"again from step {step} in {wait_s:g} s"
-        self._tell(task, "lost", f"{type(error).__name__} on {lane.node.name}; {then}")
+        self._tell(task, "lost", f"{reason} on {work.lane.where}; {then}")
         self.waiting.append(task)
 
     def _give_up_hung(self) -> None:
         now = time.monotonic()
-        for lane in list(self.lanes):
-            limit = self.options.start_timeout_s if lane.doing == "start" else self.options.slice_timeout_s
-            if now - lane.since > limit:
-                self._lose(lane, TimeoutError(f"no report within {limit:g} s"))
+        for work in list(self.works):
+            limit = self.options.start_timeout_s if work.lane.doing == "start" else self.options.slice_timeout_s
+            if now - work.lane.since > limit:
+                self._lose(work, TimeoutError(f"no report within {limit:g} s"))
 
-    def _close(self, lane: _Lane, *, kill: bool = False) -> None:
-        """End an actor and free its cores."""
-        import ray
-        from ray.exceptions import RayError
-
-        self.lanes.remove(lane)
-        self.placement.give_back(lane.node, lane.threads)
-        if not kill:
-            try:
-                ray.get(lane.actor.leave.remote(), timeout=5)
-            except RayError as error:
-                log.info("worker on %s did not leave in order (%s)", lane.node.name, type(error).__name__)
-        ray.kill(lane.actor, no_restart=True)
+    def _close(self, work: _Work, *, kill: bool = False) -> None:
+        """End the actors of a training and free their cores."""
+        self.works.remove(work)
+        for node in work.lane.nodes:
+            self.placement.give_back(node, work.lane.threads)
+        work.lane.close(kill=kill)
 
     # Telling
 

@@ -14,6 +14,7 @@ from ryot.errors import RyotError
 from ryot.events import EvalEvent
 from ryot.train.dataset import load_dataset
 from ryot.train.loop import TrainJob
+from ryot.train.parallel import check_shares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,8 @@ class PlannedJob:
     plan: KernelPlan
     digest: str
     """Over everything that decides what the training learns."""
+    workers: int = 1
+    """Processes that train it together, each with `plan.threads` cores and its share of every batch."""
 
     @property
     def key(self) -> str:
@@ -58,13 +61,20 @@ class PlannedJob:
     def cost(self) -> float:
         """Rough work in it, to start long ones first."""
         variant = self.job.variant
-        return float(variant.train.tokens) * variant.model.num_parameters / self.plan.threads
+        return float(variant.train.tokens) * variant.model.num_parameters / (self.plan.threads * self.workers)
 
 
-def plan_job(job: TrainJob, plan: KernelPlan) -> PlannedJob:
-    """The job with the digest of its inputs: recipe, seed, corpus, kernel plan and ryot's version."""
+def plan_job(job: TrainJob, plan: KernelPlan, *, workers: int = 1) -> PlannedJob:
+    """The job with the digest of its inputs: recipe, seed, corpus, kernel plan, ranks and ryot's version.
+
+    Raises `ConfigError` when a batch has no equal shares for `workers` ranks.
+    """
+    check_shares(job, workers)
     corpus = load_dataset(Path(job.dataset_dir)).corpus_sha256
-    return PlannedJob(job, plan, digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__))
+    # One worker is left out, so that digests are those of runs from before there were ranks.
+    ranks = [workers] if workers > 1 else []
+    inputs = digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__, *ranks)
+    return PlannedJob(job, plan, inputs, workers)
 
 
 @dataclass(frozen=True, slots=True)

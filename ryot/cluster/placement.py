@@ -41,14 +41,20 @@ class Placement:
             self._available = {node_id: r.get("CPU", 0.0) for node_id, r in available_resources_per_node().items()}
         self._looked_at = time.monotonic()
 
-    def check_fits(self, threads: int, what: str) -> None:
-        """Raise `ClusterError` when no node could ever hold a worker of `threads` cores, or none is free at all now."""
+    def check_fits(self, threads: int, workers: int, what: str) -> None:
+        """Raise `ClusterError` when `workers` actors of `threads` cores never fit, or not one of them fits now."""
         self.look()
         largest = max((n.cpus for n in self._nodes), default=0.0)
         if threads > largest:
             raise ClusterError(
                 f"{what} needs {threads} CPUs on one node, but the largest of {len(self._nodes)} nodes has {largest:g}",
                 hint="use fewer threads, or a cluster with a larger node",
+            )
+        places = sum(int(n.cpus // threads) for n in self._nodes)
+        if workers > places:
+            raise ClusterError(
+                f"{what} needs {workers} workers of {threads} CPUs, but the nodes have room for {places}",
+                hint="use fewer workers per variant or fewer threads, or add nodes",
             )
         if not any(self._free(n) >= threads for n in self._nodes):
             used = ", ".join(f"{n.name} {self._free(n):g} of {n.cpus:g}" for n in self._nodes)
@@ -57,13 +63,18 @@ class Placement:
                 hint="wait until other jobs have ended, or add nodes",
             )
 
-    def take(self, threads: int) -> Node | None:
-        """The node with most free CPUs, `threads` of them now ours; None when no node has that many."""
-        best = max(self._nodes, key=self._free, default=None)
-        if best is None or self._free(best) < threads:
-            return None
-        self._ours[best.node_id] += threads
-        return best
+    def take(self, threads: int, workers: int = 1) -> list[Node]:
+        """Nodes for `workers` actors, those with most free CPUs, `threads` on each now ours; empty without room."""
+        taken: list[Node] = []
+        for _ in range(workers):
+            best = max(self._nodes, key=self._free, default=None)
+            if best is None or self._free(best) < threads:
+                for node in taken:
+                    self.give_back(node, threads)
+                return []
+            self._ours[best.node_id] += threads
+            taken.append(best)
+        return taken
 
     def give_back(self, node: Node, threads: int) -> None:
         """Say that `threads` CPUs of a node are no longer ours."""

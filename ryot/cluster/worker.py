@@ -23,6 +23,7 @@ from ryot.config import KernelPlan, replace
 from ryot.errors import CheckpointError, ClusterError, RyotError, TrainingError
 from ryot.events import Event
 from ryot.train.loop import Trainer, TrainJob
+from ryot.train.parallel import Group, ShardedTrainer, join_group, leave_group
 
 log = logging.getLogger(__name__)
 
@@ -91,18 +92,30 @@ class TrainWorker:
             pin_process(self._cores)
         self._trainer: Trainer | None = None
         self._assignment: Assignment | None = None
+        self._rank = 0
+        self._grouped = False
         self._saved_step = -1
         self._saved_at = 0.0
         self._scratch: Path | None = None
         self._scratch_lock = -1
 
-    def start(self, assignment: Assignment, dataset: bytes | None = None, checkpoint: bytes | None = None) -> Started:
-        """Build the trainer, new or from a checkpoint. `dataset` and `checkpoint` are folders packed by the driver."""
+    def start(
+        self,
+        assignment: Assignment,
+        group: Group | None = None,
+        dataset: bytes | None = None,
+        checkpoint: bytes | None = None,
+    ) -> Started:
+        """Build the trainer, new or from a checkpoint, after meeting the other ranks of the group.
+
+        `dataset` and `checkpoint` are folders packed by the driver.
+        """
         self._trainer = None
+        self._rank = group.rank if group else 0
         job = assignment.job
         resume = Path(assignment.resume) if assignment.resume else None
         if not assignment.travels:
-            _log_to(Path(assignment.folder))
+            _log_to(Path(assignment.folder), self._rank)
         log.info("%s in process %d on %s, cores %s", job.key, os.getpid(), socket.gethostname(), self._cores)
         if assignment.travels or dataset is not None:
             scratch = self._fresh_scratch()
@@ -112,17 +125,22 @@ class TrainWorker:
             if checkpoint is not None:
                 resume = scratch / "resume"
                 unpack_folder(checkpoint, resume)
-        trainer = Trainer.resume(job, assignment.plan, resume) if resume else Trainer(job, assignment.plan)
+        if group and not self._grouped:
+            # The group outlives the training: the same workers may be given the next one.
+            join_group(group, assignment.plan, own_address())
+            self._grouped = True
+        kind = ShardedTrainer if group else Trainer
+        trainer = kind.resume(job, assignment.plan, resume) if resume else kind(job, assignment.plan)
         self._trainer, self._assignment = trainer, assignment
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
         log.info("going on from step %d of %d", trainer.step, trainer.num_steps)
         return Started(socket.gethostname(), os.getpid(), self._cores, trainer.step)
 
-    def run_slice(self, max_seconds: float, checkpoint_every_s: float) -> SliceReport:
-        """Train for about `max_seconds`; save when a checkpoint is due and always after the last step."""
+    def run_slice(self, max_seconds: float, checkpoint_every_s: float, max_steps: int | None = None) -> SliceReport:
+        """Train for about `max_seconds` or for `max_steps`; save when that is due, and always after the last step."""
         assert self._trainer is not None
         try:
-            events = self._trainer.run_slice(max_seconds)
+            events = self._trainer.run_slice(max_seconds, max_steps)
         except TrainingError as error:
             return self._report([], breach=error)
         due = time.monotonic() - self._saved_at >= checkpoint_every_s
@@ -136,7 +154,7 @@ class TrainWorker:
         trainer = self._trainer
         assert trainer is not None
         saved, unwritten = None, None
-        if save:
+        if save and self._rank == 0:
             try:
                 saved = self._save()
             except CheckpointError as error:
@@ -168,7 +186,7 @@ class TrainWorker:
         return Saved(trainer.step, str(path), sha256, packed)
 
     def _fresh_scratch(self) -> Path:
-        self.leave()
+        self._remove_scratch()
         base = Path(tempfile.gettempdir())
         keeper.sweep_stale(base, SCRATCH_PREFIX)
         self._scratch, self._scratch_lock = keeper.make_folder(base, SCRATCH_PREFIX)
@@ -176,17 +194,32 @@ class TrainWorker:
 
     def leave(self) -> None:
         """Remove what this worker wrote on its own machine; after a kill the next worker there does it."""
+        if self._grouped:
+            leave_group()
+            self._grouped = False
+        self._remove_scratch()
+
+    def _remove_scratch(self) -> None:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
             os.close(self._scratch_lock)
             self._scratch = None
 
 
-def _log_to(folder: Path) -> None:
+def own_address() -> str:
+    """The address by which the cluster knows this node."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def _log_to(folder: Path, rank: int) -> None:
     """From now on all that this process says goes to `worker.log` in its attempt's folder, C++ included."""
+    name = LOG_FILE if rank == 0 else f"{Path(LOG_FILE).stem}-{rank}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise ClusterError(f"{folder}: cannot be written on {socket.gethostname()} ({error.strerror})") from error
     os.dup2(descriptor, 1)

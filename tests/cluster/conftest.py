@@ -41,11 +41,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def planned(
-    dataset: Dataset, name: str = "optimized", *, steps: int = 60, seed: int = 0, **train: object
+    dataset: Dataset, name: str = "optimized", *, steps: int = 60, seed: int = 0, workers: int = 1, **train: object
 ) -> PlannedJob:
     """A small training; `name` is one of the packaged recipes."""
     job = TrainJob(variant=tiny_variant(name, steps=steps, **train), seed=seed, dataset_dir=str(dataset.path))
-    return plan_job(job, KernelPlan())
+    return plan_job(job, KernelPlan(), workers=workers)
 
 
 def train(

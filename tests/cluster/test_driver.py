@@ -14,6 +14,7 @@ from ryot.cluster.jobs import DriverOptions, TrainResult
 from ryot.cluster.runtime import EmbeddedCluster
 from ryot.config import KernelPlan, replace
 from ryot.errors import ClusterError, TrainingError
+from ryot.events import Event
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.dataset import Dataset
 from ryot.train.loop import Trainer
@@ -172,23 +173,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_results_are_handed_over_in_a_thread_while_others_train(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:
-    handed: list[tuple[str, str]] = []
-    long_done = threading.Event()
+    handed: list[str] = []
+    ended: list[str] = []
+    all_ended = threading.Event()
 
     def on_done(result: TrainResult) -> None:
-        handed.append((result.variant, threading.current_thread().name))
-        if result.variant == "optimized":
-            # The scheduler goes on: the longer training can end while this one's callback still runs.
-            assert long_done.wait(timeout=60)
+        handed.append(result.variant)
+        assert threading.current_thread().name == "on-done"
+        # The scheduler goes on: the other training can end while the first one's callback still runs.
+        assert all_ended.wait(timeout=60)
 
-    class Watch(Recorder):
-        def __call__(self, event) -> None:
-            if event.kind == "stage" and event.status == "end" and event.variant == "baseline":
-                long_done.set()
+    def watch(event: Event) -> None:
+        if event.kind == "stage" and event.status == "end":
+            ended.append(event.variant)
+            if len(ended) == 2:
+                all_ended.set()
 
-    train(tmp_path, [planned(dataset, "baseline"), planned(dataset, steps=4)], cluster, emit=Watch(), on_done=on_done)
-    assert [name for name, _ in handed] == ["optimized", "baseline"]
-    assert {thread for _, thread in handed} == {"on-done"}
+    train(tmp_path, [planned(dataset, "baseline"), planned(dataset, steps=4)], cluster, emit=watch, on_done=on_done)
+    assert handed == ended
 
 
 def test_what_a_callback_raises_comes_out_once_all_trainings_have_ended(
@@ -228,6 +230,22 @@ def test_a_worker_that_dies_again_and_again_fails_its_training_with_the_reason(
     # That is no fault of the recipe: a resumed run tries again.
     [again] = train(tmp_path, [replace(planned(dataset, steps=4000), digest="x")], cluster, options=options, emit=seen)
     assert not again.cached
+
+
+def test_a_group_that_loses_a_rank_starts_again_as_one_and_learns_the_same(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    def kill_one() -> None:
+        ranks = workers_of(cluster.folder)
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+
+    [whole] = train(tmp_path / "whole", [planned(dataset, steps=30, workers=2)], cluster)
+    seen = Recorder("checkpoint", kill_one, after=2)
+    [broken] = train(tmp_path / "broken", [planned(dataset, steps=30, workers=2)], cluster, emit=seen)
+    assert "2 ranks" in seen.details("begin")[0]
+    assert (whole.attempts, broken.attempts) == (1, 2)
+    assert learned(broken.checkpoint) == learned(whole.checkpoint)
 
 
 def test_a_time_limit_stops_as_a_signal_does(cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path) -> None:

@@ -239,7 +239,11 @@ def _void(result: Mapping[str, Any], *names: str) -> str:
     """Why the figures of these arms, and of our own, mean nothing; empty when they do."""
     families = {"ryot", *(result["arms"].get(n, result["cold"].get(n, {})).get("family") for n in names)}
     for name, check in result["check"].items():
-        if check["family"] in families and check.get("wrong_at") is not None:
+        if check["family"] not in families:
+            continue
+        if check.get("missing"):
+            return f"tokens of {name} could not be compared"
+        if check["wrong_at"] is not None:
             return f"{name} makes another token at {check['wrong_at']}"
     return ""
 

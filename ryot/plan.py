@@ -58,10 +58,12 @@ class RunOptions:
     rounds: int = 5
     """Rounds of measurement, each in fresh processes."""
     threads: int = 1
-    """Threads of each training."""
+    """Threads of each training (of each worker, where it has several)."""
+    workers_per_variant: int = 1
+    """Processes that train one variant together, each with its share of every batch."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rounds", "threads"):
+        for name in ("seeds", "rounds", "threads", "workers_per_variant"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected a whole number above 0")
         if self.tokens < 0:

@@ -26,6 +26,7 @@ _FIXED = (
     "tune",
     "rounds",
     "threads",
+    "workers_per_variant",
     "config",
     "output",
 )
@@ -74,6 +75,14 @@ _FIXED = (
 )
 @click.option(
     "--threads", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each training"
+)
+@click.option(
+    "--workers-per-variant",
+    metavar="K",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that share each training, on one node or several; on one node --threads is faster",
 )
 @click.option(
     "--config", metavar="FILE", type=click.Path(path_type=Path), help="TOML file with these options as keys; flags win"

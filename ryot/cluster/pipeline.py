@@ -215,7 +215,9 @@ class _Run:
             self._tune(cluster, dataset)
             jobs = [
                 plan_job(
-                    TrainJob(variant=variant, seed=seed, dataset_dir=str(dataset.path)), self.plan.kernels[variant.name]
+                    TrainJob(variant=variant, seed=seed, dataset_dir=str(dataset.path)),
+                    self.plan.kernels[variant.name],
+                    workers=self.options.workers_per_variant,
                 )
                 for variant in self.plan.variants
                 for seed in range(self.options.seeds)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engine import ENGINES
+from ryot.edge.engines import ENGINES
 from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
 
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
-    from ryot.edge.engine import open_decoder
+    from ryot.edge.engines import open_decoder
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
@@ -168,7 +168,7 @@ def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | No
 
 
 def _verify(bundle: Bundle, threads: int, engine: str) -> int:
-    from ryot.edge.engine import open_decoder
+    from ryot.edge.engines import open_decoder
     from ryot.edge.generate import check_golden
 
     compared = check_golden(open_decoder(bundle, threads=threads, engine=engine))

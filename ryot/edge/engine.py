@@ -1,11 +1,11 @@
-"""What every engine does for a caller, apart from how it reaches onnxruntime; and the choice between engines.
+"""What every engine does for a caller, apart from how it reaches onnxruntime.
 
-`session` goes through onnxruntime's Python binding and numpy, `capi` through its C library without either.
+`session` goes through onnxruntime's Python binding and numpy, `capi` through its C library without either;
+`engines` chooses between them.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,6 @@ from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
     import numpy as np
-
-log = logging.getLogger(__name__)
-
-#: `auto` takes `capi` where it works and says so where it does not.
-ENGINES = ("auto", "capi", "python")
 
 Ids = Sequence[int] | Any
 """Token ids of one sequence: any sequence of integers, a numpy array included."""
@@ -146,26 +141,3 @@ class Engine(ABC):
         if self.max_len < context:
             return f"the model's context has {context} tokens; load it with a larger max_len"
         return "shorten the prompt, or ask for fewer tokens"
-
-
-def open_decoder(
-    bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None, engine: str = "auto"
-) -> Engine:
-    """The bundle in the engine asked for. Raises what `Engine` raises, and `EngineUnavailable` for a named engine.
-
-    `auto` falls back from `capi` to `python` with a warning; `type(decoder).__name__` says which one it is.
-    """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
-    if engine != "python":
-        from ryot.edge.capi import CapiDecoder
-
-        try:
-            return CapiDecoder(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        except EngineUnavailable as error:
-            if engine == "capi":
-                raise
-            log.warning("%s; going on with onnxruntime's Python binding, which is slower", error)
-    from ryot.edge.session import Decoder
-
-    return Decoder(bundle, threads=threads, batch_size=batch_size, max_len=max_len)

@@ -55,7 +55,7 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
 
     begin = time.perf_counter()
     from ryot.edge.bundle import MANIFEST_NAME, hash_file, load_bundle
-    from ryot.edge.engine import open_decoder
+    from ryot.edge.engines import open_decoder
 
     importlib.import_module("ryot.edge.session" if spec.engine == "python" else "ryot.edge.capi")
     imported = time.perf_counter()

@@ -50,7 +50,7 @@ class MeasureSpec:
     end_to_end: bool = True
     """Whether the tokenizer is loaded and TTFT from text is measured too."""
     engine: str = "auto"
-    """Which engine runs the graphs; see `ryot.edge.engine`."""
+    """Which engine runs the graphs; see `ryot.edge.engines`."""
     timeout_s: float = 120.0
     """The process is killed after so long."""
 

@@ -13,7 +13,8 @@ import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.capi import CapiDecoder, open_library
-from ryot.edge.engine import EngineUnavailable, open_decoder
+from ryot.edge.engine import EngineUnavailable
+from ryot.edge.engines import open_decoder
 from ryot.edge.measure import build_spec, measure_once
 from ryot.edge.session import Decoder
 from ryot.errors import BundleError, ConfigError

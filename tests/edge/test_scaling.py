@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
-from ryot.edge.engine import open_decoder
+from ryot.edge.engines import open_decoder
 from ryot.edge.generate import generate, generate_candidates
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.scaling import build_reward, choose_best, parses_as_json, parses_as_python

@@ -19,9 +19,9 @@ from record import RESULTS, describe_setting, write_result
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import build_spec, measure_rounds
+from ryot.edge.noise import find_noise
 from ryot.edge.protocol import MeasureResult
 from ryot.report.resolution import measure_resolution
-from ryot.report.stats import find_noise
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         title: dataclasses.asdict(measure_resolution(series("a", metric), series("b", metric), rounds=options.rounds))
         for title, metric in (("TTFT", "ttft_ms"), ("time a token", "decode_tok_s"))
     }
-    noise = find_noise([r.to_mapping() for r in results])
+    noise = find_noise(results)
     setting = describe_setting()
     lines = [
         "# What the measurement can tell apart",

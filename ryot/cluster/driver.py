@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 #: How long the driver sleeps at most before it looks at signals and free cores again.
 _TICK_S = 0.2
 
+#: Taking in one report of a worker (`benchmarks/driver_limits.py`, 2026-11-24: 3.1 ms).
+_REPORT_S = 0.003
+
 
 @dataclass(slots=True)
 class _Task:
@@ -295,7 +298,8 @@ class Driver:
         self._next_slice(work)
 
     def _next_slice(self, work: _Work) -> None:
-        slice_s = self.options.slice_s
+        # With very many workers longer slices, so that taking in their reports stays a quarter of the driver's time.
+        slice_s = max(self.options.slice_s, 4 * _REPORT_S * len(self.works))
         if work.max_steps is not None:
             if work.lane.doing == "slice":
                 fitting = work.max_steps * slice_s / max(time.monotonic() - work.lane.since, 1e-3)

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ class Journal:
             log.warning("%s: the last line was cut short by a crash and is dropped", self.path)
             os.ftruncate(self._fd, whole)
             os.fsync(self._fd)
+        self._by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for record in self.records:
+            self._by_key[record.get("key", "")].append(record)
         fsync_folder(run_dir)
 
     def append(self, record: str, **fields: Any) -> None:
@@ -102,6 +106,7 @@ class Journal:
                 f"{self.path}: cannot be written ({error.strerror})", hint="make room, then resume the run"
             ) from error
         self.records.append(entry)
+        self._by_key[entry.get("key", "")].append(entry)
 
     def open_run(self, **fields: Any) -> None:
         """Say that a driver has taken the run. Raises `ClusterError` for a run of another ryot version."""
@@ -121,29 +126,29 @@ class Journal:
 
     def find_stage(self, stage: str, key: str, digest: str) -> dict[str, Any] | None:
         """The outputs of a stage that was done with these inputs, or None; its files may be gone."""
-        for record in reversed(self.records):
-            if record["record"] == "stage" and (record["stage"], record["key"]) == (stage, key):
+        for record in reversed(self._by_key[key]):
+            if record["record"] == "stage" and record["stage"] == stage:
                 return record["outputs"] if record["digest"] == digest else None
         return None
 
     def next_attempt(self, key: str) -> int:
         """The number of the next attempt at a training; no number is used twice, whatever the inputs."""
-        return 1 + max((r["attempt"] for r in self.records if r["record"] == "attempt" and r["key"] == key), default=0)
+        return 1 + max((r["attempt"] for r in self._by_key[key] if r["record"] == "attempt"), default=0)
 
     def accepted(self, key: str, digest: str) -> list[Accepted]:
         """The accepted checkpoints of a training with these inputs, newest first, without rejected ones."""
-        bad = {r["path"] for r in self.records if r["record"] == "rejected"}
+        bad = {r["path"] for r in self._by_key[key] if r["record"] == "rejected"}
         found = [
             Accepted(r["path"], r["sha256"], r["step"], r["attempt"], r.get("facts", {}))
-            for r in self.records
-            if r["record"] == "checkpoint" and r["key"] == key and r["digest"] == digest and r["path"] not in bad
+            for r in self._by_key[key]
+            if r["record"] == "checkpoint" and r["digest"] == digest and r["path"] not in bad
         ]
         return found[::-1]
 
     def outcome(self, key: str, digest: str) -> dict[str, Any] | None:
         """The `done` or `failed` record of a training with these inputs, if it has ended."""
-        for record in reversed(self.records):
-            if record["record"] in ("done", "failed") and record["key"] == key and record["digest"] == digest:
+        for record in reversed(self._by_key[key]):
+            if record["record"] in ("done", "failed") and record["digest"] == digest:
                 return record
         return None
 

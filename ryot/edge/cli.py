@@ -179,7 +179,8 @@ def _verify(bundle: Bundle, threads: int, engine: str) -> int:
 
 
 def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
-    from ryot.edge.measure import build_spec, find_noise, measure_rounds, record_environment
+    from ryot.edge.measure import build_spec, measure_rounds, record_environment
+    from ryot.edge.noise import find_noise
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: got {options.rounds}, expected a whole number above 0")

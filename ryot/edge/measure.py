@@ -21,12 +21,11 @@ import platform
 import random
 import select
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -40,8 +39,6 @@ from ryot.edge.protocol import MeasureResult, MeasureSpec
 
 log = logging.getLogger(__name__)
 
-#: Above this share of a fixed loop's time, between processes or within one, the machine counts as noisy.
-NOISY_CALIBRATION = 0.10
 #: What the child may be told by the environment; numpy's own threads would cost memory and time.
 _CHILD_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -194,26 +191,6 @@ def _explain(code: int, stderr: str, cgroup: MemoryCgroup | None) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"the measuring process ended with code {code}: {last[0]}"
-
-
-def find_noise(results: Sequence[MeasureResult]) -> list[str]:
-    """What speaks against a quiet machine during these measurements, one sentence each; empty when nothing does."""
-    good = [r for r in results if r.ok]
-    remarks = []
-    load = max((max(r.load_average) for r in good if r.load_average), default=0.0)
-    cores = os.cpu_count() or 1
-    if load > cores:
-        remarks.append(f"the load average reached {load:.1f} on {cores} cores")
-    calibrations = [ms for r in good for ms in r.calibration_ms]
-    if calibrations:
-        middle = statistics.median(calibrations)
-        worst = max(calibrations, key=lambda ms: abs(ms - middle))
-        if abs(worst - middle) > NOISY_CALIBRATION * middle:
-            remarks.append(f"a fixed loop took {worst:.2f} ms once and {middle:.2f} ms in the middle")
-    unsteady = sum(not r.steady for r in good)
-    if unsteady:
-        remarks.append(f"{unsteady} of {len(good)} processes never became steady while warming up")
-    return remarks
 
 
 def record_environment() -> dict[str, Any]:

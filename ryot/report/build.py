@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 import ryot
+from ryot.edge.noise import find_noise
+from ryot.edge.protocol import MeasureResult
 from ryot.events import EvalEvent, Event, StepEvent
 from ryot.report.choice import choose_form, mark_pareto
 from ryot.report.rows import AblationRow, Comparison, Curve, FormRow, Report, VariantRow, arm_name
@@ -19,7 +21,6 @@ from ryot.report.stats import (
     Interval,
     call_difference,
     describe_spread,
-    find_noise,
     median_of_rounds,
     percentiles,
     unpaired_ratio_interval,
@@ -322,7 +323,7 @@ def _warnings(report: Report, results: Sequence[Mapping[str, Any]], targets: Seq
         for row in report.rows
         if not row.passed
     ]
-    noise = find_noise(results)
+    noise = find_noise([MeasureResult.from_mapping(r) for r in results])
     if noise:
         notes.append("Noisy machine: " + "; ".join(noise) + ".")
     notes += [f"{t.name}: {place_note(t, report.machine)}" for t in targets if t.device is not None]

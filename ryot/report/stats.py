@@ -16,7 +16,7 @@ them almost every other time. At 98 % more than 5 of 100 come up in 3 recordings
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,6 @@ RESAMPLES = 400
 ONE_ROUND_SPREAD = 0.10
 #: Fewest samples that carry a percentile: MLPerf's early-stopping rule at confidence 0.99.
 PERCENTILE_COUNTS = {50: 1, 90: 64, 95: 130, 99: 662}
-#: Above these a recording is called noisy.
-NOISY_CALIBRATION, NOISY_SPREAD, NOISY_LOAD = 0.10, 0.15, 0.5
 
 _T99: dict[int, float] = {
     1: 31.8205, 2: 6.9646, 3: 4.5407, 4: 3.7469, 5: 3.3649, 6: 3.1427, 7: 2.9980, 8: 2.8965, 9: 2.8214, 10: 2.7638,
@@ -216,49 +214,3 @@ def describe_spread(rounds: Rounds) -> dict[str, Any]:
         "lag1": float(np.median(correlations)) if correlations else None,
         "outliers": [[k, i] for k, r in enumerate(rounds) for i in outlier_positions(r)],
     }
-
-
-def find_noise(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on what disturbed the machine while `results` (measure results as mappings) were taken.
-
-    Looks at the calibration loop that each process runs before and after, at the load average before it, and at the
-    spread of each arm's rounds. Empty on a quiet machine.
-    """
-    notes = []
-    loops = [float(v) for r in results for v in (r.get("calibration_ms") or ()) if v]
-    if loops and max(loops) / min(loops) - 1 > NOISY_CALIBRATION:
-        notes.append(
-            f"the same calibration loop took {min(loops):.1f} to {max(loops):.1f} ms"
-            f" (a quiet machine stays within {NOISY_CALIBRATION:.0%})"
-        )
-    if results:
-        # The average lags by a minute, so what ran before the first measurements is in it: the median counts.
-        load = float(np.median([_before(r) for r in results]))
-        own = float(np.median([float(r.get("threads") or 1) for r in results]))
-        if load - own > NOISY_LOAD:
-            notes.append(f"the load average was {load:.1f}, the measurement itself makes {own:.0f}")
-    measured = [r for r in results if r.get("ok")]
-    unsteady = sum(r.get("steady") is False for r in measured)
-    if unsteady:
-        notes.append(f"{unsteady} of {len(measured)} processes did not become steady while warming up")
-    by_arm: dict[str, list[float]] = {}
-    for result in measured:
-        if result.get("ttft_ms"):
-            by_arm.setdefault(str(result.get("arm")), []).append(float(np.median(result["ttft_ms"])))
-    wide = {arm: m for arm, m in by_arm.items() if max(m) / min(m) - 1 > NOISY_SPREAD}
-    if wide:
-        worst = max(wide, key=lambda arm: max(wide[arm]) / min(wide[arm]))
-        notes.append(
-            f"in {len(wide)} of {len(by_arm)} forms the rounds' median TTFT differ by more than {NOISY_SPREAD:.0%}"
-            f" ({worst}: {min(wide[worst]):.2f} to {max(wide[worst]):.2f} ms)"
-        )
-    return notes
-
-
-def _before(result: Mapping[str, Any]) -> float:
-    """The 1-minute load average before the measurement, 0 where it was not recorded."""
-    load: Any = result.get("load_average") or [0.0]
-    first = load[0]
-    if isinstance(first, (list, tuple)):
-        first = first[0]
-    return float(first or 0.0)

@@ -17,7 +17,7 @@ import pytest
 
 from ryot.edge.bundle import Bundle, hash_file, load_bundle
 from ryot.edge.limits import PREFIX, open_memory_cgroup
-from ryot.edge.measure import build_spec, find_noise, measure_once, measure_rounds, record_environment
+from ryot.edge.measure import build_spec, measure_once, measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec, is_steady
 from ryot.errors import ConfigError
 
@@ -237,17 +237,6 @@ def test_warm_up_ends_when_both_times_have_settled() -> None:
     assert not is_steady([(2.0, 1.0)] * 3 + [(1.0, 1.0)] * 3)
     assert not is_steady([(1.0, 2.0)] * 3 + [(1.0, 1.0)] * 3)
     assert is_steady([(1.00, 1.0), (1.00, 1.0), (7.0, 1.0), (1.04, 1.0), (1.04, 1.0), (5.0, 1.0)])
-
-
-def test_a_noisy_machine_is_noticed(result: MeasureResult) -> None:
-    quiet = dataclasses.replace(result, load_average=[0.5, 0.5], calibration_ms=[2.0, 2.05], steady=True)
-    assert find_noise([quiet, quiet]) == []
-    loaded = dataclasses.replace(quiet, load_average=[1e6, 1.0])
-    slow = dataclasses.replace(quiet, calibration_ms=[2.0, 2.6])
-    restless = dataclasses.replace(quiet, steady=False)
-    assert "load average" in find_noise([quiet, loaded])[0]
-    assert find_noise([quiet, slow]) == ["a fixed loop took 2.60 ms once and 2.02 ms in the middle"]
-    assert find_noise([quiet, restless]) == ["1 of 2 processes never became steady while warming up"]
 
 
 def test_the_environment_names_machine_and_versions() -> None:

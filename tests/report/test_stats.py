@@ -10,7 +10,6 @@ import pytest
 from ryot.report.stats import (
     call_difference,
     describe_spread,
-    find_noise,
     lag1_autocorrelation,
     median_of_rounds,
     outlier_positions,
@@ -148,31 +147,3 @@ def test_slow_waves_show_as_autocorrelation_even_beside_an_outlier():
 
 def test_median_of_rounds_weighs_processes_not_samples():
     assert median_of_rounds([[1.0] * 100, [2.0], [3.0]]) == 2.0
-
-
-def result(**changes):
-    return {"arm": "a", "ok": True, "threads": 1, "ttft_ms": [5.0], "calibration_ms": [20.0, 20.5],
-            "load_average": [0.6, 0.9], **changes}  # fmt: skip
-
-
-def test_a_quiet_machine_gives_no_note():
-    assert find_noise([result(), result(), result()]) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"calibration_ms": [20.0, 26.0]}, "calibration loop took 20.0 to 26.0 ms"),
-        ({"ttft_ms": [7.0]}, "in 1 of 1 forms the rounds' median TTFT differ by more than 15% (a: 5.00 to 7.00 ms)"),
-        ({"steady": False}, "1 of 3 processes did not become steady"),
-    ],
-)
-def test_a_noisy_machine_is_noticed(changes, word):
-    (note,) = find_noise([result(), result(), result(**changes)])
-    assert word in note
-
-
-def test_a_busy_machine_is_noticed_and_what_ran_before_is_not():
-    (note,) = find_noise([result(load_average=[3.1, 3.0])] * 3)
-    assert note == "the load average was 3.1, the measurement itself makes 1"
-    assert find_noise([result(load_average=[3.1, 2.0]), result(), result()]) == []

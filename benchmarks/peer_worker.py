@@ -26,7 +26,7 @@ class Ryot:
 
     def __init__(self, bundle: str, via: str, batch_size: int = 1):
         from ryot.edge.bundle import load_bundle
-        from ryot.edge.engine import open_decoder
+        from ryot.edge.engines import open_decoder
 
         self._decoder = open_decoder(load_bundle(bundle, verify=False), engine=via, batch_size=batch_size)
         self._step = self._decoder.step

@@ -1,0 +1,139 @@
+"""What would limit a run on 10, 100 and 1,000 nodes: the journal, the scheduling, the storage or the measurement?
+
+    python benchmarks/driver_limits.py [--output FILE]
+
+Times the parts of the driver that grow with the run, each with the real code: a fsynced line of the journal, reading a
+journal, finding a training's checkpoints in it, placing a worker, taking in a report. From these it computes the share
+of one driver's time that a run of N nodes, one worker each, takes at the default slice and checkpoint interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ryot.cluster.jobs import DriverOptions, merge_facts
+from ryot.cluster.journal import Journal
+from ryot.cluster.placement import Placement
+from ryot.cluster.runtime import Cluster, ClusterOptions, Node
+from ryot.cluster.worker import SliceReport
+from ryot.events import EventLog, StepEvent, event_to_dict
+
+#: Measured with `many_variants.py` (2026-11-24): CPU time of the driver for one call of a worker, Ray's part included.
+RAY_CALL_S = 0.003
+SIZES = (10, 100, 1000)
+
+
+class ManyNodes(Cluster):
+    """A cluster that only knows how many nodes it has."""
+
+    embedded = True
+
+    def __init__(self, count: int):
+        super().__init__(ClusterOptions(), Path())
+        self._nodes = [Node(f"{i:056x}", f"node-{i}", f"10.0.{i // 250}.{i % 250 + 1}", 8.0, 0.0) for i in range(count)]
+
+    def nodes(self) -> list[Node]:
+        return self._nodes
+
+
+def median_s(function: Callable[[], object], repeats: int = 50) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    options = DriverOptions()
+    facts = {"tokens": 1, "train_wall_s": 1.0, "evals": [[i, i, 1.0, 3.9] for i in range(9)]}
+    step = StepEvent(
+        variant="optimized",
+        seed=0,
+        step=1,
+        num_steps=2,
+        tokens=1,
+        loss=3.9,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens_per_s=1e4,
+        train_wall_s=1.0,
+        rss_bytes=1,
+        cpu_s=1.0,
+    )
+    report = SliceReport(1, False, [step] * 3, None, {"tokens": 1})
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for count in SIZES:
+            folder = Path(scratch) / str(count)
+            folder.mkdir()
+            journal = Journal(folder)
+            checkpoint = {"digest": "d" * 64, "attempt": 1, "path": "p" * 60, "sha256": "s" * 64, "facts": facts}
+            # An hour of checkpoints, written without the driver's fsync.
+            with (folder / "journal.jsonl").open("a") as file:
+                for number in range(int(3600 / options.checkpoint_every_s)):
+                    for node in range(count):
+                        line = {
+                            "record": "checkpoint",
+                            "time": 0.0,
+                            "key": f"v/seed-{node}",
+                            "step": number,
+                            **checkpoint,
+                        }
+                        file.write(json.dumps(line) + "\n")
+            journal.close()
+            begin = time.perf_counter()
+            journal = Journal(folder)
+            load_s = time.perf_counter() - begin
+            append_s = median_s(lambda j=journal, c=checkpoint: j.append("checkpoint", key="v/seed-0", step=1, **c))
+            find_s = median_s(lambda j=journal: j.accepted("v/seed-0", "d" * 64), 5)
+            placement = Placement(ManyNodes(count))
+            placement.look()
+            place_s = median_s(lambda p=placement: [p.give_back(n, 1) for n in p.take(1)])
+            log = EventLog(folder / "events.jsonl")
+
+            def take_in(log: EventLog = log) -> None:
+                merge_facts(facts, report)
+                for event in report.events:
+                    log.emit(event)
+                    event_to_dict(event)
+
+            report_s = median_s(take_in)
+            # The driver asks for longer slices when reports would take more than a quarter of its time.
+            slices_a_s = count / max(options.slice_s, 4 * RAY_CALL_S * count)
+            checkpoints_a_s = count / options.checkpoint_every_s
+            rows.append(
+                {
+                    "nodes": count,
+                    "journal_bytes_an_hour": (folder / "journal.jsonl").stat().st_size,
+                    "journal_load_s": load_s,
+                    "append_ms": append_s * 1e3,
+                    "find_accepted_ms": find_s * 1e3,
+                    "place_ms": place_s * 1e3,
+                    "report_ms": (report_s + RAY_CALL_S) * 1e3,
+                    "share_reports": slices_a_s * (report_s + RAY_CALL_S),
+                    "share_journal": checkpoints_a_s * append_s,
+                    # A reference checkpoint: 2.1 M parameters, three fp32 copies.
+                    "storage_mb_s": checkpoints_a_s * 2.136064e6 * 12 / 1e6,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+            journal.close()
+            log.close()
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,9 @@ def main() -> None:
         alive = [p.name() for p in watch.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         events = list(read_events(run_dir / "events.jsonl"))
         report = json.loads((run_dir / "report.json").read_text())
+        for row in report["rows"]:
+            for sample in row["samples"]:
+                del sample["token_ms"]  # a number a token: megabytes that no question here is about
         trainings = load_report(run_dir).variants
     stages = [
         {"stage": e.stage, "variant": e.variant, "status": e.status, "wall_s": e.wall_s}

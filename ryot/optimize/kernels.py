@@ -37,6 +37,8 @@ LOSS_TOLERANCE = 0.003
 LOSS_TOLERANCE_HALF = 0.02
 #: Steps of the fixed run: 1 to warm up, then the timed ones.
 WARM_STEPS, TIMED_STEPS = 1, 4
+#: A candidate whose first step takes this many times the fastest one's is not timed further.
+HOPELESS = 3.0
 #: A candidate must beat the plan so far by this much; less is noise.
 MIN_GAIN = 1.03
 #: Seconds that compiling forward and backward takes with an empty cache, at the least (measured: 10 to 50).
@@ -136,7 +138,7 @@ class _FixedRun:
 
     @property
     def step_ms(self) -> float:
-        return statistics.median(self.times[WARM_STEPS:]) * 1e3
+        return statistics.median(self.times[WARM_STEPS:] or self.times) * 1e3
 
     @property
     def loss(self) -> float:
@@ -177,8 +179,13 @@ def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[Any, ...]]]:
 
 
 def _run_all(runs: list[_FixedRun]) -> list[_FixedRun]:
-    for _ in range(WARM_STEPS + TIMED_STEPS):
-        for run in runs:
+    """Let all take their steps in turn; one that is hopeless after the first is left behind there."""
+    for run in runs:
+        run.step()
+    fastest = min(run.times[0] for run in runs)
+    going = [run for run in runs if run.times[0] <= HOPELESS * fastest]
+    for _ in range(WARM_STEPS + TIMED_STEPS - 1):
+        for run in going:
             run.step()
     return runs
 
@@ -211,6 +218,8 @@ def _pick(
 
 def _refusal(run: _FixedRun, reference: _FixedRun) -> str | None:
     limit = LOSS_TOLERANCE if run.plan.dtype == "fp32" else LOSS_TOLERANCE_HALF
+    if len(run.losses) < len(reference.losses):
+        return f"more than {HOPELESS:g} times slower in its first step"
     off = abs(run.loss - reference.loss)
     return None if off <= limit else f"loss is {off:.4f} from fp32 eager's, allowed {limit}"
 

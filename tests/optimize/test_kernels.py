@@ -64,6 +64,7 @@ def test_a_candidate_that_learns_otherwise_is_refused() -> None:
     class Run:
         def __init__(self, loss: float, step_ms: float, dtype: str):
             self.plan, self.loss, self.step_ms, self.compile_s = KernelPlan(dtype=dtype), loss, step_ms, 0.0
+            self.losses = [loss]
 
     plain, fast = Run(5.0, 10.0, "fp32"), Run(5.2, 1.0, "bf16")
     plan, candidates = kernels._pick("dtype", [plain, fast], plain)  # type: ignore[list-item,arg-type]
@@ -75,7 +76,7 @@ def test_compiling_that_a_run_is_too_short_for_is_not_taken() -> None:
     class Run:
         def __init__(self, compile: bool, step_ms: float, compile_s: float):
             self.plan, self.loss, self.step_ms = KernelPlan(compile=compile), 5.0, step_ms
-            self.compile_s = compile_s
+            self.compile_s, self.losses = compile_s, [5.0]
 
     eager, compiled = Run(False, 100.0, 0.0), Run(True, 50.0, 20.0)
     for steps, taken in ((399, False), (401, True)):

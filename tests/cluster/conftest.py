@@ -124,6 +124,7 @@ def train_program(run_dir: Path, dataset: Dataset, *arguments: str) -> Iterator[
     """`train_program.py` in a process of its own; it says each event on stdout."""
     process = subprocess.Popen(
         [sys.executable, str(PROGRAM), str(run_dir), str(dataset.path), *arguments],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

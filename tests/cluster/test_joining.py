@@ -46,7 +46,9 @@ def head() -> Iterator[str]:
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, keeper.MARK: str(folder)}
     with (folder / "log").open("w") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in (folder / "log").read_text():

@@ -22,7 +22,7 @@ from tests.cluster.conftest import PROGRAM, learned, planned, records, wait_for_
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "cluster/netns/lab.py"
-STEPS = 400
+STEPS = 200
 
 
 class Lab:

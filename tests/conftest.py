@@ -18,14 +18,6 @@ from ryot.train.loop import Trainer, TrainJob
 
 torch.set_num_threads(1)
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, in one of the suite's processes, what claims the machine's cores or shares costly fixtures."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("cluster" if folder == "cluster" else "rest"))
-
-
 VOCAB_SIZE = 384
 CONTEXT = 32
 

@@ -45,6 +45,9 @@ def start_commands(config: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("name", RAY_UP)
 def test_ray_up_accepts_the_file(name: str) -> None:
     validate_config(prepare_config(load(name)))
+    broken = prepare_config(load(name)) | {"max_workers": "many"}
+    with pytest.raises(Exception, match="many"):  # jsonschema's own error, which Ray passes on
+        validate_config(broken)
 
 
 @pytest.mark.parametrize("name", RAY_UP)

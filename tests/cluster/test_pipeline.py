@@ -122,7 +122,12 @@ def test_the_report_fits_its_schema(finished: tuple[Path, subprocess.CompletedPr
 
     from ryot.report.rows import load_schema
 
-    jsonschema.validate(json.loads((finished[0] / "report.json").read_text()), load_schema())
+    report = json.loads((finished[0] / "report.json").read_text())
+    jsonschema.validate(report, load_schema())
+    with pytest.raises(jsonschema.ValidationError, match="size_bytes"):
+        jsonschema.validate(
+            report | {"rows": [{k: v for k, v in report["rows"][0].items() if k != "size_bytes"}]}, load_schema()
+        )
 
 
 def test_the_bundle_runs_verifies_and_carries_its_record(

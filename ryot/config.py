@@ -109,6 +109,19 @@ class ModelConfig:
         return embedding + (self.max_seq_len + 2) * self.dim + self.num_layers * layer
 
 
+def narrow_config(cfg: ModelConfig, width: int) -> ModelConfig:
+    """The shape that `cfg` is cut to at `dim` = `width`: heads, kv heads and `ff_dim` in proportion.
+
+    Raises `ConfigError` for a width that is not narrower or leaves no whole heads.
+    """
+    counts = {name: getattr(cfg, name) * width for name in ("num_heads", "num_kv_heads", "ff_dim")}
+    possible = [
+        w for w in range(1, cfg.dim) if not any(getattr(cfg, name) * w % cfg.dim for name in counts)
+    ]
+    _require(width in possible, "width", width, f"one of {possible}" if possible else f"none (of {cfg.dim})")
+    return replace(cfg, dim=width, **{name: count // cfg.dim for name, count in counts.items()})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How one variant is trained: budget, batch, learning rates, schedule."""
@@ -152,6 +165,8 @@ class TrainConfig:
     """Micro-batches a step is split into; divides `batch_size`."""
     checkpoint_activations: bool = False
     """Recompute layer activations in the backward pass to save memory."""
+    elastic_widths: tuple[int, ...] = ()
+    """Narrower values of `dim` that the checkpoint can be cut to: every step also trains one of them, in turn."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "accumulate"):
@@ -225,6 +240,8 @@ class VariantConfig:
             self.train.tokens,
             f"a budget longer than the warm-up of {self.warmup_steps} steps of {self.step_tokens} tokens ({self.name})",
         )
+        for width in self.train.elastic_widths:
+            narrow_config(self.model, width)
 
     @property
     def warmup_steps(self) -> int:
@@ -378,10 +395,10 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The dataclass as nested plain values, without the fields that are None (TOML has no null)."""
-    return {
-        k: [*v] if isinstance(v, tuple) else v
-        for k, v in dataclasses.asdict(config, dict_factory=lambda kv: {k: v for k, v in kv if v is not None}).items()
-    }
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: [*v] if isinstance(v, tuple) else v for k, v in items if v is not None}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def digest(*parts: object) -> str:

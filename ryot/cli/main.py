@@ -17,6 +17,7 @@ COMMANDS = {
     "cluster-run": ("cluster_run", "Train the variants, export, measure, judge and bundle the best"),
     "watch": ("watch", "Follow a run live from another terminal"),
     "train": ("train", "Train one variant in this process"),
+    "slice": ("slice", "Cut an elastic checkpoint to a narrower width"),
     "export": ("export", "Export a checkpoint as bundles, one a precision"),
     "bench": ("bench", "Measure bundles in fresh processes"),
     "compare": ("compare", "Compare two runs, bundles or reports, or measure both now"),

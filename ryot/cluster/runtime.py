@@ -245,7 +245,7 @@ class JoinedCluster(Cluster):
         }
         runtime_env = {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"], "env_vars": self.worker_env}
         arguments = {"address": self.address, "runtime_env": runtime_env}
-        undo.enter_context(ray_connection(arguments, environment, self.log_dir))
+        self._connection = undo.enter_context(ray_connection(arguments, environment, self.log_dir))
 
     def is_whole(self) -> bool:
         """Whether the head has answered within the last `HEAD_LOST_S` seconds; asked every few seconds at most."""
@@ -261,6 +261,7 @@ class JoinedCluster(Cluster):
 
     def restart(self) -> None:
         """Raise `ClusterError`: its head is not ours to start. Ray would abort this process after a minute."""
+        self._connection.lost = True
         raise ClusterError(
             f"cluster {self.address}: its head has not answered for {HEAD_LOST_S:g} s",
             hint="resume the run when the cluster is well again",

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ryot.config import KernelPlan, VariantConfig, to_mapping
@@ -21,6 +23,7 @@ from ryot.errors import CheckpointError
 from ryot.events import EvalEvent, Event, StepEvent
 from ryot.train.checkpoint import load_training_state, load_weights, save_checkpoint
 from ryot.train.dataset import Batches, Dataset, load_dataset
+from ryot.train.elastic import NarrowModel
 from ryot.train.evaluate import FULL_WINDOWS, QUICK_WINDOWS, evaluate
 from ryot.train.gates import check_step
 from ryot.train.hf import state_from_hf
@@ -61,18 +64,26 @@ class TrainStep:
         self.model.normalize_embedding = variant.train.normalize_embedding
         self.optimizer = build_optimizer(model, variant.train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
+        self._narrow = [NarrowModel(model, width, plan.attention) for width in variant.train.elastic_widths]
         self._scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
         self._parameters = list(model.parameters())
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss in nats per token, under the plan's autocast."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
-        cast = torch.autocast(self.plan.device, dtype=dtype) if dtype else contextlib.nullcontext()
-        with cast:
+        with self._cast():
             h_BTD, _ = self._trunk(inputs_BT)
             return cross_entropy(
                 h_BTD.flatten(0, 1), self.model.head_weight_VD, targets_BT.flatten(), self.plan.loss_chunk
             )
+
+    def narrow_loss(self, narrow: NarrowModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The same of a narrower model inside this one."""
+        with self._cast():
+            return F.cross_entropy(narrow(inputs_BT).flatten(0, 1).float(), targets_BT.flatten())
+
+    def _cast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
+        return torch.autocast(self.plan.device, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def warm_up(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
         """Run forward and backward once, without a step, so that all compiling is done; returns the seconds it took."""
@@ -82,14 +93,20 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
 
-    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, lr_factor: float) -> tuple[float, float]:
-        """Take one step; returns its loss and its gradient norm before clipping."""
+    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, lr_factor: float, step: int = 0) -> tuple[float, float]:
+        """Take one step; returns its loss (at full width) and its gradient norm before clipping.
+
+        `step`, the step's number, says which of the narrower models has its turn.
+        """
         micro = self._micro_batches(inputs_BT, targets_BT)
         total = 0.0
         for x, y in micro:
             loss = self.loss(x, y) / len(micro)
             self._scaler.scale(loss).backward()
             total += loss.item()
+            if self._narrow:
+                narrow = self._narrow[step % len(self._narrow)]
+                self._scaler.scale(self.narrow_loss(narrow, x, y) / len(micro)).backward()
         total = self._combine(total)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.clip_norm).item()
@@ -147,10 +164,11 @@ class Trainer:
         """
         state, tensors = load_training_state(checkpoint)
         trainer = cls(job, plan)
-        for name, value in trainer._identity().items():
-            if state["identity"].get(name) != value:
+        was, now = _flatten(state["identity"]), _flatten(trainer._identity())
+        for name in now | was:
+            if was.get(name) != now.get(name):
                 raise CheckpointError(
-                    f"checkpoint {checkpoint}: {name} was {state['identity'].get(name)!r}, now {value!r}",
+                    f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
                     hint="resume with the options of the first run, or start a new run",
                 )
         weights = {k: torch.from_numpy(v) for k, v in load_weights(checkpoint).items()}
@@ -263,7 +281,7 @@ class Trainer:
         begin = time.perf_counter()
         inputs, targets = self._batches.batch(self.step)
         factor = schedule_factor(self.job.variant.train, self.step, self.num_steps)
-        loss, norm = self._take_step(inputs, targets, factor)
+        loss, norm = self._take_step(inputs, targets, factor, self.step)
         elapsed = time.perf_counter() - begin
         if self._first_loss is None:
             self._first_loss = loss
@@ -297,6 +315,14 @@ class Trainer:
             temperature_c=read_temperature_c(),
             frequency_mhz=read_frequency_mhz(),
         )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 @dataclass(slots=True)

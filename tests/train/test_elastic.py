@@ -1,0 +1,125 @@
+"""Narrower models inside a decoder: what is trained, what is cut out, and what that becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ryot.config import ModelConfig, VariantConfig, narrow_config, replace
+from ryot.errors import CheckpointError, ConfigError
+from ryot.train.checkpoint import load_model, read_model_config
+from ryot.train.dataset import Batches, Dataset
+from ryot.train.elastic import NarrowModel, slice_checkpoint, slice_state
+from ryot.train.loop import Trainer, TrainJob, TrainStep
+from ryot.train.model import Decoder
+from tests.conftest import CONTEXT, tiny_variant
+
+
+def elastic(name: str, *widths: int) -> VariantConfig:
+    variant = tiny_variant(name)
+    model = replace(variant.model, num_kv_heads=variant.model.num_heads)
+    return replace(variant, model=model, train=replace(variant.train, elastic_widths=widths))
+
+
+def widths_of(cfg: ModelConfig) -> list[int]:
+    return [cfg.dim * k // cfg.num_heads for k in range(1, cfg.num_heads)]
+
+
+@pytest.mark.parametrize("name", ["baseline", "optimized"])
+def test_a_view_computes_what_the_model_cut_out_computes(name: str) -> None:
+    variant = elastic(name)
+    torch.manual_seed(1)
+    full = Decoder(variant.model)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.normal_(std=0.3)
+    ids = torch.randint(variant.model.vocab_size, (2, 9))
+    for width in widths_of(variant.model):
+        view = NarrowModel(full, width, "explicit")
+        alone = Decoder(view.cfg)
+        alone.load_state_dict(slice_state(full.cfg, view.cfg, dict(full.named_parameters())))
+        # Two orders of the same sums in fp32, some 100 terms of size 1.
+        torch.testing.assert_close(view(ids), alone(ids), atol=1e-4, rtol=1e-4)
+        assert alone.cfg.head_dim == full.cfg.head_dim
+
+
+@pytest.mark.parametrize("name", ["baseline", "optimized"])
+def test_gradients_reach_the_kept_channels_and_no_others(name: str) -> None:
+    variant = elastic(name)
+    full = Decoder(variant.model)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.normal_(std=0.3)
+    [width, *_] = widths_of(variant.model)
+    ids = torch.randint(variant.model.vocab_size, (2, 9))
+    NarrowModel(full, width, "sdpa")(ids).logsumexp(-1).sum().backward()
+    table = full.embedding.weight.grad
+    assert table is not None
+    assert table[:, :width].abs().sum() > 0
+    assert table[:, width:].abs().sum() == 0
+
+
+def test_each_step_trains_the_full_model_and_one_narrower_one_in_turn(dataset: Dataset) -> None:
+    variant = elastic("optimized")
+    widths = widths_of(variant.model)[:2]
+    variant = replace(variant, train=replace(variant.train, elastic_widths=tuple(widths)))
+    trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
+    batches = Batches(dataset, length=CONTEXT, batch_size=variant.train.batch_size, seed=0)
+    step = TrainStep(trainer.model, variant, variant.kernels)
+    for turn in range(3):
+        inputs, targets = batches.batch(turn)
+        narrow = NarrowModel(trainer.model, widths[turn % 2], "sdpa")
+        both = F.cross_entropy(trainer.model(inputs).flatten(0, 1), targets.flatten())
+        both = both + F.cross_entropy(narrow(inputs).flatten(0, 1), targets.flatten())
+        expected = torch.autograd.grad(both, list(trainer.model.parameters()))
+        norm = torch.stack([g.norm() for g in expected]).norm().item()
+        _, got = step(inputs, targets, 0.0, turn)
+        # The same gradients from two backward passes or from one: fp32 rounding.
+        assert got == pytest.approx(norm, rel=1e-4)
+
+
+def test_an_elastic_training_resumes_bit_identical_and_is_cut_to_each_width(dataset: Dataset, tmp_path: Path) -> None:
+    variant = elastic("optimized")
+    widths = widths_of(variant.model)[:2]
+    variant = replace(variant, train=replace(variant.train, elastic_widths=tuple(widths)))
+    job = TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path))
+    whole, stopped = Trainer(job, variant.kernels), Trainer(job, variant.kernels)
+    whole.run_slice(60)
+    stopped.run_slice(60, 5)
+    stopped.save(tmp_path / "half")
+    resumed = Trainer.resume(job, variant.kernels, tmp_path / "half")
+    resumed.run_slice(60)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
+    whole.save(tmp_path / "full")
+    ids = torch.randint(variant.model.vocab_size, (2, 9))
+    for width in widths:
+        cfg = slice_checkpoint(tmp_path / "full", width, tmp_path / f"{width}")
+        assert read_model_config(tmp_path / f"{width}") == cfg == narrow_config(variant.model, width)
+        cut = load_model(tmp_path / f"{width}")
+        with torch.no_grad():
+            # Rows of the table are scaled once in training and twice in the cut: fp32 rounding.
+            expected = NarrowModel(whole.model, width, "sdpa")(ids)
+            torch.testing.assert_close(cut(ids), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match=rf"width: got 3, expected one of {sorted(widths)}".replace("[", r"\[")):
+        slice_checkpoint(tmp_path / "full", 3, tmp_path / "none")
+    with pytest.raises(CheckpointError, match="training/state.json is missing"):
+        slice_checkpoint(tmp_path / f"{widths[0]}", 16, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_was_not_trained_to_be_cut_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    variant = tiny_variant("optimized")
+    trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
+    trainer.run_slice(60, 2)
+    trainer.save(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="was not trained to be cut"):
+        slice_checkpoint(tmp_path / "plain", 16, tmp_path / "none")
+
+
+def test_a_width_that_leaves_no_whole_heads_is_refused_when_the_recipe_is_read() -> None:
+    variant = tiny_variant("optimized")
+    with pytest.raises(ConfigError, match="width: got 7"):
+        replace(variant, train=replace(variant.train, elastic_widths=(7,)))

@@ -2,7 +2,8 @@
 
 A preset is `ryot/presets/NAME.toml`, a variant `ryot/variants/NAME.toml`; both may also be a path to the
 user's own file. `resolve_variant` lays a preset's `[model]` under the variant's `[model]`, and the variant's
-`[preset.NAME.*]` over both. Nothing here opens a socket, starts Ray or imports torch.
+`[preset.NAME.*]` over both. `VARIANT+NAME` lays `ryot/optimizations/NAME.toml` over the variant in the same way: one
+part of what `optimized` does, alone. Nothing here opens a socket, starts Ray or imports torch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ Architecture = Literal["opt", "llama"]
 Schedule = Literal["cosine", "linear-decay"]
 Attention = Literal["explicit", "sdpa"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+
+#: Folder of the parts that an ablation puts on the baseline one at a time.
+PARTS = "optimizations"
+
+_SECTIONS = ("model", "train", "kernels")
 
 #: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
 PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
@@ -367,29 +373,30 @@ def find_named(folder: str, name: str) -> Path:
 def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> VariantConfig:
     """The recipe `variant` at the size `preset`; `tokens` overrides its budget.
 
-    Both are names or paths. Raises `ConfigError` naming file, key and rule.
+    Both are names or paths; `NAME+PART` is the recipe with that optimization, `NAME+all` with all of them. Raises
+    `ConfigError` naming file, key and rule.
     """
-    preset_path, variant_path = find_named("presets", preset), find_named("variants", variant)
-    size, recipe = load_toml(preset_path), load_toml(variant_path)
+    preset_path = find_named("presets", preset)
+    recipe, *parts = [variant] if variant.endswith(".toml") else variant.split("+")
+    names = [n for part in parts for n in (list_named(PARTS) if part == "all" else [part])]
+    layers = [find_named("variants", recipe), *(find_named(PARTS, n) for n in names)]
+    name = "+".join([layers[0].stem, *parts])
+    size = load_toml(preset_path)
     check_known(size, ("summary", "model", "train"), str(preset_path))
-    check_known(recipe, ("summary", "tune", "model", "train", "kernels", "preset"), str(variant_path))
-    special = recipe.get("preset", {}).get(preset_path.stem, {})
-    check_known(special, ("model", "train", "kernels"), f"{variant_path}: preset.{preset_path.stem}")
-    merged: dict[str, Any] = {
-        section: {**size.get(section, {}), **recipe.get(section, {}), **special.get(section, {})}
-        for section in ("model", "train", "kernels")
-    }
+    merged: dict[str, Any] = {section: dict(size.get(section, {})) for section in _SECTIONS}
+    outer: dict[str, Any] = {"summary": "", "tune": False}
+    for path in layers:
+        values = load_toml(path)
+        check_known(values, (*outer, *_SECTIONS, "preset"), str(path))
+        special = values.get("preset", {}).get(preset_path.stem, {})
+        check_known(special, _SECTIONS, f"{path}: preset.{preset_path.stem}")
+        outer |= {k: values[k] for k in outer if k in values}
+        for section in _SECTIONS:
+            merged[section] |= {**values.get(section, {}), **special.get(section, {})}
     if tokens is not None:
         merged["train"]["tokens"] = tokens
     return build_from_mapping(
-        VariantConfig,
-        {
-            "name": variant_path.stem,
-            "summary": recipe.get("summary", ""),
-            "tune": recipe.get("tune", False),
-            **merged,
-        },
-        f"variant {variant_path.stem} at {preset_path.stem}",
+        VariantConfig, {"name": name, **outer, **merged}, f"variant {name} at {preset_path.stem}"
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from ryot import __version__
 from ryot.config import (
+    PARTS,
     PRECISIONS,
     KernelPlan,
     VariantConfig,
     build_from_mapping,
     check_known,
     find_named,
+    list_named,
     load_toml,
     resolve_variant,
     to_mapping,
@@ -28,6 +30,8 @@ SCHEMA = 1
 #: What is exported when no precision is named.
 USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
 
+_USUAL_VARIANTS = ("baseline", "optimized")
+
 #: A quick run's share of each budget; its report is marked as not comparable.
 QUICK_SHARE = 1 / 12
 
@@ -38,8 +42,10 @@ class RunOptions:
 
     preset: str = "reference"
     """Size: a name from `ryot/presets` or a path to a TOML file."""
-    variants: tuple[str, ...] = ("baseline", "optimized")
+    variants: tuple[str, ...] = _USUAL_VARIANTS
     """Recipes: names from `ryot/variants` or paths to TOML files."""
+    ablate: bool = False
+    """Train the baseline, the baseline with each optimization alone, and with all of them, instead of `variants`."""
     seeds: int = 1
     """Trainings of each variant, with seeds 0, 1, …"""
     precisions: tuple[str, ...] = ()
@@ -74,6 +80,8 @@ class RunOptions:
                 raise ConfigError(f"{name}: got none, expected at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {', '.join(values)} names one twice")
+        if self.ablate and self.variants != _USUAL_VARIANTS:
+            raise ConfigError("variants: --ablate names them itself", hint="give one of --ablate and --variants")
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 raise ConfigError(unknown("precision", precision, PRECISIONS))
@@ -120,6 +128,8 @@ class RunPlan:
         """Weight formats to export and measure of a variant: those named, or the usual ones and the fastest."""
         if self.options.precisions:
             return self.options.precisions
+        if self.options.ablate:
+            return ("fp32",)
         decision = self.inference.get(variant)
         extra = (decision.fastest,) if decision and decision.fastest not in ("", *USUAL_PRECISIONS) else ()
         return USUAL_PRECISIONS + extra
@@ -129,9 +139,15 @@ class RunPlan:
         return next(v for v in self.variants if v.name == name)
 
 
+def ablation_arms() -> tuple[str, ...]:
+    """The variants of an ablation: all with the baseline's budget, so that time and loss can be read side by side."""
+    return ("baseline", *(f"baseline+{part}" for part in list_named(PARTS)), "baseline+all")
+
+
 def resolve_plan(options: RunOptions) -> RunPlan:
     """The plan that `options` come to. Raises `ConfigError` for anything in it that does not exist or fit."""
-    variants = [resolve_variant(name, options.preset) for name in options.variants]
+    chosen = ablation_arms() if options.ablate else options.variants
+    variants = [resolve_variant(name, options.preset) for name in chosen]
     for target in options.target:
         find_named("targets", target)
     names = [v.name for v in variants]
@@ -143,7 +159,7 @@ def resolve_plan(options: RunOptions) -> RunPlan:
     if share != 1.0:
         budgets = [int(v.train.tokens * share) for v in variants]
         variants = [
-            resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(options.variants, budgets)
+            resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)
         ]
     sizes = {v.model.vocab_size for v in variants}
     if len(sizes) > 1:

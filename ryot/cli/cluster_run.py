@@ -17,6 +17,7 @@ from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, ve
 _FIXED = (
     "preset",
     "variants",
+    "ablate",
     "seeds",
     "precisions",
     "target",
@@ -49,6 +50,11 @@ _FIXED = (
     default="baseline,optimized",
     show_default=True,
     help="Recipes, separated by commas: names or TOML files",
+)
+@click.option(
+    "--ablate",
+    is_flag=True,
+    help="Train the baseline, the baseline with each optimization alone, and with all, instead of --variants",
 )
 @click.option("--seeds", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds a variant")
 @click.option(

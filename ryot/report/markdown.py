@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ryot.report.rows import Report, VariantRow
-from ryot.report.table import Column, footnotes, form_columns, limit_columns, markdown_table
+from ryot.report.table import Column, ablation_columns, footnotes, form_columns, limit_columns, markdown_table
 
 
 def render_markdown(report: Report) -> str:
@@ -17,6 +17,8 @@ def render_markdown(report: Report) -> str:
     parts.append(markdown_table(form_columns(report)))
     reason = report.choice.reason if report.choice else None
     parts.append("\n".join(f"- {escape(line)}" for line in footnotes(report) if line != reason))
+    if report.ablation:
+        parts += ["## Ablation", markdown_table(ablation_columns(report))]
     parts += ["## Limits", markdown_table(limit_columns(report))]
     if report.variants:
         parts += ["## Training", markdown_table(training_columns(report))]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from ryot.report.rows import Comparison, FormRow, Report, VariantRow, Verdict, report_to_dict
+from ryot.report.rows import AblationRow, Comparison, FormRow, Report, VariantRow, Verdict, report_to_dict
 from ryot.report.targets import LIMITS
 from ryot.report.verdicts import memory_mode, overall
 
@@ -69,8 +69,13 @@ def render(report: Report, fmt: Format = "table", *, width: int = WIDTH) -> str:
     if fmt == "csv":
         return render_csv(report)
     if fmt == "md":
-        return "\n\n".join([markdown_table(form_columns(report)), markdown_table(limit_columns(report))])
-    blocks = [*form_blocks(form_columns(report), width), *limit_blocks(report, width)]
+        tables = (form_columns(report), ablation_columns(report), limit_columns(report))
+        return "\n\n".join(t for t in map(markdown_table, tables) if t)
+    blocks = [
+        *form_blocks(form_columns(report), width),
+        plain_table(ablation_columns(report)),
+        *limit_blocks(report, width),
+    ]
     return "\n\n".join([b for b in blocks if b] + ["\n".join(wrap(line, width) for line in footnotes(report))])
 
 
@@ -133,6 +138,30 @@ def limit_columns(report: Report) -> list[Column]:
         Column("limit", "limit", tuple(limit_text(v) for v in kept), needed=True),
         Column("value", "value [98 %]", tuple(value_text(v) for v in kept), needed=True),
         Column("verdict", "verdict", tuple(_verdict_and_mode(report, v) for v in kept), needed=True),
+    ]
+
+
+def ablation_columns(report: Report) -> list[Column]:
+    """What each optimization bought against the baseline, in time and in loss; no rows when nothing was ablated."""
+    rows = report.ablation
+    if not rows:
+        return []
+    base = rows[0]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    def spread(row: AblationRow) -> str | None:
+        return f"{min(row.val_loss):.3f} to {max(row.val_loss):.3f}" if len(row.val_loss) > 1 else None
+
+    return [
+        Column("variant", "variant", tuple(r.name for r in rows), needed=True),
+        Column("seeds", "seeds", tuple(str(len(r.val_loss)) for r in rows), right=True),
+        Column("time", "time\ns", tuple(mean(r.train_wall_s) for r in rows), 1, needed=True),
+        Column("time_ratio", "of the\nbaseline", tuple(mean(r.train_wall_s) / mean(base.train_wall_s) for r in rows), 2),
+        Column("loss", "val loss\nnats", tuple(mean(r.val_loss) for r in rows), 3, needed=True),
+        Column("change", "change\nnats", tuple(mean(r.val_loss) - mean(base.val_loss) for r in rows), 3),
+        Column("spread", "seeds from\nto", tuple(map(spread, rows))),
     ]
 
 

@@ -26,18 +26,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh_RD = torch.empty_like(h_RD)
         dW_VD = torch.zeros_like(W_VD)
         total = h_RD.new_zeros((), dtype=torch.float32)
+        minus_one = total.new_full((chunk, 1), -1.0)
         for start in range(0, rows, chunk):
             h = h_RD[start : start + chunk]
             target = targets_R[start : start + chunk, None]
-            logits = (h @ W.t()).float()
-            logits -= logits.amax(dim=1, keepdim=True)
-            of_target = logits.gather(1, target)
-            weights = logits.exp_()
-            sums = weights.sum(dim=1, keepdim=True)
-            total += (sums.log() - of_target).sum()
-            # d loss / d logits = (softmax - one hot) / rows
-            weights *= 1.0 / rows / sums
-            weights.scatter_add_(1, target, weights.new_full(target.shape, -1.0 / rows))
+            log_weights = torch.log_softmax((h @ W.t()).float(), dim=1)
+            total -= log_weights.gather(1, target).sum()
+            # d loss / d logits = softmax - one hot; the mean over rows is taken in `backward`.
+            weights = log_weights.exp_().scatter_add_(1, target, minus_one[: len(h)])
             d_logits = weights.to(h.dtype)
             torch.mm(d_logits, W, out=dh_RD[start : start + chunk])
             if h.dtype == dW_VD.dtype:
@@ -45,13 +41,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 dW_VD += d_logits.t() @ h
         ctx.save_for_backward(dh_RD, dW_VD)
+        ctx.rows = rows
         return total / rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
         dh_RD, dW_VD = ctx.saved_tensors
-        (grad,) = grads
-        return dh_RD * grad.to(dh_RD.dtype), dW_VD * grad, None, None
+        scale = grads[0] / ctx.rows
+        return dh_RD * scale.to(dh_RD.dtype), dW_VD * scale, None, None
 
 
 def cross_entropy(h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int = 0) -> Tensor:

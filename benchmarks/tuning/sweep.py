@@ -1,0 +1,157 @@
+"""Which settings does a recipe train best with? The same search for every variant, each trial with its full budget.
+
+    python benchmarks/tuning/sweep.py baseline
+    python benchmarks/tuning/sweep.py optimized
+
+Batch size and learning rate are searched together (a rate that suits one batch does not suit another), then warm-up and
+schedule, each from the best so far. A trial is a whole training with seed 0; the choice is made on the validation loss
+alone, the test loss is written down beside it. Trials that the result file has are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ryot.cluster.runtime import MALLOC_TUNABLES
+
+if os.environ.get("GLIBC_TUNABLES") != MALLOC_TUNABLES:
+    # Read by the C library when a process starts.
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES})
+
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import describe_setting, write_result
+
+from ryot.cli.options import cache_dir
+from ryot.config import VariantConfig, replace, resolve_variant
+from ryot.errors import TrainingError
+from ryot.events import EvalEvent
+from ryot.train.corpus import load_corpus
+from ryot.train.dataset import Dataset, prepare_dataset
+from ryot.train.loop import Trainer, TrainJob
+
+#: Factors on all learning rates of the recipe, for each batch size.
+BATCH_SIZES = (8, 16, 32)
+RATE_FACTORS = (0.5, 1.0, 2.0)
+WARMUPS = (0.02, 0.1, 0.2)
+SCHEDULES = ("cosine", "linear-decay")
+
+
+def change(variant: VariantConfig, settings: dict[str, Any]) -> VariantConfig:
+    """The recipe with a trial's settings; `rate` multiplies every learning rate."""
+    train = {k: v for k, v in settings.items() if k != "rate"}
+    for name in ("learning_rate", "embedding_learning_rate", "head_learning_rate"):
+        train[name] = getattr(variant.train, name) * settings["rate"]
+    return replace(variant, train=replace(variant.train, **train))
+
+
+def run_trial(variant: VariantConfig, dataset: Dataset) -> dict[str, Any]:
+    """Train to the end; the final losses, or why there are none."""
+    trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
+    losses: dict[str, float] = {}
+    try:
+        while not trainer.done:
+            for event in trainer.run_slice(10.0):
+                if isinstance(event, EvalEvent) and trainer.done:
+                    losses[event.split] = round(event.loss, 4)
+    except TrainingError as error:
+        return {"failed": str(error)}
+    return {"val_loss": losses["val"], "test_loss": losses["test"], "steps": trainer.num_steps}
+
+
+def search(start: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings to try, in order; the caller sends the best so far back after each stage."""
+    best = dict(start)
+    stages = [
+        [{"batch_size": b, "rate": r} for b in BATCH_SIZES for r in RATE_FACTORS],
+        [{"warmup_fraction": w} for w in WARMUPS],
+        [{"schedule": s} for s in SCHEDULES],
+    ]
+    for stage in stages:
+        answers = []
+        for changes in stage:
+            settings = {**best, **changes}
+            answers.append(((yield settings), settings))
+        best = min(answers, key=lambda a: a[0])[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant")
+    parser.add_argument("--tokens", type=int, help="budget of a trial (default: the recipe's)")
+    args = parser.parse_args()
+    variant = resolve_variant(args.variant, "reference", tokens=args.tokens)
+    dataset, _ = prepare_dataset(load_corpus(), variant.model.vocab_size, cache_dir())
+    folder = Path(__file__).parent / "results"
+    partial = folder / f".{variant.name}.jsonl"
+    folder.mkdir(exist_ok=True)
+    done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
+    start = {
+        "batch_size": variant.train.batch_size,
+        "rate": 1.0,
+        "warmup_fraction": variant.train.warmup_fraction,
+        "schedule": variant.train.schedule,
+    }
+    trials: list[dict[str, Any]] = []
+    steps = search(start)
+    settings = next(steps)
+    while True:
+        trial = next((t for t in [*trials, *done] if t["settings"] == settings), None)
+        if trial is None:
+            trial = {"settings": settings, **run_trial(change(variant, settings), dataset)}
+            with partial.open("a") as file:
+                file.write(json.dumps(trial) + "\n")
+            print(json.dumps(trial), file=sys.stderr, flush=True)
+        if trial not in trials:
+            trials.append(trial)
+        try:
+            settings = steps.send(trial.get("val_loss", float("inf")))
+        except StopIteration:
+            break
+    best = min((t for t in trials if "val_loss" in t), key=lambda t: t["val_loss"])
+    text = render(variant, trials, best)
+    path = write_result(f"sweep-{variant.name}", {**describe_setting(), "trials": trials, "best": best}, text, folder)
+    partial.unlink()
+    print(path)
+
+
+def render(variant: VariantConfig, trials: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    rows = [
+        [
+            t["settings"]["batch_size"],
+            f"{variant.train.learning_rate * t['settings']['rate']:g}",
+            t["settings"]["warmup_fraction"],
+            t["settings"]["schedule"],
+            t.get("val_loss", t.get("failed")),
+            t.get("test_loss"),
+            "best" if t is best else "",
+        ]
+        for t in trials
+    ]
+    head = ["batch", "learning rate", "warm-up", "schedule", "validation loss", "test loss", ""]
+    setting = describe_setting()
+    return "\n".join(
+        [
+            f"# Sweep of {variant.name}",
+            "",
+            f"{len(trials)} trainings of {variant.train.tokens:,} tokens, seed 0; chosen on validation. The other"
+            " learning rates of the recipe move with the one shown. The spread between seeds is 0.02 to 0.04 nats:"
+            " smaller differences mean nothing.",
+            "",
+            f"Commit {setting['commit']}, {setting['environment']['cpu']['model']}, `{setting['command']}`.",
+            "",
+            tabulate(rows, head, tablefmt="github"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -121,9 +121,7 @@ def narrow_config(cfg: ModelConfig, width: int) -> ModelConfig:
     Raises `ConfigError` for a width that is not narrower or leaves no whole heads.
     """
     counts = {name: getattr(cfg, name) * width for name in ("num_heads", "num_kv_heads", "ff_dim")}
-    possible = [
-        w for w in range(1, cfg.dim) if not any(getattr(cfg, name) * w % cfg.dim for name in counts)
-    ]
+    possible = [w for w in range(1, cfg.dim) if not any(getattr(cfg, name) * w % cfg.dim for name in counts)]
     _require(width in possible, "width", width, f"one of {possible}" if possible else f"none (of {cfg.dim})")
     return replace(cfg, dim=width, **{name: count // cfg.dim for name, count in counts.items()})
 
@@ -395,13 +393,12 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
             merged[section] |= {**values.get(section, {}), **special.get(section, {})}
     if tokens is not None:
         merged["train"]["tokens"] = tokens
-    return build_from_mapping(
-        VariantConfig, {"name": name, **outer, **merged}, f"variant {name} at {preset_path.stem}"
-    )
+    return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, f"variant {name} at {preset_path.stem}")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The dataclass as nested plain values, without the fields that are None (TOML has no null)."""
+
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
         return {k: [*v] if isinstance(v, tuple) else v for k, v in items if v is not None}
 

@@ -158,9 +158,7 @@ def resolve_plan(options: RunOptions) -> RunPlan:
         share *= options.tokens / variants[0].train.tokens
     if share != 1.0:
         budgets = [int(v.train.tokens * share) for v in variants]
-        variants = [
-            resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)
-        ]
+        variants = [resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)]
     sizes = {v.model.vocab_size for v in variants}
     if len(sizes) > 1:
         raise ConfigError(f"variants: vocab_size differs ({sorted(sizes)}); one run has one tokenizer")

@@ -106,6 +106,7 @@ class Driver:
             for task in self.tasks:
                 self._recall(task)
             if self.waiting:
+                self.cluster.open()
                 self._look_at_cluster()
             while (self.waiting and not self.stopping) or self.works:
                 self._heed_signals()

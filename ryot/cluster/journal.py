@@ -152,6 +152,11 @@ class Journal:
                 return record
         return None
 
+    def has_ended(self, key: str, digest: str) -> bool:
+        """Whether a training with these inputs is done, or has failed for good."""
+        record = self.outcome(key, digest)
+        return record is not None and (record["record"] == "done" or record["final"])
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)

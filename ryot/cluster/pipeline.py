@@ -31,7 +31,7 @@ from ryot.cluster.exports import Exporter
 from ryot.cluster.jobs import DriverOptions, TrainResult, plan_job
 from ryot.cluster.journal import Journal, RunLock
 from ryot.cluster.measuring import measure_on_cluster
-from ryot.cluster.runtime import Cluster, ClusterOptions, open_cluster
+from ryot.cluster.runtime import Cluster, ClusterOptions, build_cluster
 from ryot.cluster.tuning import tune_on_cluster
 from ryot.config import KernelPlan, digest, replace
 from ryot.deploy.remeasure import spec_under
@@ -207,11 +207,7 @@ class _Run:
 
     def _train(self, dataset: Dataset) -> list[TrainResult]:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "inductor"))
-        with self._stage("cluster") as said:
-            cluster = open_cluster(self.settings.cluster, log_dir=self.run_dir / "logs")
-            nodes = cluster.nodes()
-            said["detail"] = f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
-        with cluster:
+        with build_cluster(self.settings.cluster, log_dir=self.run_dir / "logs") as cluster:
             self._tune(cluster, dataset)
             jobs = [
                 plan_job(
@@ -222,6 +218,8 @@ class _Run:
                 for variant in self.plan.variants
                 for seed in range(self.options.seeds)
             ]
+            if not all(self.journal.has_ended(j.key, j.digest) for j in jobs):
+                self._open(cluster)
             exporter = Exporter(
                 run_dir=self.run_dir,
                 plan=self.plan,
@@ -243,6 +241,14 @@ class _Run:
         self.forms, self.stages = exporter.forms, self.stages + exporter.stages
         return sorted(results, key=lambda r: ([v.name for v in self.plan.variants].index(r.variant), r.seed))
 
+    def _open(self, cluster: Cluster) -> None:
+        if cluster.is_open:
+            return
+        with self._stage("cluster") as said:
+            cluster.open()
+            nodes = cluster.nodes()
+            said["detail"] = f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
+
     def _tune(self, cluster: Cluster, dataset: Dataset) -> None:
         """Decide how every variant is trained and exported, before the first step, and write it down.
 
@@ -250,6 +256,8 @@ class _Run:
         """
         if self.plan.kernels:
             return
+        if self.options.tune and not self.options.quick and any(v.tune for v in self.plan.variants):
+            self._open(cluster)
         kernels: dict[str, KernelPlan] = {}
         inference: dict[str, InferencePlan] = {}
         cache_dir, threads = self.settings.cache_dir, self.options.threads

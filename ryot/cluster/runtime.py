@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ryot.cluster import keeper
 from ryot.cluster.address import probe_address, resolve_address
@@ -77,7 +77,7 @@ class Node:
 
 
 class Cluster:
-    """A connection to Ray: `EmbeddedCluster` or `JoinedCluster`, made by `open_cluster`."""
+    """A connection to Ray, opened when it is needed: `EmbeddedCluster` or `JoinedCluster`, made by `build_cluster`."""
 
     embedded: ClassVar[bool]
 
@@ -87,19 +87,23 @@ class Cluster:
         self.worker_env = {"GLIBC_TUNABLES": options.malloc_tunables} if options.malloc_tunables else {}
         """What the workers have in their environment because of us."""
         self.address = "local"
+        self.is_open = False
         self.start_s = 0.0
-        """Time from nothing to connected, importing Ray included."""
+        """Time from nothing to connected, importing Ray included; 0 for a cluster that was never needed."""
         self.shutdown_s = 0.0
         self.restarts = 0
         self._closing = contextlib.ExitStack()
 
     def open(self) -> None:
-        """Connect. Raises `ClusterError`."""
+        """Connect; does nothing when connected. Raises `ClusterError`."""
+        if self.is_open:
+            return
         self.log_dir.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
         with contextlib.ExitStack() as undo:
             self._open(undo)
             self._closing = undo.pop_all()
+        self.is_open = True
         self.start_s = time.monotonic() - begin
 
     def _open(self, undo: contextlib.ExitStack) -> None:
@@ -135,22 +139,10 @@ class Cluster:
             )
         return sorted(found, key=lambda n: (n.hostname, n.node_id))
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says about the cluster."""
-        import ray
-
-        return {
-            "embedded": self.embedded,
-            "address": self.address,
-            "ray": ray.__version__,
-            "nodes": [{"host": n.hostname, "ip": n.ip, "cpus": n.cpus, "gpus": n.gpus} for n in self.nodes()],
-            "worker_env": self.worker_env,
-            "start_s": round(self.start_s, 3),
-        }
-
     def shutdown(self) -> None:
         """Disconnect; an embedded cluster ends with all its processes and files. Does nothing the second time."""
         begin = time.monotonic()
+        self.is_open = False
         closing, self._closing = self._closing, contextlib.ExitStack()
         closing.close()
         self.shutdown_s += time.monotonic() - begin
@@ -268,13 +260,18 @@ class JoinedCluster(Cluster):
         )
 
 
+def build_cluster(options: ClusterOptions, *, log_dir: Path) -> Cluster:
+    """The cluster that `options` ask for, not yet started or joined; what Ray says goes to files in `log_dir`."""
+    return EmbeddedCluster(options, log_dir) if options.address is None else JoinedCluster(options, log_dir)
+
+
 def open_cluster(options: ClusterOptions, *, log_dir: Path) -> Cluster:
-    """Start or join Ray; what Ray says meanwhile goes to files in `log_dir`.
+    """The same, started or joined.
 
     The calling thread must live as long as an embedded cluster: Ray's processes ask the kernel to end them with the
     thread that started them. Raises `ClusterError`.
     """
-    cluster = EmbeddedCluster(options, log_dir) if options.address is None else JoinedCluster(options, log_dir)
+    cluster = build_cluster(options, log_dir=log_dir)
     cluster.open()
     return cluster
 

@@ -158,7 +158,9 @@ def ablation_columns(report: Report) -> list[Column]:
         Column("variant", "variant", tuple(r.name for r in rows), needed=True),
         Column("seeds", "seeds", tuple(str(len(r.val_loss)) for r in rows), right=True),
         Column("time", "time\ns", tuple(mean(r.train_wall_s) for r in rows), 1, needed=True),
-        Column("time_ratio", "of the\nbaseline", tuple(mean(r.train_wall_s) / mean(base.train_wall_s) for r in rows), 2),
+        Column(
+            "time_ratio", "of the\nbaseline", tuple(mean(r.train_wall_s) / mean(base.train_wall_s) for r in rows), 2
+        ),
         Column("loss", "val loss\nnats", tuple(mean(r.val_loss) for r in rows), 3, needed=True),
         Column("change", "change\nnats", tuple(mean(r.val_loss) - mean(base.val_loss) for r in rows), 3),
         Column("spread", "seeds from\nto", tuple(map(spread, rows))),

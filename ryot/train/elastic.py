@@ -47,7 +47,7 @@ def slice_state(cfg: ModelConfig, narrow: ModelConfig, state: Mapping[str, Tenso
 
 def _cut(cfg: ModelConfig, narrow: ModelConfig, name: str, tensor: Tensor) -> Tensor:
     d, f = narrow.dim, narrow.ff_dim
-    layer, _, kind = name.rpartition(".")
+    layer = name.rpartition(".")[0]
     if layer.endswith("attn.qkv"):
         q, k, v = tensor.split((cfg.dim, cfg.kv_dim, cfg.kv_dim))
         rows = torch.cat((q[:d], k[: narrow.kv_dim], v[: narrow.kv_dim]))

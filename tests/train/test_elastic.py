@@ -103,9 +103,9 @@ def test_an_elastic_training_resumes_bit_identical_and_is_cut_to_each_width(data
             # Rows of the table are scaled once in training and twice in the cut: fp32 rounding.
             expected = NarrowModel(whole.model, width, "sdpa")(ids)
             torch.testing.assert_close(cut(ids), expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ConfigError, match=rf"width: got 3, expected one of {sorted(widths)}".replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=r"width: got 3, expected one of \[16, 32\]"):
         slice_checkpoint(tmp_path / "full", 3, tmp_path / "none")
-    with pytest.raises(CheckpointError, match="training/state.json is missing"):
+    with pytest.raises(CheckpointError, match=r"training/state\.json is missing"):
         slice_checkpoint(tmp_path / f"{widths[0]}", 16, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -3,8 +3,8 @@
     python benchmarks/tuning/sweep.py baseline
     python benchmarks/tuning/sweep.py optimized
 
-Batch size and learning rate are searched together (a rate that suits one batch does not suit another), then warm-up and
-schedule, each from the best so far. A trial is a whole training with seed 0; the choice is made on the validation loss
+Batch size and learning rate are searched together (a rate that suits one batch does not suit another), then warm-up,
+schedule and AdamW's betas, each from the best so far. A trial is a whole training with seed 0; the choice is made on the validation loss
 alone, the test loss is written down beside it. Trials that the result file has are not run again.
 """
 
@@ -42,6 +42,7 @@ BATCH_SIZES = (8, 16, 32)
 RATE_FACTORS = (0.5, 1.0, 2.0)
 WARMUPS = (0.02, 0.1, 0.2)
 SCHEDULES = ("cosine", "linear-decay")
+BETAS = ((0.9, 0.999), (0.9, 0.95), (0.8, 0.98), (0.7, 0.97))
 
 
 def change(variant: VariantConfig, settings: dict[str, Any]) -> VariantConfig:
@@ -73,6 +74,7 @@ def search(start: dict[str, Any]) -> Iterator[dict[str, Any]]:
         [{"batch_size": b, "rate": r} for b in BATCH_SIZES for r in RATE_FACTORS],
         [{"warmup_fraction": w} for w in WARMUPS],
         [{"schedule": s} for s in SCHEDULES],
+        [{"beta1": a, "beta2": b} for a, b in BETAS],
     ]
     for stage in stages:
         answers = []
@@ -98,6 +100,8 @@ def main() -> None:
         "rate": 1.0,
         "warmup_fraction": variant.train.warmup_fraction,
         "schedule": variant.train.schedule,
+        "beta1": variant.train.beta1,
+        "beta2": variant.train.beta2,
     }
     trials: list[dict[str, Any]] = []
     steps = search(start)
@@ -129,13 +133,14 @@ def render(variant: VariantConfig, trials: list[dict[str, Any]], best: dict[str,
             f"{variant.train.learning_rate * t['settings']['rate']:g}",
             t["settings"]["warmup_fraction"],
             t["settings"]["schedule"],
+            f"{t['settings']['beta1']}, {t['settings']['beta2']}",
             t.get("val_loss", t.get("failed")),
             t.get("test_loss"),
             "best" if t is best else "",
         ]
         for t in trials
     ]
-    head = ["batch", "learning rate", "warm-up", "schedule", "validation loss", "test loss", ""]
+    head = ["batch", "learning rate", "warm-up", "schedule", "betas", "validation loss", "test loss", ""]
     setting = describe_setting()
     return "\n".join(
         [

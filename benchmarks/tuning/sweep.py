@@ -4,8 +4,8 @@
     python benchmarks/tuning/sweep.py optimized
 
 Batch size and learning rate are searched together (a rate that suits one batch does not suit another), then warm-up,
-schedule and AdamW's betas, each from the best so far. A trial is a whole training with seed 0; the choice is made on the validation loss
-alone, the test loss is written down beside it. Trials that the result file has are not run again.
+schedule and AdamW's betas, each from the best so far. A trial is a whole training with seed 0; the choice is made on
+the validation loss alone, the test loss is written down beside it. A search that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,14 @@ def change(variant: VariantConfig, settings: dict[str, Any]) -> VariantConfig:
     return replace(variant, train=replace(variant.train, **train))
 
 
-def run_trial(variant: VariantConfig, dataset: Dataset) -> dict[str, Any]:
+def load_dataset_of(variant: VariantConfig) -> Dataset:
+    return prepare_dataset(load_corpus(), variant.model.vocab_size, cache_dir())[0]
+
+
+def run_trial(variant: VariantConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """Train to the end; the final losses, or why there are none."""
-    trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
+    recipe, dataset = change(variant, settings), load_dataset_of(variant)
+    trainer = Trainer(TrainJob(variant=recipe, seed=0, dataset_dir=str(dataset.path)), recipe.kernels)
     losses: dict[str, float] = {}
     try:
         while not trainer.done:
@@ -63,62 +70,68 @@ def run_trial(variant: VariantConfig, dataset: Dataset) -> dict[str, Any]:
                 if isinstance(event, EvalEvent) and trainer.done:
                     losses[event.split] = round(event.loss, 4)
     except TrainingError as error:
-        return {"failed": str(error)}
-    return {"val_loss": losses["val"], "test_loss": losses["test"], "steps": trainer.num_steps}
+        return {"settings": settings, "failed": str(error)}
+    return {
+        "settings": settings,
+        "val_loss": losses["val"],
+        "test_loss": losses["test"],
+        "steps": trainer.num_steps,
+    }
 
 
-def search(start: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings to try, in order; the caller sends the best so far back after each stage."""
-    best = dict(start)
-    stages = [
-        [{"batch_size": b, "rate": r} for b in BATCH_SIZES for r in RATE_FACTORS],
-        [{"warmup_fraction": w} for w in WARMUPS],
-        [{"schedule": s} for s in SCHEDULES],
-        [{"beta1": a, "beta2": b} for a, b in BETAS],
-    ]
-    for stage in stages:
-        answers = []
-        for changes in stage:
-            settings = {**best, **changes}
-            answers.append(((yield settings), settings))
-        best = min(answers, key=lambda a: a[0])[1]
+#: The settings of each stage; a stage starts from the best of the one before.
+STAGES: list[list[dict[str, Any]]] = [
+    [{"batch_size": b, "rate": r} for b in BATCH_SIZES for r in RATE_FACTORS],
+    [{"warmup_fraction": w} for w in WARMUPS],
+    [{"schedule": s} for s in SCHEDULES],
+    [{"beta1": a, "beta2": b} for a, b in BETAS],
+]
+
+
+class Search:
+    """The trials of one variant, the finished ones also in a file, so that a search can be stopped."""
+
+    def __init__(self, variant: VariantConfig, file: Path, workers: int):
+        self.variant, self.file = variant, file
+        self.done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+    def run(self) -> list[dict[str, Any]]:
+        """All stages; returns the trials that they asked for."""
+        train = self.variant.train
+        best = {k: getattr(train, k) for k in ("batch_size", "warmup_fraction", "schedule", "beta1", "beta2")}
+        best["rate"] = 1.0
+        asked: list[dict[str, Any]] = []
+        for stage in STAGES:
+            settings = [{**best, **changes} for changes in stage]
+            missing = [s for s in settings if self._find(s) is None]
+            for future in as_completed([self.pool.submit(run_trial, self.variant, s) for s in missing]):
+                trial = future.result()
+                self.done.append(trial)
+                with self.file.open("a") as file:
+                    file.write(json.dumps(trial) + "\n")
+                print(json.dumps(trial), file=sys.stderr, flush=True)
+            trials = [t for s in settings if (t := self._find(s))]
+            best = min(trials, key=lambda t: t.get("val_loss", math.inf))["settings"]
+            asked += [t for t in trials if t not in asked]
+        return asked
+
+    def _find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        return next((t for t in self.done if t["settings"] == settings), None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant")
     parser.add_argument("--tokens", type=int, help="budget of a trial (default: the recipe's)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trials at the same time")
     args = parser.parse_args()
     variant = resolve_variant(args.variant, "reference", tokens=args.tokens)
-    dataset, _ = prepare_dataset(load_corpus(), variant.model.vocab_size, cache_dir())
+    load_dataset_of(variant)
     folder = Path(__file__).parent / "results"
-    partial = folder / f".{variant.name}.jsonl"
     folder.mkdir(exist_ok=True)
-    done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
-    start = {
-        "batch_size": variant.train.batch_size,
-        "rate": 1.0,
-        "warmup_fraction": variant.train.warmup_fraction,
-        "schedule": variant.train.schedule,
-        "beta1": variant.train.beta1,
-        "beta2": variant.train.beta2,
-    }
-    trials: list[dict[str, Any]] = []
-    steps = search(start)
-    settings = next(steps)
-    while True:
-        trial = next((t for t in [*trials, *done] if t["settings"] == settings), None)
-        if trial is None:
-            trial = {"settings": settings, **run_trial(change(variant, settings), dataset)}
-            with partial.open("a") as file:
-                file.write(json.dumps(trial) + "\n")
-            print(json.dumps(trial), file=sys.stderr, flush=True)
-        if trial not in trials:
-            trials.append(trial)
-        try:
-            settings = steps.send(trial.get("val_loss", float("inf")))
-        except StopIteration:
-            break
+    partial = folder / f".{variant.name}.jsonl"
+    trials = Search(variant, partial, args.workers).run()
     best = min((t for t in trials if "val_loss" in t), key=lambda t: t["val_loss"])
     text = render(variant, trials, best)
     path = write_result(f"sweep-{variant.name}", {**describe_setting(), "trials": trials, "best": best}, text, folder)

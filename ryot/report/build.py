@@ -20,6 +20,7 @@ from ryot.report.samples import TIMED, paired_ratio, samples_of, token_latencies
 from ryot.report.stats import (
     Interval,
     call_difference,
+    compare_means,
     describe_spread,
     median_of_rounds,
     percentiles,
@@ -236,6 +237,23 @@ def compare_variants(variants: Sequence[VariantRow]) -> list[Comparison]:
     return found
 
 
+def describe_losses(variants: Sequence[VariantRow]) -> list[str]:
+    """For each variant with several seeds, whether its final loss equals the baseline's, as a sentence."""
+
+    def losses(name: str) -> list[float]:
+        return [v.test_loss for v in variants if v.name == name and not v.failed and v.test_loss is not None]
+
+    base, lines = losses(BASELINE_VARIANT), []
+    for name in dict.fromkeys(v.name for v in variants if v.name != BASELINE_VARIANT):
+        if len(arm := losses(name)) > 1 and len(base) > 1:
+            found = compare_means(arm, base)
+            lines.append(
+                f"Final test loss of {name} minus {BASELINE_VARIANT}'s, over {len(arm)} seeds: {found.difference:+.3f}"
+                f" [{found.low:+.3f}, {found.high:+.3f}] nats (90 %): {found.verdict} at a margin of {found.margin:g}."
+            )
+    return lines
+
+
 def comparison(metric: str, a: str, b: str, interval: Interval, note: str = "") -> Comparison:
     """A comparison from a ratio's interval."""
     return Comparison(
@@ -315,6 +333,7 @@ def _warnings(report: Report, results: Sequence[Mapping[str, Any]], targets: Seq
     if report.quick:
         notes.append("Quick run with a small budget: not comparable with other reports.")
     notes += [f"{v.name} (seed {v.seed}) stopped: {v.failed}" for v in report.variants if v.failed]
+    notes += describe_losses(report.variants)
     notes += [
         f"{row.variant} {row.precision}: {row.reason}" for row in report.rows if row.reason and row.runs_ok < row.runs
     ]

@@ -114,6 +114,43 @@ def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval 
     return Interval(ratio, ratio * math.exp(-half), ratio * math.exp(half), min(left.rounds, right.rounds))
 
 
+#: Nats per token within which two final losses count as equal: one and a half times the spread between seeds.
+EQUIVALENCE_MARGIN = 0.05
+_T95: dict[int, float] = {
+    1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318, 5: 2.0150, 6: 1.9432, 8: 1.8595, 10: 1.8125, 20: 1.7247, 60: 1.6706,
+}  # fmt: skip
+_NORMAL95 = 1.6449
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Two one-sided tests at 5 % (Schuirmann 1987): the 90 % interval of a - b against a margin."""
+
+    difference: float
+    low: float
+    high: float
+    margin: float
+
+    @property
+    def verdict(self) -> Literal["equivalent", "lower", "higher", "undecided"]:
+        """`equivalent` when the interval lies inside the margin; else which side of 0 it lies on, if any."""
+        if -self.margin < self.low and self.high < self.margin:
+            return "equivalent"
+        return "lower" if self.high < 0 else "higher" if self.low > 0 else "undecided"
+
+
+def compare_means(a: Sequence[float], b: Sequence[float], margin: float = EQUIVALENCE_MARGIN) -> Equivalence:
+    """Whether the means of two sets of final losses agree within `margin` (Welch's interval); two of each at least."""
+    assert len(a) > 1 and len(b) > 1
+    ea, eb = (float(np.var(x, ddof=1)) / len(x) for x in (a, b))
+    variance = ea + eb
+    df = variance**2 / (ea**2 / (len(a) - 1) + eb**2 / (len(b) - 1)) if variance else float(len(a) + len(b) - 2)
+    inverse = [1 / d for d in reversed(_T95)]
+    half = float(np.interp(1 / df, [0.0, *inverse], [_NORMAL95, *reversed(_T95.values())])) * math.sqrt(variance)
+    difference = float(np.mean(a) - np.mean(b))
+    return Equivalence(difference, difference - half, difference + half, margin)
+
+
 Difference = Literal["lower", "higher", "no difference"]
 
 

@@ -189,6 +189,19 @@ def test_several_seeds_give_training_ratios_an_interval():
     assert (single.low, single.verdict, single.note) == (None, "single values", "concurrent")
 
 
+def test_final_losses_of_several_seeds_are_tested_for_equality_and_said():
+    def seeds(name, losses):
+        return [
+            VariantRow(name=name, seed=k, params=1, tokens=1, train_wall_s=1.0, val_loss=x, test_loss=x)
+            for k, x in enumerate(losses)
+        ]
+
+    report = make_report(variants=seeds("baseline", [4.00, 4.01, 4.02]) + seeds("optimized", [4.00, 4.01, 4.02]))
+    [line] = [n for n in report.notes if n.startswith("Final test loss")]
+    assert "over 3 seeds: +0.000 [-0.017, +0.017] nats (90 %): equivalent at a margin of 0.05." in line
+    assert not [n for n in make_report().notes if n.startswith("Final test loss")]
+
+
 def test_an_ablation_is_made_of_the_variants_named_for_it():
     def variant(name, seed, wall):
         return VariantRow(name=name, seed=seed, params=1, tokens=1, train_wall_s=wall, val_loss=4.0)

@@ -9,6 +9,7 @@ import pytest
 
 from ryot.report.stats import (
     call_difference,
+    compare_means,
     describe_spread,
     lag1_autocorrelation,
     median_of_rounds,
@@ -147,3 +148,13 @@ def test_slow_waves_show_as_autocorrelation_even_beside_an_outlier():
 
 def test_median_of_rounds_weighs_processes_not_samples():
     assert median_of_rounds([[1.0] * 100, [2.0], [3.0]]) == 2.0
+
+
+def test_means_are_equivalent_only_when_the_whole_interval_lies_inside_the_margin():
+    # Welch by hand: both variances 1e-4, standard error sqrt(2e-4 / 3), df 4, t(0.95, 4) = 2.1318.
+    found = compare_means([4.00, 4.01, 4.02], [4.00, 4.01, 4.02])
+    assert found.high == pytest.approx(2.1318 * math.sqrt(2e-4 / 3), rel=1e-3)
+    assert (found.difference, found.verdict) == (0, "equivalent")
+    assert compare_means([4.00, 4.10, 4.05], [4.00, 4.10, 4.05]).verdict == "undecided"
+    assert compare_means([3.50, 3.51, 3.52], [4.00, 4.01, 4.02]).verdict == "lower"
+    assert compare_means([4.00, 4.01, 4.02], [3.50, 3.51, 3.52]).verdict == "higher"

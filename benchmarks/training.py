@@ -1,0 +1,229 @@
+"""How much training time does `optimized` need for the baseline's held-out loss, and what else does it buy?
+
+    python benchmarks/training.py [--seeds 3] [--skip-small]
+
+Every training is a process of its own on one core with nothing beside it, the arms in turn; the same malloc and thread
+settings for all. Time is that of the steps, evaluation excluded. *Time to the baseline's loss* is the time of a whole
+training, with its own budget and schedule, that ends at or below the mean test loss of the baseline's seeds. A third
+arm is a minimal GPT-2 (`minimal_gpt.py`). What is asked of the figures stands beside them in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from record import describe_setting, write_result
+from tabulate import tabulate
+
+from ryot.cli.options import cache_dir
+from ryot.cluster.runtime import MALLOC_TUNABLES
+from ryot.config import resolve_variant
+from ryot.report.stats import compare_means
+from ryot.train.corpus import load_corpus
+from ryot.train.dataset import prepare_dataset
+
+WORKER = Path(__file__).with_name("training_worker.py")
+SMALL_TOKENS = 600_000
+TAX_STEPS = 60
+
+
+class Bench:
+    """Starts the workers and keeps what they found, written down after each."""
+
+    def __init__(self, core: int, scratch: Path):
+        self.core, self.scratch = core, scratch
+        self.runs: list[dict[str, Any]] = []
+        self.datasets: dict[str, str] = {}
+
+    def work(self, kind: str, arm: str, preset: str = "reference", **more: Any) -> dict[str, Any]:
+        """One worker's answer."""
+        job = {"kind": kind, "arm": arm, "preset": preset, "dataset": self.dataset(preset), **more}
+        done = subprocess.run(
+            ["taskset", "-c", str(self.core), sys.executable, WORKER, json.dumps(job)],
+            env={**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        answer: dict[str, Any] = json.loads(done.stdout)
+        run = {**{k: v for k, v in job.items() if k not in ("dataset", "cache")}, **answer}
+        self.runs.append(run)
+        if "test_loss" in answer:
+            print(
+                f"{preset} {arm} seed {more['seed']}: {answer['tokens']:,} tokens, {answer['train_wall_s']:.1f} s,"
+                f" val {answer['val_loss']:.4f}, test {answer['test_loss']:.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return run
+
+    def dataset(self, preset: str) -> str:
+        if preset not in self.datasets:
+            vocab_size = resolve_variant("baseline", preset).model.vocab_size
+            self.datasets[preset] = str(prepare_dataset(load_corpus(), vocab_size, cache_dir())[0].path)
+        return self.datasets[preset]
+
+    def tune(self, preset: str) -> tuple[dict[str, Any], float]:
+        """The kernels chosen with an empty cache, and the seconds that took."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as cache:
+            found = self.work("tune", "optimized", preset, cache=cache)
+        return found["plan"], found["tune_s"]
+
+
+def speed(run: dict[str, Any]) -> float:
+    return float(run["tokens"] / run["train_wall_s"])
+
+
+def mean(values: list[float]) -> str:
+    """Mean and range."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument("--skip-small", action="store_true", help="leave out the preset small")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="training-") as scratch:
+        bench = Bench(args.core, Path(scratch))
+        text = measure(bench, args.seeds, small=not args.skip_small)
+    setting = describe_setting()
+    title = f"# Training, {setting['environment']['cpu']['model']}, commit {setting['commit']}"
+    text = f"{title}\n\n`{setting['command']}`\n\n{text}"
+    print(write_result("training", {**setting, "runs": bench.runs}, text))
+
+
+def measure(bench: Bench, seeds: int, *, small: bool) -> str:
+    plan, tune_s = bench.tune("reference")
+    base: list[dict[str, Any]] = []
+    fast: list[dict[str, Any]] = []
+    gpts: list[dict[str, Any]] = []
+    quarters: list[dict[str, Any]] = []
+    for seed in range(seeds):
+
+        def run(arm: str, seed: int = seed, **more: Any) -> dict[str, Any]:
+            if arm == "optimized":
+                more["plan"] = plan
+            return bench.work("gpt" if arm == "gpt" else "train", arm, seed=seed, **more)
+
+        base.append(run("baseline"))
+        fast.append(run("optimized"))
+        quarter = int(0.25 * base[0]["train_wall_s"] * speed(fast[0]))
+        quarters.append(run("optimized", tokens=quarter))
+        gpts.append(run("gpt", tokens=base[0]["tokens"]))
+    equal_tokens = bench.work("train", "optimized", seed=0, plan=plan, tokens=base[0]["tokens"])
+    equal_time = bench.work(
+        "train", "optimized", seed=0, plan=plan, tokens=int(base[0]["train_wall_s"] * speed(fast[0]))
+    )
+    tax = bench.work("tax", "optimized", plan=plan, steps=TAX_STEPS)
+    rows, notes = verdicts(base, fast, quarters, tune_s, tax)
+    if small:
+        rows += measure_small(bench)
+    every = [*zip(["baseline"] * seeds, base), *zip(["optimized"] * seeds, fast), *zip(["minimal GPT"] * seeds, gpts)]
+    every += [("optimized, a quarter of the baseline's time", q) for q in quarters]
+    every += [("optimized, equal tokens", equal_tokens), ("optimized, equal time", equal_time)]
+    table = [
+        [
+            name,
+            r["seed"],
+            f"{r['params'] / 1e6:.2f}",
+            f"{r['tokens'] / 1e3:.0f}",
+            f"{r['train_wall_s']:.1f}",
+            f"{speed(r):.0f}",
+            f"{r['val_loss']:.4f}",
+            f"{r['test_loss']:.4f}",
+        ]
+        for name, r in every
+    ]
+    head = ["arm", "seed", "params (M)", "tokens (k)", "time (s)", "tok/s", "val loss", "test loss"]
+    return "\n\n".join(
+        [
+            tabulate(rows, ["what", "measured", "asked", ""], tablefmt="github"),
+            "\n".join(notes),
+            "## Every training",
+            tabulate(table, head, tablefmt="github", disable_numparse=True),
+        ]
+    )
+
+
+def verdicts(
+    base: list[dict[str, Any]],
+    fast: list[dict[str, Any]],
+    quarters: list[dict[str, Any]],
+    tune_s: float,
+    tax: dict[str, Any],
+) -> tuple[list[list[str]], list[str]]:
+    def losses(runs: list[dict[str, Any]], split: str = "test") -> list[float]:
+        return [r[f"{split}_loss"] for r in runs]
+
+    goal = statistics.fmean(losses(base))
+    reached = statistics.fmean(losses(fast)) <= goal
+    ratios = [f["train_wall_s"] / b["train_wall_s"] for f, b in zip(fast, base)]
+    cold = [(f["train_wall_s"] + f["compile_s"] + tune_s) / b["train_wall_s"] for f, b in zip(fast, base)]
+    gains = [b - q for b, q in zip(losses(base), losses(quarters))]
+    fewer = 1 - fast[0]["params"] / base[0]["params"]
+    speeds = [speed(f) / speed(b) for f, b in zip(fast, base)]
+    plain = statistics.median(tax["seconds"]["plain"])
+    same, chosen = (statistics.median(tax["seconds"][k]) for k in ("trainer", "trainer, chosen kernels"))
+    rows = [
+        row("baseline's validation loss", losses(base, "val"), "<= 4.00", lambda x: x <= 4.0),
+        row("time to the baseline's test loss, share of its time", ratios, "<= 0.15", lambda x: reached and x <= 0.15),
+        row("the same with kernels chosen from an empty cache", cold, "<= 0.25", lambda x: reached and x <= 0.25),
+        row("at a quarter of its time: nats better", gains, ">= 0.3", lambda x: x >= 0.3),
+        row("share of parameters saved", [fewer], ">= 0.30", lambda x: x >= 0.3),
+        row("tok/s, ratio to the baseline", speeds, ">= 1.7", lambda x: x >= 1.7),
+        row("tok/s, ratio to a plain loop of the same step", [plain / same], ">= 0.9", lambda x: x >= 0.9),
+        ["the same with the kernels chosen", f"{plain / chosen:.3f}", "", ""],
+    ]
+    notes = [
+        f"Mean test loss: baseline {goal:.4f}, optimized {statistics.fmean(losses(fast)):.4f}:"
+        f" the baseline's loss is {'reached' if reached else 'NOT reached'}.",
+        f"Choosing kernels took {tune_s:.1f} s. Trainer and plain loop end with"
+        f" {'equal' if tax['equal_weights'] else 'DIFFERENT'} weights after {TAX_STEPS} steps of the same kernels.",
+    ]
+    if len(base) > 1:
+        same_loss = compare_means(losses(fast), losses(base))
+        notes.append(
+            f"Final test loss, optimized minus baseline: {same_loss.difference:+.4f} [{same_loss.low:+.4f},"
+            f" {same_loss.high:+.4f}] nats (90 %): {same_loss.verdict} at a margin of {same_loss.margin}."
+        )
+    return rows, notes
+
+
+def row(what: str, values: list[float], asked: str, holds: Callable[[float], bool]) -> list[str]:
+    return [what, mean(values), asked, "yes" if holds(statistics.fmean(values)) else "NO"]
+
+
+def measure_small(bench: Bench) -> list[list[str]]:
+    """The preset small: the baseline with 600 k tokens, and the budget that optimized needs for its loss."""
+    plan, _ = bench.tune("small")
+    base = bench.work("train", "baseline", "small", seed=0, tokens=SMALL_TOKENS)
+    share = resolve_variant("optimized", "small").train.tokens / resolve_variant("baseline", "small").train.tokens
+    fast = bench.work("train", "optimized", "small", seed=0, plan=plan, tokens=int(share * SMALL_TOKENS))
+    reached = fast["test_loss"] <= base["test_loss"]
+    words = f"small, test loss {fast['test_loss']:.3f} against {base['test_loss']:.3f}"
+    return [
+        row(
+            f"{words}: share of the time",
+            [fast["train_wall_s"] / base["train_wall_s"]],
+            "<= 0.25",
+            lambda x: reached and x <= 0.25,
+        ),
+        row("small: tok/s, ratio to the baseline", [speed(fast) / speed(base)], ">= 1.7", lambda x: x >= 1.7),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -53,9 +53,7 @@ def penalize_repetition(logits_V: np.ndarray, seen: Sequence[int], penalty: floa
 def reference_choice(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:
     """The id at the point `uniform`, from 0 to below 1, of the cut distribution: the definition, by sorting all."""
     order = np.argsort(-logits_V, kind="stable")[: params.top_k or None]
-    weights_V = _weights(logits_V, params.temperature)
-    # The sum is taken in the order of ids, so that it does not depend on how far anyone sorted.
-    probabilities = weights_V[order] / weights_V[np.sort(order)].sum()
+    probabilities = _probabilities(logits_V, order, params)
     cumulative = probabilities.cumsum()
     keep = min(_kept(probabilities, cumulative, params), order.size)
     mass = cumulative[keep - 1] if keep < order.size else 1.0
@@ -68,9 +66,7 @@ def choose_token(logits_V: np.ndarray, params: SamplingParams, uniform: float) -
     if logits_V.size <= head or params.top_k > head:
         return reference_choice(logits_V, params, uniform)
     order = _best(logits_V, head)
-    weights_V = _weights(logits_V, params.temperature)
-    total = weights_V[np.sort(order)].sum() if params.top_k else weights_V.sum()
-    probabilities = weights_V[order] / total
+    probabilities = _probabilities(logits_V, order, params)
     cumulative = probabilities.cumsum()
     keep = _kept(probabilities, cumulative, params)
     if keep < head or (keep == head and not params.top_k):
@@ -92,9 +88,23 @@ def _best(logits_V: np.ndarray, k: int) -> np.ndarray:
     return np.concatenate([above[np.argsort(-logits_V[above], kind="stable")], equal])
 
 
-def _weights(logits_V: np.ndarray, temperature: float) -> np.ndarray:
+def _probabilities(logits_V: np.ndarray, order: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The probabilities of the tokens `order` among those that top-k leaves: `order` itself, or all without top-k.
+
+    The sum is taken in the order of ids, so that it does not depend on how far anyone sorted.
+    """
+    if not params.top_k:
+        weights_V = _weights(logits_V, params.temperature)
+        return weights_V[order] / weights_V.sum()
+    by_id = np.argsort(order)
+    weights = np.empty(order.size)
+    weights[by_id] = ascending = _weights(logits_V[order[by_id]], params.temperature)
+    return weights / ascending.sum()
+
+
+def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
     """exp of the scaled logits in float64, the best one being 1."""
-    logits = logits_V.astype(np.float64)
+    logits = logits.astype(np.float64)
     return np.exp((logits - logits.max()) / temperature)
 
 

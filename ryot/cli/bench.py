@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from ryot.cli.options import HELP, CommaList, verbose_option
+from ryot.cli.options import HELP, CommaList, format_option, verbose_option
 
 _SCHEMA = 1
 
@@ -35,14 +35,7 @@ _INTS = CommaList(_positive)
 @click.option(
     "-r", "--repetitions", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Fresh processes"
 )
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(["table", "md", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="Output",
-)
+@format_option("table", "md", "csv", "json")
 @verbose_option
 def command(
     bundles: tuple[Path, ...],

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, verbose_option
+from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, format_option, verbose_option
 
 #: Options that a run folder fixes: with --resume they cannot be given again.
 _FIXED = (
@@ -108,14 +108,7 @@ _FIXED = (
     show_default=True,
     help="Checkpoints of each training that stay on disk",
 )
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(["table", "md", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="Output",
-)
+@format_option("table", "md", "csv", "json")
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan as TOML and stop")
 @verbose_option
 @click.pass_context

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ryot.cli.options import HELP, verbose_option
+from ryot.cli.options import HELP, format_option, verbose_option
 
 _EXISTING = click.Path(exists=True, path_type=Path)
 
@@ -26,14 +26,7 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option(
     "--rounds", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measurement"
 )
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(["table", "md", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="Output",
-)
+@format_option("table", "md", "csv", "json")
 @verbose_option
 def command(
     a: Path,

@@ -10,13 +10,13 @@ import sys
 
 import click
 
-from ryot.cli.options import HELP, cache_dir, verbose_option
+from ryot.cli.options import HELP, cache_dir, format_option, verbose_option
 
 _PACKAGES = ("ryot", "numpy", "onnxruntime", "tokenizers", "torch", "onnx", "ray", "matplotlib")
 
 
 @click.command("doctor", context_settings=HELP)
-@click.option("--format", "fmt", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@format_option("table", "json")
 @verbose_option
 def command(fmt: str) -> None:
     """Show CPU, instruction sets, cores, memory, versions, and what would be used.

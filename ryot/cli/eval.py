@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ryot.cli.options import HELP, data_option, verbose_option
+from ryot.cli.options import HELP, data_option, format_option, verbose_option
 
 
 @click.command("eval", context_settings=HELP)
@@ -27,9 +27,7 @@ from ryot.cli.options import HELP, data_option, verbose_option
     show_default=True,
     help="Tokens to score, at least",
 )
-@click.option(
-    "--format", "fmt", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output"
-)
+@format_option("table", "json")
 @verbose_option
 def command(bundle: Path, reference: Path | None, data: tuple[str, ...], tokens: int, fmt: str) -> None:
     """Score a bundle on text: bits per byte, and KL and top-1 agreement against another bundle.

@@ -66,6 +66,13 @@ def precisions_option(default: str) -> Callable[[F], F]:
     )
 
 
+def format_option(*formats: str) -> Callable[[F], F]:
+    """`--format`, one of `formats`; the first is the default."""
+    return click.option(
+        "--format", "fmt", type=click.Choice(formats), default=formats[0], show_default=True, help="Output"
+    )
+
+
 def preset_option(function: F) -> F:
     """`--preset NAME|FILE`."""
     return click.option(

@@ -8,20 +8,13 @@ from typing import Any
 
 import click
 
-from ryot.cli.options import HELP, verbose_option
+from ryot.cli.options import HELP, format_option, verbose_option
 
 
 @click.command("reproduce", context_settings=HELP)
 @click.argument("report", type=click.Path(exists=True, path_type=Path))
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Rounds  [default: as many as the report has]")
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(["table", "md", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="Output",
-)
+@format_option("table", "md", "csv", "json")
 @verbose_option
 def command(report: Path, rounds: int | None, fmt: Any) -> int:
     """Measure every form of a run (or a bundle) again, as it was measured, and compare with its report.

@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from ryot.cli.options import HELP, verbose_option
+from ryot.cli.options import HELP, format_option, verbose_option
 
-_FORMAT = click.option(
-    "--format", "fmt", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output"
-)
+_FORMAT = format_option("table", "json")
 
 
 @click.group("runs", context_settings=HELP, invoke_without_command=True)

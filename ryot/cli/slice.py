@@ -27,7 +27,7 @@ def command(checkpoint: Path, width: int, output: Path) -> None:
     Example: ryot-deploy slice /tmp/elastic --width 64 -o /tmp/elastic-64
     """
     check_output_folder(output)
-    from ryot.train.elastic import slice_checkpoint
+    from ryot.optimize.compression import slice_checkpoint
 
     if output.exists():
         output.rmdir()

@@ -6,19 +6,12 @@ from typing import Any
 
 import click
 
-from ryot.cli.options import HELP, verbose_option
+from ryot.cli.options import HELP, format_option, verbose_option
 
 
 @click.command("targets", context_settings=HELP)
 @click.argument("names", nargs=-1)
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(["table", "md", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="Output",
-)
+@format_option("table", "md", "csv", "json")
 @verbose_option
 def command(names: tuple[str, ...], fmt: Any) -> None:
     """List the targets, or show the named ones (names or TOML files) with the source of every number.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ryot.cli.options import HELP, cache_dir, data_option, preset_option, verbose_option
+from ryot.cli.options import HELP, cache_dir, data_option, format_option, preset_option, verbose_option
 
 
 @click.command("tune", context_settings=HELP)
@@ -24,9 +24,7 @@ from ryot.cli.options import HELP, cache_dir, data_option, preset_option, verbos
     help="Which half to measure",
 )
 @click.option("--again", is_flag=True, help="Measure although a decision is cached")
-@click.option(
-    "--format", "fmt", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output"
-)
+@format_option("table", "json")
 @verbose_option
 def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what: str, again: bool, fmt: str) -> None:
     """Time real candidates for training steps and for inference on this machine, and show what is chosen and why.

@@ -71,9 +71,7 @@ def plan_job(job: TrainJob, plan: KernelPlan, *, workers: int = 1) -> PlannedJob
     """
     check_shares(job, workers)
     corpus = load_dataset(Path(job.dataset_dir)).corpus_sha256
-    # One worker is left out, so that digests are those of runs from before there were ranks.
-    ranks = [workers] if workers > 1 else []
-    inputs = digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__, *ranks)
+    inputs = digest(to_mapping(job.variant), job.seed, corpus, to_mapping(plan), ryot.__version__, workers)
     return PlannedJob(job, plan, inputs, workers)
 
 

@@ -11,15 +11,11 @@ method is Matryoshka representation learning (Kusupati et al. 2022, arXiv:2205.1
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ryot.config import Attention, ModelConfig, narrow_config
-from ryot.errors import ConfigError
-from ryot.train.checkpoint import load_model, load_tokenizer, load_training_state, save_checkpoint
 from ryot.train.model import Decoder
 
 
@@ -61,27 +57,3 @@ def _cut(cfg: ModelConfig, narrow: ModelConfig, name: str, tensor: Tensor) -> Te
     if tensor.ndim == 1:
         return rows
     return rows[:, : f if layer.endswith(".down") else d]
-
-
-def slice_checkpoint(checkpoint: Path, width: int, output: Path) -> ModelConfig:
-    """Write the model of `width` inside `checkpoint` as a checkpoint of its own; returns its shape.
-
-    It has no training state: it is to be exported, not trained further. Raises `ConfigError` for a width that the
-    checkpoint was not trained for and `CheckpointError` for a checkpoint that cannot be read.
-    """
-    recipe = load_training_state(checkpoint)[0]["identity"]["variant"]["train"]
-    widths = recipe.get("elastic_widths", [])
-    if width not in widths:
-        can_be = f"one of {sorted(widths)}" if widths else "none: this checkpoint was not trained to be cut"
-        raise ConfigError(
-            f"width: got {width}, expected {can_be}", hint="train with elastic_widths, as variants/elastic.toml does"
-        )
-    model = load_model(checkpoint)
-    narrow = narrow_config(model.cfg, width)
-    state = slice_state(model.cfg, narrow, {name: p.detach() for name, p in model.named_parameters()})
-    if recipe["normalize_embedding"]:
-        state["embedding.weight"] = F.rms_norm(state["embedding.weight"], (width,))
-    save_checkpoint(
-        output, cfg=narrow, state=state, tokenizer_json=load_tokenizer(checkpoint).to_str(pretty=True).encode()
-    )
-    return narrow

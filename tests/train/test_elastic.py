@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from ryot.config import ModelConfig, VariantConfig, narrow_config, replace
 from ryot.errors import CheckpointError, ConfigError
+from ryot.optimize.compression import slice_checkpoint
 from ryot.train.checkpoint import load_model, read_model_config
 from ryot.train.dataset import Batches, Dataset
-from ryot.train.elastic import NarrowModel, slice_checkpoint, slice_state
+from ryot.train.elastic import NarrowModel, slice_state
 from ryot.train.loop import Trainer, TrainJob, TrainStep
 from ryot.train.model import Decoder
 from tests.conftest import CONTEXT, tiny_variant

@@ -3,7 +3,7 @@
     python benchmarks/elastic.py [--seeds 2]
 
 Trains the recipe `elastic` at the reference preset, cuts its checkpoint to every width it was trained for, and trains
-each of these shapes by itself with the same recipe, budget and seed. Losses are over the windows that a training's final losses are over.
+each of these shapes by itself with the same recipe, budget and seed. Losses are taken as at the end of any training.
 """
 
 from __future__ import annotations

@@ -74,3 +74,39 @@ def test_every_error_crosses_processes_with_its_hint_and_is_drawn_in_the_tree() 
         again = pickle.loads(pickle.dumps(cls("what", hint="next")))
         assert (type(again), str(again), again.hint) == (cls, "what", "next")
         assert cls.__name__ in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("preset", list_named("presets"))
+def test_the_baseline_with_all_optimizations_is_the_optimized_recipe(preset: str) -> None:
+    own = {"name": "", "summary": ""}
+    everything = to_mapping(resolve_variant("baseline+all", preset, tokens=10_000_000)) | own
+    assert everything == to_mapping(resolve_variant("optimized", preset, tokens=10_000_000)) | own
+
+
+@pytest.mark.parametrize("preset", list_named("presets"))
+@pytest.mark.parametrize("part", list_named("optimizations"))
+def test_each_optimization_alone_changes_the_baseline_and_keeps_its_budget(part: str, preset: str) -> None:
+    base, changed = resolve_variant("baseline", preset), resolve_variant(f"baseline+{part}", preset)
+    assert changed.name == f"baseline+{part}"
+    assert changed.train.tokens == base.train.tokens
+    assert (changed.model, changed.train, changed.kernels, changed.tune) != (
+        base.model,
+        base.train,
+        base.kernels,
+        base.tune,
+    )
+
+
+def test_an_ablation_trains_the_baseline_each_part_alone_and_all_with_one_budget() -> None:
+    plan = resolve_plan(RunOptions(ablate=True, tokens=400_000))
+    names = [v.name for v in plan.variants]
+    assert names == ["baseline", *(f"baseline+{p}" for p in list_named("optimizations")), "baseline+all"]
+    assert {v.train.tokens for v in plan.variants} == {400_000}
+    assert plan.precisions("baseline") == ("fp32",)
+    with pytest.raises(ConfigError, match="--ablate names them itself"):
+        RunOptions(ablate=True, variants=("optimized",))
+
+
+def test_an_unknown_optimization_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="optimization: 'rate' is not known; did you mean 'rates'"):
+        resolve_variant("baseline+rate", "reference")

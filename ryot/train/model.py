@@ -196,10 +196,11 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def start_final_norm(self, size: float, *, alternate: bool) -> None:
         """Set the first weights of the norm before the head, every second one negative if `alternate`."""
-        if self.final_norm is not None:
-            self.final_norm.weight.fill_(size)
-            if alternate:
-                self.final_norm.weight[::2].neg_()
+        # `opt` has none of its own: its last layer ends with one.
+        weight = (self.layers[-1].ff_norm if self.final_norm is None else self.final_norm).weight
+        weight.fill_(size)
+        if alternate:
+            weight[::2].neg_()
 
     @torch.no_grad()
     def _initialize(self) -> None:

@@ -196,8 +196,10 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def start_final_norm(self, size: float, *, alternate: bool) -> None:
         """Set the first weights of the norm before the head, every second one negative if `alternate`."""
+        last = self.layers[-1]
+        assert isinstance(last, (OptLayer, LlamaLayer))
         # `opt` has none of its own: its last layer ends with one.
-        weight = (self.layers[-1].ff_norm if self.final_norm is None else self.final_norm).weight
+        weight = (self.final_norm or last.ff_norm).weight
         weight.fill_(size)
         if alternate:
             weight[::2].neg_()

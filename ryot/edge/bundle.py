@@ -3,16 +3,17 @@
 A bundle is a folder. `ryot_manifest.json` names every other file with its size and sha256, describes the model and
 its graphs, and carries golden prompts that say what the model must answer. `record.json`, where present, holds
 what was measured; it is the one file that the manifest does not name. The writing side is `ryot/deploy/bundle.py`.
+
+A device starts cold with this module, so it imports little: a `dataclass` would bring in `inspect` and what that needs,
+a third of the time until the first token of a small model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ryot.errors import BundleError
 
@@ -26,11 +27,12 @@ TOKENIZER_NAME = "tokenizer.json"
 #: Roles in the manifest's `graphs`; `prefill` and `decode` name the same file when one session does both.
 GRAPH_ROLES = ("standard", "prefill", "decode")
 KV_DTYPES = ("float32", "int8")
+#: Up to here hashing with Python's own slower sha256 costs less than loading OpenSSL: 5 MB and some 5 ms.
+SMALL_FILE_BYTES = 4_000_000
 REBUILD_HINT = "export it again with 'ryot-deploy export', or copy it to the device again"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
+class ModelShape(NamedTuple):
     """The decoder's sizes, as the manifest's `model` table has them."""
 
     architecture: str
@@ -52,16 +54,14 @@ class ModelShape:
         return 2 * self.num_layers * batch_size * self.num_kv_heads * length * self.head_dim * value_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
+class FileEntry(NamedTuple):
     """What the manifest says about one file."""
 
     sha256: str
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GoldenPrompt:
+class GoldenPrompt(NamedTuple):
     """A prompt with the greedy tokens of the reference and, for each, the margin between its two best logits."""
 
     ids: tuple[int, ...]
@@ -69,8 +69,7 @@ class GoldenPrompt:
     margins: tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """A bundle whose manifest was read; `verified` says whether every file was hashed."""
 
     path: Path
@@ -93,7 +92,7 @@ class Bundle:
     """Margin below which the reference's own choice of token may differ on another CPU."""
     prompts: tuple[tuple[int, ...], ...]
     """Held-out prompts of the context's length, for measuring."""
-    manifest: Mapping[str, Any] = field(repr=False)
+    manifest: Mapping[str, Any]
     """The whole manifest: quantization, quality, provenance, config, opset."""
     verified: bool
 
@@ -149,8 +148,22 @@ def check_onnxruntime(installed: str, required: str) -> None:
 
 def hash_file(path: Path) -> str:
     """sha256 of the file's bytes, in hex."""
+    if path.stat().st_size <= SMALL_FILE_BYTES and (sha256 := _builtin_sha256()):
+        return str(sha256(path.read_bytes()).hexdigest())
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _builtin_sha256() -> Any:
+    """Python's own implementation, None where it was built without; `hashlib` would load OpenSSL."""
+    for name in ("_sha2", "_sha256"):  # since 3.12, and before
+        try:
+            return __import__(name).sha256
+        except ImportError:
+            continue
+    return None
 
 
 def _version_tuple(version: str) -> tuple[int, ...]:
@@ -185,8 +198,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle:
     shape = manifest["model"]
-    types = ModelShape.__annotations__
-    model = ModelShape(**{name: _typed(shape[name], types[name], f"model.{name}") for name in types})
+    kinds = dict.fromkeys(ModelShape._fields, "int") | {"architecture": "str", "tie_embeddings": "bool"}
+    model = ModelShape(**{name: _typed(shape[name], kind, f"model.{name}") for name, kind in kinds.items()})
     files = {
         name: FileEntry(sha256=_typed(f["sha256"], "str", name), bytes=_typed(f["bytes"], "int", name))
         for name, f in manifest["files"].items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -200,6 +199,8 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
 
 def describe_results(results: Sequence[MeasureResult]) -> list[str]:
     """The figures of one arm, a line each: the median over processes of each process's median, and the extremes."""
+    import statistics  # slow to import, and generating text does without
+
     good = [r for r in results if r.ok]
     lines = [f"round {r.round}: {r.reason}" for r in results if not r.ok]
     if not good:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 from ryot.edge.bundle import Bundle
 from ryot.edge.engine import Engine, EngineUnavailable
 from ryot.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 #: `auto` takes `capi` where it works and says so where it does not.
 ENGINES = ("auto", "capi", "python")
@@ -31,7 +27,11 @@ def open_decoder(
         except EngineUnavailable as error:
             if engine == "capi":
                 raise
-            log.warning("%s; going on with onnxruntime's Python binding, which is slower", error)
+            import logging  # not needed where all is well, and slow to import
+
+            logging.getLogger(__name__).warning(
+                "%s; going on with onnxruntime's Python binding, which is slower", error
+            )
     from ryot.edge.session import Decoder
 
     return Decoder(bundle, threads=threads, batch_size=batch_size, max_len=max_len)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -160,7 +159,7 @@ def test_the_end_of_text_ends_a_row_and_leaves_the_others(bundle: Bundle, tokeni
         Decoder(bundle, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20, ignore_eos=True
     )
     eos = next(t for t in free[0].tokens[2:] if t not in free[1].tokens)
-    ending = dataclasses.replace(bundle, eos_token_ids=(eos,))
+    ending = bundle._replace(eos_token_ids=(eos,))
     ended = generate_batch(Decoder(ending, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20)
     assert ended[0].tokens == free[0].tokens[: free[0].tokens.index(eos) + 1]
     assert [c.finish_reason for c in ended] == ["eos", "length"]
@@ -197,8 +196,8 @@ def test_golden_prompts_pass_on_the_machine_that_made_them(bundle: Bundle, decod
 
 
 def with_golden(bundle: Bundle, **changes: object) -> Bundle:
-    golden = dataclasses.replace(bundle.golden[0], **changes)
-    return dataclasses.replace(bundle, golden=(golden,))
+    golden = bundle.golden[0]._replace(**changes)
+    return bundle._replace(golden=(golden,))
 
 
 def test_a_wrong_golden_token_is_found_where_the_margin_is_clear(bundle: Bundle) -> None:
@@ -218,11 +217,11 @@ def test_nothing_is_compared_from_the_first_unclear_margin_on(bundle: Bundle) ->
 
 
 def test_a_bundle_without_golden_prompts_compares_nothing(bundle: Bundle) -> None:
-    assert check_golden(Decoder(dataclasses.replace(bundle, golden=()))) == 0
+    assert check_golden(Decoder(bundle._replace(golden=()))) == 0
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bundle: Bundle) -> None:
-    small = dataclasses.replace(bundle, model=dataclasses.replace(bundle.model, vocab_size=200))
+    small = bundle._replace(model=bundle.model._replace(vocab_size=200))
     with pytest.raises(BundleError, match="has 300 tokens, the model has 200"):
         load_tokenizer(small)
 

@@ -157,10 +157,10 @@ def test_a_process_that_takes_too_long_is_killed(llama: Bundle) -> None:
 
 def test_a_process_that_dies_at_its_memory_limit_is_a_result(llama: Bundle) -> None:
     cgroup_or_skip()
-    result = measure_once(build_spec(llama, memory_limit_bytes=20_000_000, **QUICK))
+    result = measure_once(build_spec(llama, memory_limit_bytes=8_000_000, **QUICK))
     assert (result.ok, result.memory_limit) == (False, "enforced")
-    assert result.reason == "killed at the memory limit of 20.0 MB"
-    assert result.memory_limit_bytes == 20_000_000
+    assert result.reason == "killed at the memory limit of 8.0 MB"
+    assert result.memory_limit_bytes == 8_000_000
 
 
 def test_a_process_within_its_memory_limit_says_that_it_was_enforced(llama: Bundle) -> None:

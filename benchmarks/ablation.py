@@ -2,8 +2,8 @@
 
     python benchmarks/ablation.py [--reference-tokens 409600] [--small-tokens 204800] [--seeds 1]
 
-Runs `cluster-run --ablate` at both sizes: every arm has the same budget, the arms share the cores, so times are good for
-ratios of this run alone. A small budget favours what learns fast early; the budgets stand in the result.
+Runs `cluster-run --ablate` at both sizes. Every arm has the same budget; the arms share the cores, so times are good
+for ratios of this run alone. A small budget favours what learns fast early; the budgets stand in the result.
 """
 
 from __future__ import annotations

@@ -58,12 +58,8 @@ class FactorizedDecoder(Decoder):
         self.projection = nn.Linear(self.rank, self.cfg.dim, bias=False)
         nn.init.orthogonal_(self.projection.weight)
 
-    @property
-    def table_VD(self) -> Tensor:
-        return F.rms_norm(self.embedding.weight, (self.rank,))
-
-    def trunk(self, ids_BT: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        x_BTD, presents = self.projection(F.embedding(ids_BT, self.table_VD)), []
+    def trunk(self, ids_BT: Tensor, table_VD: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        x_BTD, presents = self.projection(F.embedding(ids_BT, table_VD)), []
         for layer in self.layers:
             x_BTD, present = layer(x_BTD, self.rotary, None)
             presents.append(present)

@@ -71,10 +71,10 @@ class TrainStep:
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss in nats per token, under the plan's autocast."""
         with self._cast():
-            h_BTD, _ = self._trunk(inputs_BT)
-            return cross_entropy(
-                h_BTD.flatten(0, 1), self.model.head_weight_VD, targets_BT.flatten(), self.plan.loss_chunk
-            )
+            table_VD = self.model.table_VD
+            h_BTD, _ = self._trunk(inputs_BT, table_VD)
+            head_VD = self.model.head_weight_VD(table_VD)
+            return cross_entropy(h_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), self.plan.loss_chunk)
 
     def narrow_loss(self, narrow: NarrowModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The same of a narrower model inside this one."""

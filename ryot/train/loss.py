@@ -26,15 +26,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh_RD = torch.empty_like(h_RD)
         dW_VD = torch.zeros_like(W_VD)
         total = h_RD.new_zeros((), dtype=torch.float32)
+        tiny = torch.finfo(torch.float32).tiny
         minus_one = total.new_full((chunk, 1), -1.0)
         for start in range(0, rows, chunk):
             h = h_RD[start : start + chunk]
             target = targets_R[start : start + chunk, None]
-            log_weights = torch.log_softmax((h @ W.t()).float(), dim=1)
-            total -= log_weights.gather(1, target).sum()
+            weights = torch.softmax((h @ W.t()).float(), dim=1)
+            # A probability that fp32 cannot hold counts as its smallest number: 87 nats, far above every gate.
+            total -= weights.gather(1, target).clamp_min_(tiny).log_().sum()
             # d loss / d logits = softmax - one hot; the mean over rows is taken in `backward`.
-            weights = log_weights.exp_().scatter_add_(1, target, minus_one[: len(h)])
-            d_logits = weights.to(h.dtype)
+            d_logits = weights.scatter_add_(1, target, minus_one[: len(h)]).to(h.dtype)
             torch.mm(d_logits, W, out=dh_RD[start : start + chunk])
             if h.dtype == dW_VD.dtype:
                 dW_VD.addmm_(d_logits.t(), h)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryot.config import Attention, ModelConfig
+from ryot.train.functions import RMSNorm, rms_norm, rotate, swiglu
 
 #: OPT's position table starts with two rows that no position uses (transformers, modeling_opt.py).
 OPT_POSITION_OFFSET = 2
@@ -43,9 +44,7 @@ class Rotary(nn.Module):
     def rotate(self, x_BNTH: Tensor, start: int) -> Tensor:
         """Rotate by position `start`, `start + 1`, …; the first half of H is paired with the second."""
         T = x_BNTH.shape[2]
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        a, b = x_BNTH.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BNTH.dtype)
+        return rotate(x_BNTH, self.cos[start : start + T], self.sin[start : start + T])
 
 
 class SelfAttention(nn.Module):
@@ -121,9 +120,9 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, attention: Attention):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.attn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.attn = SelfAttention(cfg, attention)
-        self.ff_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ff_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.gate_up = nn.Linear(cfg.dim, 2 * cfg.ff_dim, bias=False)
         self.down = nn.Linear(cfg.ff_dim, cfg.dim, bias=False)
 
@@ -132,8 +131,7 @@ class LlamaLayer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y_BTD, present = self.attn(self.attn_norm(x_BTD), rotary, past)
         x_BTD = x_BTD + y_BTD
-        gate_BTF, up_BTF = self.gate_up(self.ff_norm(x_BTD)).chunk(2, dim=-1)
-        return x_BTD + self.down(F.silu(gate_BTF) * up_BTF), present
+        return x_BTD + self.down(swiglu(self.gate_up(self.ff_norm(x_BTD)))), present
 
 
 class Decoder(nn.Module):
@@ -149,7 +147,7 @@ class Decoder(nn.Module):
         )
         self.rotary = Rotary(cfg) if cfg.architecture == "llama" else None
         self.layers = nn.ModuleList(layer(cfg, attention) for _ in range(cfg.num_layers))
-        self.final_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps) if cfg.architecture == "llama" else None
+        self.final_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps) if cfg.architecture == "llama" else None
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.checkpoint_activations = False
         self.normalize_embedding = False
@@ -159,17 +157,12 @@ class Decoder(nn.Module):
     def table_VD(self) -> Tensor:
         """The embedding table as it is used: its rows scaled to a root mean square of 1 while trained so."""
         weight = self.embedding.weight
-        return F.rms_norm(weight, (self.cfg.dim,)) if self.normalize_embedding else weight
+        return rms_norm(weight) if self.normalize_embedding else weight
 
-    @property
-    def head_weight_VD(self) -> Tensor:
-        """The output matrix, which is the embedding table when tied."""
-        return self.table_VD if self.head is None else self.head.weight
-
-    def trunk(self, ids_BT: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+    def trunk(self, ids_BT: Tensor, table_VD: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
         """Everything before the output matrix: [B, T] ids to [B, T, D], and the cache grown by T."""
         P = 0 if past is None else past[0][0].shape[2]
-        x_BTD = F.embedding(ids_BT, self.table_VD)
+        x_BTD = F.embedding(ids_BT, table_VD)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[OPT_POSITION_OFFSET + P :][: ids_BT.shape[1]]
         presents: Cache = []
@@ -184,14 +177,19 @@ class Decoder(nn.Module):
             x_BTD = self.final_norm(x_BTD)
         return x_BTD, presents
 
+    def head_weight_VD(self, table_VD: Tensor) -> Tensor:
+        """The output matrix, which is the embedding table when tied."""
+        return table_VD if self.head is None else self.head.weight
+
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token that follows each position."""
-        return F.linear(self.trunk(ids_BT)[0], self.head_weight_VD)
+        return self.forward_cached(ids_BT, None)[0]
 
     def forward_cached(self, ids_BT: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
         """Logits [B, T, V] and the cache grown by T; `past` is None or what the last call returned."""
-        x_BTD, presents = self.trunk(ids_BT, past)
-        return F.linear(x_BTD, self.head_weight_VD), presents
+        table_VD = self.table_VD
+        x_BTD, presents = self.trunk(ids_BT, table_VD, past)
+        return F.linear(x_BTD, self.head_weight_VD(table_VD)), presents
 
     @torch.no_grad()
     def start_final_norm(self, size: float, *, alternate: bool) -> None:

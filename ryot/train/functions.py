@@ -1,0 +1,105 @@
+"""Pieces of the Llama layer with their gradients written out: fewer passes over memory than autograd makes of them.
+
+    # … any leading dims, D width, F feed-forward width, H head dim
+
+On a CPU these are bound by memory, and autograd keeps and reads an array for every small operation: RMSNorm takes a
+third of the time this way (benchmarks/results, `training`). Without gradients they are torch's own operators, so that
+evaluation and export see the plain ones. Gradients are checked against autograd's in `tests/train/test_functions.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with a faster backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`x` [… D] divided by its root mean square, times `weight` [D]; computed in fp32, returned in x's type."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RMSNorm.apply(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)  # type: ignore[no-any-return]
+    return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        x32 = x.float()
+        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        normed = x32 * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return (normed if weight is None else normed * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
+        normed, scale, weight = ctx.saved_tensors
+        d_out = grads[0].float()
+        d_weight = None
+        if weight is not None:
+            d_weight = (d_out * normed).flatten(0, -2).sum(0)
+            d_out = d_out * weight
+        along = (d_out * normed).mean(dim=-1, keepdim=True)
+        dx = torch.addcmul(d_out, normed, along, value=-1).mul_(scale)
+        return dx.to(grads[0].dtype), d_weight, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of [… 2F], gate first: [… F]."""
+    if torch.is_grad_enabled() and gate_up.requires_grad:
+        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        ctx.save_for_backward(gate_up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        (d_out,) = grads
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(d_out, F.silu(gate), out=d_up)
+        torch.mul(d_out, up, out=d_gate)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
+        return d_gate_up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of [… T, H] (the first half of H with the second) by angles whose `cos`, `sin` are [T, H/2]."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))  # type: ignore[no-any-return]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        # A rotation's transpose is the rotation back.
+        cos, sin = ctx.saved_tensors
+        (d_out,) = grads
+        dx = (d_out * cos).addcmul_(d_out.roll(d_out.shape[-1] // 2, dims=-1), sin, value=-1)
+        return dx.to(d_out.dtype), None, None

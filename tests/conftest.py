@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,3 +57,16 @@ def trained(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: 
     path = tmp_path_factory.mktemp(request.param) / "checkpoint"
     trainer.save(path)
     return path
+
+
+def build_environment(folder: Path, *requirements: object) -> Path:
+    """The Python of a new virtual environment in `folder` with these packages alone; skips where there is no index."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    # Nothing here runs often enough for compiling it ahead to pay.
+    options = ["--no-compile", "--retries", "1", "--timeout", "15"]
+    done = subprocess.run([*pip, *options, *requirements], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    return python

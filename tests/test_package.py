@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import build_environment
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,12 +41,7 @@ def test_the_wheel_holds_only_ryot(wheel: Path) -> None:
 
 def test_a_base_install_imports_all_of_edge_and_shows_help(wheel: Path, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=120)
-    python = venv / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
-    installed = subprocess.run([*pip, wheel], capture_output=True, text=True, timeout=300, check=False)
-    if installed.returncode:
-        pytest.skip(f"no package index can be reached: {installed.stderr.strip().splitlines()[-1]}")
+    python = build_environment(venv, wheel)
     code = """
 import importlib, importlib.util, pkgutil, ryot.edge
 for module in pkgutil.iter_modules(ryot.edge.__path__):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from ryot.deploy.export import ExportOptions, export_form
 from ryot.edge.bundle import load_bundle
+from tests.conftest import build_environment
 
 from .conftest import CONTEXT
 
@@ -24,13 +24,7 @@ def device_python(tmp_path_factory):
     """Python of a new environment with the packages of a bundle's requirements.txt alone."""
     folder = tmp_path_factory.mktemp("device")
     (folder / "requirements.txt").write_text("onnxruntime>=1.24,<2\nnumpy>=2.0,<3\ntokenizers>=0.21,<1\n")
-    assert run(sys.executable, "-m", "venv", folder / "venv", cwd=folder).returncode == 0
-    python = folder / "venv" / "bin" / "python"
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "15")
-    installed = run(python, *pip, "-r", "requirements.txt", cwd=folder)
-    if installed.returncode:
-        pytest.skip(f"no package index can be reached: {installed.stderr.strip().splitlines()[-1]}")
-    return python
+    return build_environment(folder / "venv", "-r", folder / "requirements.txt")
 
 
 def test_a_bundle_verifies_and_generates_there(checkpoint, device_python, tmp_path):

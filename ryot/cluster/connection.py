@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -10,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,8 @@ from ryot.errors import ClusterError
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Connection:
-    """What the holder of a connection can say about its end."""
-
-    lost: bool = False
-    """Nobody is left to say goodbye to: Ray would wait for an answer, and may end this process while it waits."""
-
-
 @contextlib.contextmanager
-def ray_connection(
-    arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path
-) -> Iterator[Connection]:
+def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path) -> Iterator[None]:
     """Connected to Ray, with stdout, the signal handlers and the environment as they were."""
     with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers():
         import ray
@@ -49,15 +37,11 @@ def ray_connection(
             with contextlib.suppress(Exception):
                 ray.shutdown()
             raise _explain(error, arguments, said.read_text(errors="replace")) from error
-    connection = Connection()
     try:
-        yield connection
+        yield
     finally:
-        if connection.lost:
-            atexit.unregister(ray._private.worker.shutdown)
-        else:
-            with _quiet(log_dir / "ray.log"), _own_signal_handlers():
-                ray.shutdown()
+        with _quiet(log_dir / "ray.log"), _own_signal_handlers():
+            ray.shutdown()
 
 
 def _reread_environment() -> None:

@@ -237,7 +237,7 @@ class JoinedCluster(Cluster):
         }
         runtime_env = {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"], "env_vars": self.worker_env}
         arguments = {"address": self.address, "runtime_env": runtime_env}
-        self._connection = undo.enter_context(ray_connection(arguments, environment, self.log_dir))
+        undo.enter_context(ray_connection(arguments, environment, self.log_dir))
 
     def is_whole(self) -> bool:
         """Whether the head has answered within the last `HEAD_LOST_S` seconds; asked every few seconds at most."""
@@ -253,11 +253,9 @@ class JoinedCluster(Cluster):
 
     def restart(self) -> None:
         """Raise `ClusterError`: its head is not ours to start. Ray would abort this process after a minute."""
-        self._connection.lost = True
-        raise ClusterError(
-            f"cluster {self.address}: its head has not answered for {HEAD_LOST_S:g} s",
-            hint="resume the run when the cluster is well again",
-        )
+        # Said at once: Ray may end this process, with code 1, while it is asked to part from a head that is gone.
+        log.error("cluster %s: its head has not answered for %g s; the run ends here", self.address, HEAD_LOST_S)
+        raise ClusterError(f"cluster {self.address}: lost", hint="resume the run when the cluster is well again")
 
 
 def build_cluster(options: ClusterOptions, *, log_dir: Path) -> Cluster:

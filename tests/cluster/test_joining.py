@@ -184,6 +184,29 @@ def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: st
     assert not list(Path(tempfile.gettempdir()).glob("ryot-measure-*"))
 
 
+def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head: str, tmp_path: Path) -> None:
+    run_dir, library = tmp_path / "run", Path(json.__file__).parents[1]
+    options = ["--address", head, "--bench-on", "measure", "--workers-per-variant", "2", "--variants", "optimized"]
+    options += ["--quick", "--precisions", "int8-dyn", "-o", str(run_dir)]
+    for package in ("asyncio", "email", "http", "xml/dom"):
+        options += ["--data", f"{library}/{package}/*.py"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", *options],
+        env={**os.environ, "RAY_AUTH_TOKEN": TOKEN, "RYOT_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [r["verdicts"]["phase1"]["size"] is None for r in report["rows"]] == [True]
+    assert report["variants"][0]["test_loss"] < report["variants"][0]["initial_val_loss"]
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    details = [e["detail"] for e in events if e["kind"] == "stage"]
+    assert any("2 ranks" in d for d in details)
+    assert any(d.startswith("1 forms, ") and f"on {socket.gethostname()}" in d for d in details)
+
+
 def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:
     # The last test of this module: it ends the module's head.
     watch = """

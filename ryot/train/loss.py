@@ -26,12 +26,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh_RD = torch.empty_like(h_RD)
         dW_VD = torch.zeros_like(W_VD)
         total = h_RD.new_zeros((), dtype=torch.float32)
+        # Made once: an array of its own for each chunk would never be in cache.
+        buffers = (h_RD.new_empty((chunk, len(W))), total.new_empty((chunk, len(W))))
         tiny = torch.finfo(torch.float32).tiny
         minus_one = total.new_full((chunk, 1), -1.0)
         for start in range(0, rows, chunk):
             h = h_RD[start : start + chunk]
             target = targets_R[start : start + chunk, None]
-            weights = torch.softmax((h @ W.t()).float(), dim=1)
+            logits = torch.mm(h, W.t(), out=buffers[0][: len(h)])
+            weights = torch.softmax(logits.float(), dim=1, out=buffers[1][: len(h)])
             # A probability that fp32 cannot hold counts as its smallest number: 87 nats, far above every gate.
             total -= weights.gather(1, target).clamp_min_(tiny).log_().sum()
             # d loss / d logits = softmax - one hot; the mean over rows is taken in `backward`.

@@ -35,7 +35,7 @@ USAGE = [
     (("--target", "phase2"), r"target: 'phase2' is not known; did you mean 'phase1'\?"),
     (("--precisions", "fp32,int6"), r"precision: 'int6' is not known; did you mean 'int[48]'\?"),
     (("--tokens", "-5"), "-5 is not in the range"),
-    (("--tokens", "9"), "tokens: got 9, expected a budget longer than the warm-up of 1 steps of 4096 tokens"),
+    (("--tokens", "9"), "tokens: got 9, expected a budget longer than the warm-up of 1 steps of 1024 tokens"),
     (("--seeds", "0"), "0 is not in the range"),
     (("--seeds", "two"), "'two' is not a valid integer"),
     (("--data", "/no/such/path"), "data: /no/such/path does not exist"),

@@ -10,7 +10,7 @@ run: $(VENV)/.installed
 	$(BIN)/ryot-deploy cluster-run $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

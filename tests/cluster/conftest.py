@@ -33,14 +33,6 @@ PROGRAM = Path(__file__).with_name("train_program.py")
 SHORT = DriverOptions(slice_s=0.15, checkpoint_every_s=0.0, backoff_s=0.1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In several processes, one does all of these tests: two Rays at a time would wait for each other's cores."""
-    for item in items:
-        if item.path.is_relative_to(PROGRAM.parent):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One embedded Ray for the tests of a module."""

@@ -1,7 +1,7 @@
 """How fast is the edge runtime beside torch, a plain ONNX export, onnxruntime-genai and llama.cpp, on the same weights?
 
-    pip install -e ".[peers]"          in an environment of its own; llama-cpp-python is compiled, for this CPU with
-                                       CMAKE_ARGS=-DGGML_NATIVE=ON
+    pip install ".[peers]"          in an environment of its own, and not with -e, which slows the start of every
+                                    process; llama-cpp-python is compiled, for this CPU with CMAKE_ARGS=-DGGML_NATIVE=ON
     python benchmarks/edge_vs_peers.py [--sizes S,M,L] [--rounds N | N,N,N] [--core C] [--models DIR]
 
 Sizes S, M and L have 2.4, 33.6 and 134.5 million parameters. All engines run one thread on one core (the last one

@@ -133,7 +133,8 @@ def measure(bench: Bench, seeds: int, gpt_seeds: int, *, small: bool) -> str:
     rows, notes = verdicts(base, fast, quarters, tune_s, tax)
     if small:
         rows += measure_small(bench)
-    every = [*zip(["baseline"] * seeds, base), *zip(["optimized"] * seeds, fast), *zip(["minimal GPT"] * len(gpts), gpts)]
+    arms = {"baseline": base, "optimized": fast, "minimal GPT": gpts}
+    every = [(name, r) for name, runs in arms.items() for r in runs]
     every += [("optimized, a quarter of the baseline's time", q) for q in quarters]
     every += [("optimized, equal tokens", equal_tokens), ("optimized, equal time", equal_time)]
     table = [

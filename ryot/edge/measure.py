@@ -1,7 +1,8 @@
 """The measurement protocol: every figure comes from a fresh process that holds the edge runtime and nothing else.
 
 - One process an arm and round, pinned to its cores, held to its memory limit where the system allows.
-- Rounds of all arms are interleaved, in random order inside a round, so that a slow minute hits all of them.
+- Rounds of all arms are interleaved: in a round the arms' processes run by turns, one measured run at a time, in an
+  order drawn anew for each turn. A core that is slow for a second, as on shared machines, is slow for all of them.
 - Warm-up until the times settle (`protocol.is_steady`), then a minimum count and a minimum time.
 - The prompts are distinct and the same for all arms; nothing is cached between runs.
 - Load, first token and warm figures are kept apart, and every raw sample is kept.
@@ -35,7 +36,7 @@ from ryot.edge.bundle import Bundle
 from ryot.edge.limits import MemoryCgroup, open_memory_cgroup
 from ryot.edge.machine import describe_cpu
 from ryot.edge.probe import SPAWNED_VARIABLE, main, read_peak_rss_bytes
-from ryot.edge.protocol import MeasureResult, MeasureSpec
+from ryot.edge.protocol import MeasureResult, MeasureSpec, MemoryLimit
 
 log = logging.getLogger(__name__)
 
@@ -67,63 +68,109 @@ def measure_rounds(
     seed: int = 0,
     on_result: Callable[[MeasureResult], None] | None = None,
 ) -> list[MeasureResult]:
-    """Measure every arm once a round, in an order drawn from `seed`; results come in the order they were taken.
+    """Measure every arm once a round, in orders drawn from `seed`; results come in the order they ended.
 
     An interrupt ends the process in flight before it goes on up.
     """
     results = []
     for number in range(rounds):
-        arms = sorted(specs)
-        random.Random(f"{seed}/{number}").shuffle(arms)
-        for arm in arms:
-            result = dataclasses.replace(measure_once(specs[arm]), arm=arm, round=number)
-            results.append(result)
+        for arm, result in _measure_round(specs, random.Random(f"{seed}/{number}")):
+            results.append(dataclasses.replace(result, arm=arm, round=number))
             if on_result is not None:
-                on_result(result)
+                on_result(results[-1])
     return results
 
 
 def measure_once(spec: MeasureSpec) -> MeasureResult:
     """Measure in a fresh process; whatever happens to it, there is a result."""
+    [(_, result)] = _measure_round({"": spec}, random.Random())
+    return result
+
+
+def _measure_round(specs: Mapping[str, MeasureSpec], order: random.Random) -> Iterator[tuple[str, MeasureResult]]:
+    """Each arm's result, as they end; one process at a time does anything."""
     with contextlib.ExitStack() as stack:
-        cgroup = None
-        if spec.memory_limit_bytes is not None:
-            cgroup = open_memory_cgroup(spec.memory_limit_bytes)
-            if cgroup is not None:
-                stack.enter_context(cgroup)
-        result = _run_child(spec, cgroup)
+        going: dict[str, _Child] = {}
+        for arm in order.sample(sorted(specs), len(specs)):
+            child = stack.enter_context(_start(specs[arm]))
+            if (result := child.answer()) is None:
+                going[arm] = child
+            else:
+                yield arm, result
+        while going:
+            for arm in order.sample(sorted(going), len(going)):
+                if (result := going[arm].take_turn()) is not None:
+                    del going[arm]
+                    yield arm, result
+
+
+class _Child:
+    """A measuring process from the parent's side."""
+
+    def __init__(
+        self, spec: MeasureSpec, process: subprocess.Popen[bytes], errors: IO[bytes], cgroup: MemoryCgroup | None
+    ):
+        self._spec, self._process, self._errors, self._cgroup = spec, process, errors, cgroup
+        self._left_s = spec.timeout_s
+        self._write(dataclasses.replace(spec, turns=True).to_json())
+
+    def take_turn(self) -> MeasureResult | None:
+        """Let it do one measured run; its result when that was the last one."""
+        self._write("")
+        return self.answer()
+
+    def answer(self) -> MeasureResult | None:
+        """Wait until it wants a turn (None) or has ended, in whatever way."""
+        assert self._process.stdout is not None
+        begin = time.monotonic()
+        line = _read_line(self._process.stdout, self._left_s)
+        self._left_s -= time.monotonic() - begin
+        if line == b"\n":
+            return None
+        spec = self._spec
+        result = self._result(line)
         if spec.memory_limit_bytes is None:
             return result
-        return dataclasses.replace(
-            result, memory_limit="checked" if cgroup is None else "enforced", memory_limit_bytes=spec.memory_limit_bytes
-        )
+        mode: MemoryLimit = "checked" if self._cgroup is None else "enforced"
+        return dataclasses.replace(result, memory_limit=mode, memory_limit_bytes=spec.memory_limit_bytes)
 
-
-def _run_child(spec: MeasureSpec, cgroup: MemoryCgroup | None) -> MeasureResult:
-    command = [sys.executable, "-P", "-m", "ryot.edge.probe"]
-    if cgroup is not None:
-        command = cgroup.wrap(command)
-    with tempfile.TemporaryFile() as errors, _spawn(command, errors) as child:
-        assert child.stdin is not None and child.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # a child that is already dead is dealt with below
-            child.stdin.write(spec.to_json().encode() + b"\n")
-            child.stdin.flush()
-        line = _read_line(child.stdout, spec.timeout_s)
+    def _result(self, line: bytes | None) -> MeasureResult:
+        spec, process, cgroup = self._spec, self._process, self._cgroup
         if line is None:
-            child.kill()
+            process.kill()
             limit = f" under a memory limit of {cgroup.limit_bytes / 1e6:.1f} MB" if cgroup else ""
             return _failure(spec, f"timed out after {spec.timeout_s:g} s{limit}")
-        outside = read_peak_rss_bytes(child.pid)
+        outside = read_peak_rss_bytes(process.pid)
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
+            process.stdin.close()
         if line.endswith(b"\n"):
             result = MeasureResult.from_mapping(json.loads(line))
             if not result.ok:
                 return _failure(spec, result.reason)
             return dataclasses.replace(result, peak_rss_outside_bytes=outside)
-        code = child.wait()
-        errors.seek(0)
-        return _failure(spec, _explain(code, errors.read().decode(errors="replace"), cgroup))
+        code = process.wait()
+        self._errors.seek(0)
+        return _failure(spec, _explain(code, self._errors.read().decode(errors="replace"), cgroup))
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a process that is already dead is dealt with when it is read
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+
+@contextlib.contextmanager
+def _start(spec: MeasureSpec) -> Iterator[_Child]:
+    """A measuring process, under the memory limit where the system allows one; it is gone when the block ends."""
+    command = [sys.executable, "-P", "-m", "ryot.edge.probe"]
+    with contextlib.ExitStack() as stack:
+        cgroup = None
+        if spec.memory_limit_bytes is not None and (cgroup := open_memory_cgroup(spec.memory_limit_bytes)):
+            command = stack.enter_context(cgroup).wrap(command)
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        process = stack.enter_context(_spawn(command, errors))
+        yield _Child(spec, process, errors, cgroup)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The measuring process: `python -m ryot.edge.probe` reads a spec on stdin, measures one arm, answers on stdout.
 
-It imports what the device would: an engine, and tokenizers where text is timed too. After the answer it waits for the
-end of stdin, so that its parent can look at its memory from outside while it still exists.
+It imports what the device would: an engine, and tokenizers where text is timed too. If asked to run by turns, it says
+an empty line before each measured run and waits for one. After the answer it waits for the end of stdin, so that its
+parent can look at its memory from outside while it still exists.
 """
 
 from __future__ import annotations
@@ -153,6 +154,9 @@ class _Arm:
         """Answer a prompt, then decode from another depth."""
         spec, decoder = self.spec, self._decoder
         ids_BS = self.prompts(run, spec.prompt_tokens)
+        if spec.turns:
+            # Another process ran meanwhile: this one's weights come back into the cache untimed.
+            decoder.prefill(ids_BS)
         clock = time.perf_counter_ns
         e2e_ms = None
         if self._tokenizer is None:
@@ -195,12 +199,23 @@ def _warm_up(arm: _Arm) -> list[tuple[float, float]]:
 
 
 def _repeat(arm: _Arm) -> list[_Run]:
-    """Run for the minimum count and the minimum time."""
+    """Run for the minimum count and the minimum time, of which waiting for a turn is no part."""
     runs: list[_Run] = []
-    end = time.perf_counter() + arm.spec.min_time_s
-    while len(runs) < arm.spec.min_runs or time.perf_counter() < end:
+    spent_s = 0.0
+    while len(runs) < arm.spec.min_runs or spent_s < arm.spec.min_time_s:
+        if arm.spec.turns:
+            _await_turn()
+        begin = time.perf_counter()
         runs.append(arm.run(len(runs)))
+        spent_s += time.perf_counter() - begin
     return runs
+
+
+def _await_turn() -> None:
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if not sys.stdin.readline():
+        raise MeasureError("the parent has closed stdin while a measurement was waiting for its turn")
 
 
 def calibrate_ms() -> float:

@@ -52,7 +52,9 @@ class MeasureSpec:
     engine: str = "auto"
     """Which engine runs the graphs; see `ryot.edge.engines`."""
     timeout_s: float = 120.0
-    """The process is killed after so long."""
+    """The process is killed when it has kept its parent waiting for so long in all."""
+    turns: bool = False
+    """Whether each measured run waits for a line on stdin, so that the processes of a round run by turns."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "decode_depth", "batch_size", "threads", "min_runs"):

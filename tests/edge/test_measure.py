@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ryot.edge.bundle import Bundle, hash_file, load_bundle
@@ -117,6 +118,20 @@ def test_rounds_are_interleaved_in_an_order_that_the_seed_decides(llama: Bundle)
     assert [r.round for r in results] == [0, 0, 0, 1, 1, 1]
     assert {r.arm for r in results[:3]} == {r.arm for r in results[3:]} == {"a", "b", "c"}
     assert [r.arm for r in results[:3]] != [r.arm for r in results[3:]]
+
+
+def test_the_processes_of_a_round_live_side_by_side_and_run_by_turns(llama: Bundle) -> None:
+    specs = {arm: build_spec(llama, **QUICK | {"min_runs": 5}) for arm in ("a", "b", "c")}
+    alive: list[int] = []
+
+    def look(_: MeasureResult) -> None:
+        children = psutil.Process().children()
+        alive.append(sum("ryot.edge.probe" in c.cmdline() for c in children if c.status() != psutil.STATUS_ZOMBIE))
+
+    results = measure_rounds(specs, rounds=1, on_result=look)
+    assert [r.runs for r in results] == [5, 5, 5]
+    # Nobody ends before all have had four turns, so the first to end leaves two behind (and may still be ending).
+    assert alive[0] >= 2
 
 
 def test_a_failing_arm_leaves_the_others_standing(llama: Bundle, tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ class Tokenizer:
         """Read `tokenizer.json`. Raises `BundleError` when it is no byte-level tokenizer."""
         try:
             self._rust = RustTokenizer.from_file(str(path))
-        # The tokenizers package raises plain `Exception` for a file it cannot parse.
-        except Exception as error:
+        except Exception as error:  # the tokenizers package raises nothing more precise
             raise BundleError(f"{path}: the tokenizer cannot be read ({error})") from error
         if type(self._rust.decoder).__name__ != "ByteLevel":
             raise BundleError(f"{path}: expected a byte-level tokenizer, got the decoder {self._rust.decoder!r}")

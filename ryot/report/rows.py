@@ -298,7 +298,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves no draft behind
         Path(temporary).unlink(missing_ok=True)
         raise
 

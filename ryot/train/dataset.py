@@ -197,7 +197,7 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
         shutil.rmtree(draft, ignore_errors=True)
         if not path.exists():
             raise
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves no draft behind
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return load_dataset(path), False

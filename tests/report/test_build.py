@@ -10,6 +10,7 @@ import statistics
 
 import pytest
 
+from ryot.edge.protocol import MeasureResult
 from ryot.events import EvalEvent, StepEvent
 from ryot.report.build import build_ablation, build_report, curves_from_events
 from ryot.report.rows import VariantRow, arm_name, report_to_dict
@@ -143,8 +144,7 @@ def test_batches_are_kept_apart_from_single_sequences():
 
 
 def test_results_may_be_the_dataclasses_of_the_protocol():
-    protocol = pytest.importorskip("ryot.edge.protocol")
-    results = [protocol.MeasureResult.from_mapping(r) for r in make_results()]
+    results = [MeasureResult.from_mapping(r) for r in make_results()]
     assert make_report(results=results).rows[2].ttft_ms == make_report().rows[2].ttft_ms
 
 

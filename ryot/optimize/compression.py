@@ -1,8 +1,8 @@
 """SemanticCompressor: a smaller model at the same held-out loss, or several sizes out of one training.
 
 What makes `optimized` smaller is in its recipe: one table for embedding and head, half the width, grouped-query heads,
-a narrow feed-forward layer; `benchmarks/frontier.py` shows what each size costs in loss and time, and why factorized
-embeddings are not among them. What is here cuts a checkpoint of an elastic training (`ryot.train.elastic`) to one of
+a narrow feed-forward layer; `benchmarks/frontier.py` measures what each size costs in loss and time, factorized
+embeddings too, which no Hugging Face layout of these architectures can hold. What is here cuts a checkpoint of an elastic training (`ryot.train.elastic`) to one of
 the widths that it was trained for.
 """
 

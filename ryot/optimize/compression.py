@@ -2,8 +2,8 @@
 
 What makes `optimized` smaller is in its recipe: one table for embedding and head, half the width, grouped-query heads,
 a narrow feed-forward layer; `benchmarks/frontier.py` measures what each size costs in loss and time, factorized
-embeddings too, which no Hugging Face layout of these architectures can hold. What is here cuts a checkpoint of an elastic training (`ryot.train.elastic`) to one of
-the widths that it was trained for.
+embeddings too, which no Hugging Face layout of these architectures can hold. What is here cuts a checkpoint of an
+elastic training (`ryot.train.elastic`) to one of the widths that it was trained for.
 """
 
 from __future__ import annotations

@@ -72,27 +72,18 @@ def median_of_rounds(rounds: Rounds) -> float:
 
 def value_interval(rounds: Rounds, *, seed: int = 0) -> Interval | None:
     """The median over rounds with its interval; None when no round has samples. Samples must be above 0."""
-    kept = [r for r in rounds if len(r)]
-    if not kept:
-        return None
-    logs = np.log(round_medians(kept))
-    boots = _bootstrapped_logs(kept, np.random.default_rng(seed))
-    return _interval(logs, boots, math.exp(float(np.median(logs))), 1.0)
+    return _interval(rounds, seed, 1.0)
 
 
 def ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval | None:
-    """The median over rounds of a's median over b's, paired by position, with its interval.
+    """The median ratio of a to b over rounds, with its interval; None when no round has samples of both.
 
-    Round k of `a` was measured beside round k of `b`; a pair of which either side has no samples is left out. None
-    when no pair is left. Pairing takes out what moved both arms (a slow drift of the clock, a warm afternoon).
+    Round k of `a` was measured beside round k of `b`, and by turns: sample i of one is a moment away from sample i of
+    the other. So the ratio is taken turn by turn, which takes out what moved both (a core that is slow for a second, a
+    warm afternoon). Turns that only one of them had are left out.
     """
-    pairs = [(x, y) for x, y in zip(a, b, strict=False) if len(x) and len(y)]
-    if not pairs:
-        return None
-    rng = np.random.default_rng(seed)
-    logs = np.log(round_medians([x for x, _ in pairs])) - np.log(round_medians([y for _, y in pairs]))
-    boots = _bootstrapped_logs([x for x, _ in pairs], rng) - _bootstrapped_logs([y for _, y in pairs], rng)
-    return _interval(logs, boots, math.exp(float(np.median(logs))), math.sqrt(2))
+    turns = [[x / y for x, y in zip(p, q, strict=False)] for p, q in zip(a, b, strict=False)]
+    return _interval(turns, seed, math.sqrt(2))
 
 
 def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval | None:
@@ -161,22 +152,22 @@ def call_difference(interval: Interval) -> Difference:
     return "lower" if interval.high < 1 else "higher"
 
 
-def _interval(logs: np.ndarray, boots: np.ndarray, value: float, one_round_factor: float) -> Interval:
-    """Student's interval around the mean log of the rounds.
-
-    `boots` [R, RESAMPLES] holds bootstrapped logs of each round's median, samples drawn inside the round.
-    """
-    num_rounds = len(logs)
-    inside = float(boots.mean(axis=0).std())
-    if num_rounds == 1:
+def _interval(rounds: Rounds, seed: int, one_round_factor: float) -> Interval | None:
+    """Student's interval around the mean log of the round medians, with the median of them as its value."""
+    kept = [r for r in rounds if len(r)]
+    if not kept:
+        return None
+    logs = np.log(round_medians(kept))
+    inside = float(_bootstrapped_logs(kept, np.random.default_rng(seed)).mean(axis=0).std())
+    if len(kept) == 1:
         half = _NORMAL99 * math.hypot(ONE_ROUND_SPREAD * one_round_factor, inside)
     else:
-        between = float(logs.std(ddof=1)) / math.sqrt(num_rounds)
-        half = t_quantile(num_rounds - 1) * max(between, inside)
-    centre = float(logs.mean())
+        between = float(logs.std(ddof=1)) / math.sqrt(len(kept))
+        half = t_quantile(len(kept) - 1) * max(between, inside)
+    centre, value = float(logs.mean()), math.exp(float(np.median(logs)))
     # The printed value is the median; for very skewed rounds it may lie outside an interval around the mean.
     low, high = min(math.exp(centre - half), value), max(math.exp(centre + half), value)
-    return Interval(value, low, high, num_rounds)
+    return Interval(value, low, high, len(kept))
 
 
 def _bootstrapped_logs(rounds: Rounds, rng: np.random.Generator) -> np.ndarray:

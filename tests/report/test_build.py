@@ -7,6 +7,7 @@ import io
 import json
 import math
 import statistics
+from operator import truediv
 
 import pytest
 
@@ -65,8 +66,9 @@ def test_the_whole_table_is_recomputed_from_the_raw_samples():
             if row is base:
                 assert line[f"{metric}_vs_baseline_ratio"] == ""
                 continue
-            theirs = medians(base, metric)
-            ratio = math.exp(statistics.median(math.log(v / theirs[k]) for k, v in medians(row, metric).items()))
+            theirs = {s["round"]: s[metric] for s in base["samples"]}
+            turns = [statistics.median(map(truediv, s[metric], theirs[s["round"]])) for s in row["samples"]]
+            ratio = math.exp(statistics.median(map(math.log, turns)))
             assert float(line[f"{metric}_vs_baseline_ratio"]) == pytest.approx(ratio, rel=1e-9)
             paired = ratio_interval(samples, [s[metric] for s in base["samples"]])
             assert float(line[f"{metric}_vs_baseline_low"]) == pytest.approx(paired.low, rel=1e-9)
@@ -124,11 +126,8 @@ def test_ratios_are_paired_by_the_number_of_the_round():
     lost = [r for r in results if not (r["arm"] == arm_name("baseline", 0, "fp32") and r["round"] == 0)]
     report = make_report(results=list(reversed(lost)))
     found = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a.endswith("optimized/seed-0/int8-dyn"))
-    by_round = {
-        arm: {r["round"]: statistics.median(r["ttft_ms"]) for r in results if r["arm"] == arm}
-        for arm in (found.a, found.b)
-    }
-    ratios = [by_round[found.a][k] / by_round[found.b][k] for k in (1, 2)]
+    by_round = {arm: {r["round"]: r["ttft_ms"] for r in results if r["arm"] == arm} for arm in (found.a, found.b)}
+    ratios = [statistics.median(map(truediv, by_round[found.a][k], by_round[found.b][k])) for k in (1, 2)]
     assert found.ratio == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=1e-9)
 
 

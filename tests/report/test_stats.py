@@ -99,6 +99,18 @@ def test_pairing_by_round_takes_a_common_drift_out():
     assert unpaired.value == pytest.approx(2.0) and unpaired.high / unpaired.low > 2
 
 
+def test_pairing_by_turn_takes_out_what_moved_both_inside_a_round():
+    # The core is half as fast for some seconds of each round; B takes 5 % longer than A in every turn.
+    rng = np.random.default_rng(4)
+    speeds = [np.repeat(rng.permutation([1.0, 1.0, 2.0, 2.0]), 5) for _ in range(3)]
+    a = [list(s) for s in speeds]
+    b = [list(1.05 * s * rng.lognormal(0, 0.005, s.size)) for s in speeds]
+    interval = ratio_interval(b, a)
+    assert interval.holds(1.05) and interval.low > 1.03
+    # A turn that only one side had takes no part.
+    assert ratio_interval([[*r, 99.0] for r in b], a) == interval
+
+
 def test_a_round_that_failed_on_one_side_is_left_out():
     interval = ratio_interval([[2.0] * 4, [], [2.0] * 4], [[1.0] * 4, [9.0] * 4, [1.0] * 4])
     assert interval.value == pytest.approx(2.0)

@@ -1,11 +1,12 @@
 """What does the cluster cost a run: Ray itself, idle cores, a killed worker? Threads or ranks for one variant?
 
-    python benchmarks/scheduling.py [--tokens 204800]
+    python benchmarks/scheduling.py [--rounds 3] [--tokens 204800]
 
 On an embedded Ray on all cores of this machine:
 
-* four equal variants: the wall time of the driver against the ideal, which is the sum of their training times over the
-  cores; and Ray's own cost, which is its start and shutdown and what the wall time is longer than the ideal;
+* four equal variants with the recipe's own budget: the wall time of the driver against the ideal, which is the sum of
+  their training times over the cores; and Ray's own cost, which is its start and shutdown and what the wall time is
+  longer than the ideal;
 * a worker killed with SIGKILL in the middle: the time until its training is as far as it was when it was killed, less
   the work that no accepted checkpoint held;
 * one variant on two cores: two threads of one process, or two processes (gloo) that share every batch.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,8 +37,6 @@ from ryot.events import CheckpointEvent, Event, StepEvent
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import prepare_dataset
 from ryot.train.loop import TrainJob
-
-ROUNDS = 3
 
 
 class Bench:
@@ -79,7 +79,8 @@ class Bench:
 
 
 def four_equal(bench: Bench) -> dict[str, float]:
-    jobs = [bench.plan(replace(bench.recipe, name=f"variant-{k}")) for k in range(4)]
+    recipe = resolve_variant("optimized", "reference")
+    jobs = [bench.plan(replace(recipe, name=f"variant-{k}")) for k in range(4)]
     run = bench.run(jobs, DriverOptions())
     ideal_s = sum(r.facts["train_wall_s"] for r in run["results"]) / len(os.sched_getaffinity(0))
     return {
@@ -137,15 +138,17 @@ def threads_or_ranks(bench: Bench) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=204_800, help="budget of each training")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=204_800, help="budget of a training that is killed or shared")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scheduling-") as scratch:
         bench = Bench(Path(scratch), args.tokens)
         equal, kills, speeds = [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(args.rounds):
             equal.append(four_equal(bench))
             kills.append(killed(bench))
             speeds.append(threads_or_ranks(bench))
+            print(equal[-1], kills[-1], speeds[-1], sep="\n", file=sys.stderr, flush=True)
     setting = describe_setting()
 
     def median(rows: list[dict[str, float]], key: str) -> str:
@@ -155,7 +158,7 @@ def main() -> None:
     lines = [
         f"# What the cluster costs a run, {setting['environment']['cpu']['model']}, commit {setting['commit']}",
         "",
-        f"`{setting['command']}`, {len(os.sched_getaffinity(0))} cores, {ROUNDS} rounds: median (least to most).",
+        f"`{setting['command']}`, {len(os.sched_getaffinity(0))} cores, {args.rounds} rounds: median (least to most).",
         "",
         "| what | measured | asked |",
         "|:--|--:|--:|",

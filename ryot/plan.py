@@ -33,7 +33,7 @@ USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
 _USUAL_VARIANTS = ("baseline", "optimized")
 
 #: A quick run's share of each budget; its report is marked as not comparable.
-QUICK_SHARE = 1 / 12
+QUICK_SHARE = 1 / 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class RunOptions:
     tokens: int = 0
     """Training tokens of the first variant; the others keep their share of it. 0 for the recipes' own budgets."""
     quick: bool = False
-    """Train for a twelfth of the budget and measure briefly; not comparable with other runs."""
+    """Train for a twentieth of the budget and measure briefly; not comparable with other runs."""
     tune: bool = True
     """Let the machine choose the kernels of variants that allow it."""
     rounds: int = 5

@@ -31,12 +31,12 @@ def test_a_plan_survives_its_file(tmp_path) -> None:
     assert load_plan(tmp_path / "run.toml") == plan
 
 
-def test_tokens_scale_every_budget_and_quick_is_a_twelfth() -> None:
+def test_tokens_scale_every_budget_and_quick_is_a_twentieth() -> None:
     own = resolve_plan(RunOptions()).variants
     half = resolve_plan(RunOptions(tokens=own[0].train.tokens // 2)).variants
     quick = resolve_plan(RunOptions(quick=True)).variants
     assert [v.train.tokens for v in half] == [v.train.tokens // 2 for v in own]
-    assert [v.train.tokens for v in quick] == [v.train.tokens // 12 for v in own]
+    assert [v.train.tokens for v in quick] == [v.train.tokens // 20 for v in own]
 
 
 def test_the_fastest_pair_is_exported_besides_the_usual_forms_unless_forms_are_named() -> None:

@@ -64,7 +64,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> list[st
         str(data),
         "--quick",
         "--tokens",
-        str(7680 * 12),  # a quick run trains for a twelfth
+        str(7680 * 20),  # a quick run trains for a twentieth
     ]
 
 

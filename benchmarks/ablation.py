@@ -23,7 +23,8 @@ from ryot.report.rows import AblationRow, load_report
 
 def ablate(preset: str, tokens: int, seeds: int, folder: Path) -> tuple[AblationRow, ...]:
     """The ablation rows of a run of its own."""
-    options = ["--ablate", "--preset", preset, "--tokens", str(tokens), "--seeds", str(seeds), "--rounds", "1"]
+    options = ["--ablate", "--preset", preset, "--tokens", str(tokens), "--seeds", str(seeds)]
+    options += ["--precisions", "fp32", "--rounds", "1"]
     command = [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", "-o", str(folder)]
     done = subprocess.run([*command, *options], stdout=subprocess.DEVNULL)
     assert done.returncode in (0, 1, 3), done

@@ -20,7 +20,7 @@ from typing import Any
 
 from ryot.cluster.jobs import DriverOptions, merge_facts
 from ryot.cluster.journal import Journal
-from ryot.cluster.placement import Placement
+from ryot.cluster.placement import Need, Placement
 from ryot.cluster.runtime import Cluster, ClusterOptions, Node
 from ryot.cluster.worker import SliceReport
 from ryot.events import EventLog, StepEvent, event_to_dict
@@ -100,7 +100,7 @@ def main() -> None:
             find_s = median_s(lambda j=journal: j.accepted("v/seed-0", "d" * 64), 5)
             placement = Placement(ManyNodes(count))
             placement.look()
-            place_s = median_s(lambda p=placement: [p.give_back(n, 1) for n in p.take(1)])
+            place_s = median_s(lambda p=placement: [p.give_back(n, Need(1)) for n in p.take(Need(1))])
             log = EventLog(folder / "events.jsonl")
 
             def take_in(log: EventLog = log) -> None:

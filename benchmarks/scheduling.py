@@ -5,8 +5,8 @@
 On an embedded Ray on all cores of this machine:
 
 * four equal variants with the recipe's own budget: the wall time of the driver against the ideal, which is the sum of
-  their training times over the cores; and Ray's own cost, which is its start and shutdown and what the wall time is
-  longer than the ideal;
+  the times of their training steps and evaluations over the cores; and Ray's own cost, which is its start and shutdown
+  and what the wall time is longer than the ideal;
 * a worker killed with SIGKILL in the middle: the time until its training is as far as it was when it was killed, less
   the work that no accepted checkpoint held;
 * one variant on two cores: two threads of one process, or two processes (gloo) that share every batch.
@@ -33,7 +33,7 @@ from ryot.cluster.jobs import DriverOptions, PlannedJob, TrainResult, plan_job
 from ryot.cluster.journal import Journal
 from ryot.cluster.runtime import ClusterOptions, open_cluster
 from ryot.config import VariantConfig, replace, resolve_variant
-from ryot.events import CheckpointEvent, Event, StepEvent
+from ryot.events import CheckpointEvent, EvalEvent, Event, StepEvent
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import prepare_dataset
 from ryot.train.loop import TrainJob
@@ -81,8 +81,10 @@ class Bench:
 def four_equal(bench: Bench) -> dict[str, float]:
     recipe = resolve_variant("optimized", "reference")
     jobs = [bench.plan(replace(recipe, name=f"variant-{k}")) for k in range(4)]
-    run = bench.run(jobs, DriverOptions())
-    ideal_s = sum(r.facts["train_wall_s"] for r in run["results"]) / len(os.sched_getaffinity(0))
+    evals: list[EvalEvent] = []
+    run = bench.run(jobs, DriverOptions(), lambda event: evals.append(event) if isinstance(event, EvalEvent) else None)
+    work_s = sum(r.facts["train_wall_s"] for r in run["results"]) + sum(e.eval_wall_s or 0.0 for e in evals)
+    ideal_s = work_s / len(os.sched_getaffinity(0))
     return {
         "wall_s": run["wall_s"],
         "ideal_s": ideal_s,

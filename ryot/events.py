@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +24,18 @@ class Event:
     """Seconds since the epoch, by the clock of the machine that made the event."""
 
 
+#: `cached`: found done already; `lost`: its worker died and it begins again; `rejected`: a checkpoint was damaged.
+StageStatus = Literal["begin", "end", "cached", "failed", "lost", "rejected"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageEvent(Event):
-    """A stage began, ended, failed or was found done already."""
+    """A stage began or ended, or something happened to it on the way."""
 
     kind: ClassVar[str] = "stage"
     stage: str
     """`data`, `cluster`, `tune`, `train`, `export`, `measure`, `report` or `bundle`."""
-    status: str
-    """`begin`, `end`, `cached` or `failed`."""
+    status: StageStatus
     variant: str = ""
     seed: int = 0
     wall_s: float | None = None
@@ -81,6 +84,8 @@ class EvalEvent(Event):
     loss: float
     """Nats per token."""
     bits_per_byte: float
+    eval_wall_s: float | None = None
+    """Time that taking it took, which is no part of `train_wall_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +111,8 @@ class GateEvent(Event):
     gate: str
     """`loss`, `grad_norm`, `parity`, `quality`, …"""
     passed: bool
-    value: float
+    value: float | None
+    """None when it is not finite."""
     limit: float
     detail: str = ""
 
@@ -146,6 +152,7 @@ class EventLog:
     """Appends events to a file and hands each one to the listeners, in order."""
 
     def __init__(self, path: Path):
+        _drop_partial_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self.listeners: list[Callable[[Event], None]] = []
         self._lock = threading.Lock()
@@ -160,6 +167,13 @@ class EventLog:
     def close(self) -> None:
         """Close the file; later events are an error."""
         self._file.close()
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cut off what a crash or a full disk left of a last line, so that the next one begins on its own."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> Iterator[Event]:

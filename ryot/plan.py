@@ -16,14 +16,15 @@ from ryot.config import (
     VariantConfig,
     build_from_mapping,
     check_known,
-    find_named,
     list_named,
     load_toml,
+    replace,
     resolve_variant,
     to_mapping,
     unknown,
 )
 from ryot.errors import ConfigError
+from ryot.report.targets import Target, build_target, load_targets, target_to_mapping
 
 SCHEMA = 1
 
@@ -105,8 +106,6 @@ class InferencePlan:
     """Input features that share a scale at 8 bits."""
     int4_block_size: int = 128
     """The same at 4 bits."""
-    dynamic_bits: int = 7
-    """Bits of dynamic-int8 weights; 8 where the CPU's int8 products cannot saturate."""
     fastest: str = ""
     """The precision with the shortest request, possibly a pair; empty when nothing was measured."""
 
@@ -119,6 +118,8 @@ class RunPlan:
     version: str
     options: RunOptions
     variants: tuple[VariantConfig, ...]
+    targets: tuple[Target, ...]
+    """What the forms are judged by, as their files said when the run began."""
     kernels: Mapping[str, KernelPlan] = dataclasses.field(default_factory=dict)
     """How each variant is trained: decided once, before its first step."""
     inference: Mapping[str, InferencePlan] = dataclasses.field(default_factory=dict)
@@ -148,8 +149,6 @@ def resolve_plan(options: RunOptions) -> RunPlan:
     """The plan that `options` come to. Raises `ConfigError` for anything in it that does not exist or fit."""
     chosen = ablation_arms() if options.ablate else options.variants
     variants = [resolve_variant(name, options.preset) for name in chosen]
-    for target in options.target:
-        find_named("targets", target)
     names = [v.name for v in variants]
     if len(set(names)) < len(names):
         raise ConfigError(f"variants: {', '.join(names)} names one twice")
@@ -162,7 +161,14 @@ def resolve_plan(options: RunOptions) -> RunPlan:
     sizes = {v.model.vocab_size for v in variants}
     if len(sizes) > 1:
         raise ConfigError(f"variants: vocab_size differs ({sorted(sizes)}); one run has one tokenizer")
-    return RunPlan(schema=SCHEMA, version=__version__, options=options, variants=tuple(variants))
+    return RunPlan(
+        schema=SCHEMA,
+        version=__version__,
+        # The run may be resumed from another folder.
+        options=replace(options, data=tuple(str(Path(path).absolute()) for path in options.data)),
+        variants=tuple(variants),
+        targets=tuple(load_targets(options.target)),
+    )
 
 
 def plan_to_toml(plan: RunPlan) -> str:
@@ -172,6 +178,7 @@ def plan_to_toml(plan: RunPlan) -> str:
     values = to_mapping(plan)
     values["options"] = to_mapping(plan.options)
     values["variants"] = [to_mapping(v) for v in plan.variants]
+    values["targets"] = [target_to_mapping(t) for t in plan.targets]
     values["kernels"] = {name: to_mapping(k) for name, k in plan.kernels.items()}
     values["inference"] = {name: to_mapping(k) for name, k in plan.inference.items()}
     return tomli_w.dumps(values)
@@ -191,6 +198,7 @@ def load_plan(path: Path) -> RunPlan:
         version=__version__,
         options=build_from_mapping(RunOptions, values["options"], f"{path}: options"),
         variants=tuple(build_from_mapping(VariantConfig, v, f"{path}: variants") for v in values["variants"]),
+        targets=tuple(build_target(t["name"], t, f"{path}: targets") for t in values["targets"]),
         kernels={n: build_from_mapping(KernelPlan, k, f"{path}: kernels.{n}") for n, k in values["kernels"].items()},
         inference={
             n: build_from_mapping(InferencePlan, k, f"{path}: inference.{n}") for n, k in values["inference"].items()

@@ -33,10 +33,10 @@ NET = os.environ.get("RYOT_LAB_NET", "10.77.0")
 HEAD = f"{NET}.1:6379"
 NAME = f"ryot{zlib.crc32(str(LAB).encode()) % 10000:04d}"
 
-#: A node counts as lost after about 3 x (0.5 + 1) s. On a real, busy cluster: see `cluster/README.md`.
+#: A node counts as lost after at most 3 x (1.5 + 2.5) s, as with the other files here: see `cluster/README.md`.
 HEALTH_CHECKS = {
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_period_ms": "1500",
+    "RAY_health_check_timeout_ms": "2500",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "0",
 }

@@ -22,7 +22,7 @@ def _positive(text: str) -> int:
     return value
 
 
-_INTS = CommaList(_positive)
+_INTS = CommaList(_positive, "whole numbers above 0")
 
 
 @click.command("bench", context_settings=HELP)

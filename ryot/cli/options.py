@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from ryot.config import PRECISIONS, find_named
 from ryot.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,12 +17,12 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class CommaList(click.ParamType):
-    """`a,b,c` as a tuple; each part is converted by `item`."""
+    """`a,b,c` as a tuple; each part is converted by `item`, and messages call the parts `what`."""
 
     name = "LIST"
 
-    def __init__(self, item: Callable[[str], Any] = str):
-        self.item = item
+    def __init__(self, item: Callable[[str], Any] = str, what: str = "names"):
+        self.item, self.what = item, what
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, tuple):
@@ -31,7 +30,7 @@ class CommaList(click.ParamType):
         try:
             return tuple(self.item(part.strip()) for part in str(value).split(",") if part.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a list of {self.item.__name__} separated by commas", param, ctx)
+            self.fail(f"{value!r} is not a list of {self.what} separated by commas", param, ctx)
 
 
 def verbose_option(function: F) -> F:
@@ -52,18 +51,6 @@ def verbose_option(function: F) -> F:
         callback=set_verbose,
         help="Show logs, decisions with their evidence, and tracebacks",
     )(function)
-
-
-def precisions_option(default: str) -> Callable[[F], F]:
-    """`--precisions a,b`."""
-    return click.option(
-        "--precisions",
-        type=CommaList(),
-        metavar="LIST",
-        default=default,
-        show_default=True,
-        help=f"Weight formats, separated by commas: {', '.join(PRECISIONS)}",
-    )
 
 
 def format_option(*formats: str) -> Callable[[F], F]:
@@ -111,9 +98,3 @@ def check_output_folder(path: Path) -> None:
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output {path}: {parent} is not writable")
-
-
-def check_names(folder: str, names: tuple[str, ...]) -> None:
-    """Raise `ConfigError` for the first of `names` that is not a preset, variant or target."""
-    for name in names:
-        find_named(folder, name)

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TextIO
 
-from ryot.events import CheckpointEvent, EvalEvent, Event, GateEvent, MeasureEvent, StageEvent, StepEvent
+from ryot.events import CheckpointEvent, EvalEvent, Event, GateEvent, MeasureEvent, StageEvent, StageStatus, StepEvent
 
 #: Without a terminal, a training is heard of at these shares of its budget.
 PLAIN_STEPS = 10
@@ -75,7 +75,14 @@ class Progress:
         who = f" {event.variant} seed {event.seed}" if event.variant else ""
         took = f" in {event.wall_s:.1f} s" if event.wall_s is not None else ""
         detail = f": {event.detail}" if event.detail else ""
-        words = {"begin": "begins", "end": f"done{took}", "cached": "done before", "failed": "failed"}
+        words: dict[StageStatus, str] = {
+            "begin": "begins",
+            "end": f"done{took}",
+            "cached": "done before",
+            "failed": "failed",
+            "lost": "lost its worker",
+            "rejected": "does without a checkpoint",
+        }
         if event.status != "begin" or event.detail:
             self._say(f"{event.stage}{who} {words[event.status]}{detail}")
 

@@ -33,6 +33,7 @@ def command(report: Path, rounds: int | None, fmt: Any) -> int:
     (new,) = measure_together(
         [find_forms(report)],
         targets,
+        quick=old.quick,
         rounds=rounds or max(row.runs for row in old.rows),
         command=" ".join(["ryot-deploy", *sys.argv[1:]]),
         on_result=lambda r: click.echo(f"round {r.round + 1} {r.arm[2:]}", err=True),

@@ -32,9 +32,9 @@ def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
 
     Example: ryot-deploy runs list
     """
-    from ryot.cluster.runs import find_runs, format_runs, read_run
+    from ryot.cluster.runs import format_runs, list_runs
 
-    click.echo(format_runs([read_run(path) for path in find_runs(folder)], fmt))
+    click.echo(format_runs(list_runs(folder), fmt))
 
 
 @command.command("show", context_settings=HELP)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 
 import click
 
 from ryot.cli.options import HELP, cache_dir, check_output_folder, data_option, preset_option, verbose_option
+
+CHECKPOINT_EVERY_S = 30.0
+#: How often a signal is looked for.
+SLICE_S = 1.0
 
 
 @click.command("train", context_settings=HELP)
@@ -37,13 +43,16 @@ def command(
 ) -> None:
     """Train one variant in this process and write a checkpoint in Hugging Face layout.
 
-    Prints the checkpoint's folder. Ctrl-C stops after the step in flight and writes what there is.
+    Prints the checkpoint's folder. Ctrl-C stops within a second or a step and writes what there is. On the way a
+    checkpoint is kept beside it every 30 seconds, which is what a safety gate or a crash leaves.
 
     Example: ryot-deploy train --variant optimized --tokens 40960 -o /tmp/checkpoint
     """
     check_output_folder(output)
     from ryot.cli.progress import Progress
+    from ryot.cluster.signals import StopSignals
     from ryot.config import replace, resolve_variant
+    from ryot.errors import Interrupted, RyotError
 
     recipe = resolve_variant(variant, preset, tokens=tokens)
     if device == "cuda":
@@ -71,18 +80,30 @@ def command(
     trainer = Trainer.resume(job, plan, resume) if resume else Trainer(job, plan)
     if output.exists():
         output.rmdir()
-    with Progress() as show:
-        try:
-            while not trainer.done:
-                for event in trainer.run_slice(1.0):
-                    show(event)
-        except KeyboardInterrupt:
-            from ryot.errors import Interrupted
-
-            trainer.save(output)
-            raise Interrupted(
-                f"stopped at step {trainer.step} of {trainer.num_steps}; checkpoint {output} is written",
-                hint=f"go on with --resume {output} and another -o",
-            ) from None
+    kept: Path | None = None
+    saved_at = time.monotonic()
+    with Progress() as show, StopSignals() as signals:
+        while not trainer.done and not signals.stop:
+            try:
+                events = trainer.run_slice(SLICE_S)
+            except RyotError as error:
+                if kept:
+                    error.hint = f"the last good checkpoint is {kept}: go on with --resume {kept}"
+                raise
+            for event in events:
+                show(event)
+            if time.monotonic() - saved_at >= CHECKPOINT_EVERY_S and not trainer.done:
+                kept, before = output.with_name(f"{output.name}.step-{trainer.step}"), kept
+                trainer.save(kept)
+                saved_at = time.monotonic()
+                if before:
+                    shutil.rmtree(before)
     trainer.save(output)
+    if kept:
+        shutil.rmtree(kept)
+    if not trainer.done:
+        raise Interrupted(
+            f"stopped at step {trainer.step} of {trainer.num_steps}; checkpoint {output} is written",
+            hint=f"go on with --resume {output} and another -o",
+        )
     click.echo(output)

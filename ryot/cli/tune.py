@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import click
 
@@ -31,14 +30,13 @@ def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what
 
     Example: ryot-deploy tune --what inference
     """
-    import tempfile
-
     from ryot.config import resolve_variant
+    from ryot.scratch import scratch_folder
 
     recipe = resolve_variant(variant, preset)
     decisions: dict[str, object] = {}
-    with tempfile.TemporaryDirectory(prefix="ryot-tune-") as scratch:
-        found = Path(scratch) if again else cache_dir()
+    with scratch_folder("tune") as scratch:
+        found = scratch if again else cache_dir()
         if what != "inference":
             from ryot.optimize.kernels import choose_kernels
             from ryot.optimize.kernels import format_decision as format_training

@@ -32,19 +32,12 @@ def command(run: Path, once: bool, tensorboard: Path | None) -> None:
     Example: ryot-deploy watch runs/first
     """
     from ryot.cli.progress import Progress
-    from ryot.cluster.journal import RunLock
-    from ryot.errors import ClusterError, ConfigError
+    from ryot.cluster.journal import is_held
+    from ryot.errors import ConfigError
 
     path = run / "events.jsonl"
     if not path.exists():
         raise ConfigError(f"run {run}: has no events.jsonl, so it is not a run folder")
-
-    def running() -> bool:
-        try:
-            RunLock(run).release()
-        except ClusterError:
-            return True
-        return False
 
     with path.open(encoding="utf-8") as lines, Progress() as show, contextlib.ExitStack() as closing:
         listeners: list[Callable[[Event], None]] = [show]
@@ -56,7 +49,7 @@ def command(run: Path, once: bool, tensorboard: Path | None) -> None:
             listeners.append(export)
         rest = ""
         while True:
-            alive = running()
+            alive = is_held(run)
             for line in lines:
                 rest += line
                 if rest.endswith("\n"):

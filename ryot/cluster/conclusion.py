@@ -112,7 +112,7 @@ def _variant_rows(run_dir: Path, findings: Findings) -> list[VariantRow]:
     rows = []
     for result in findings.trainings:
         variant, facts = findings.plan.variant(result.variant), result.facts
-        tokens, wall_s = result.step * variant.step_tokens, facts.get("train_wall_s")
+        tokens, wall_s = facts.get("tokens", 0), facts.get("train_wall_s")
         curve, train_curve = curves.get((result.variant, result.seed), ((), ()))
         rows.append(
             VariantRow(

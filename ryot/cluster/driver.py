@@ -12,6 +12,7 @@ folder of its own. Reports of an attempt that was given up are never looked at a
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ from ryot.cluster.signals import StopSignals
 from ryot.cluster.store import CheckpointStore
 from ryot.cluster.worker import LOG_FILE, Assignment, SliceReport, Started
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
-from ryot.events import CheckpointEvent, Event, StageEvent
+from ryot.events import CheckpointEvent, Event, GateEvent, StageEvent, StageStatus
+from ryot.train.gates import GateBreach
 from ryot.train.parallel import Group
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ class Driver:
                 self._give_up_hung()
             if self._callbacks:
                 self._callbacks.finish(lambda: self.signals.stop_at_once)
+                self._heed_signals()
         finally:
             for work in list(self.works):
                 self._close(work, kill=True)
@@ -181,8 +184,8 @@ class Driver:
 
     def _look_at_cluster(self) -> None:
         """Refuse what can't be run, and find out what the nodes see."""
-        for threads, workers in {(t.planned.plan.threads, t.planned.workers) for t in self.waiting}:
-            self.placement.check_fits(threads, workers, "training")
+        for need, workers in {(t.planned.need, t.planned.workers) for t in self.waiting}:
+            self.placement.check_fits(need, workers, "training")
         if self.cluster.embedded:
             return
         datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
@@ -213,11 +216,11 @@ class Driver:
         for task in list(self.waiting):
             if task.not_before > now:
                 continue
-            nodes = self.placement.take(task.planned.plan.threads, task.planned.workers)
+            nodes = self.placement.take(task.planned.need, task.planned.workers)
             if not nodes:
                 continue
             self.waiting.remove(task)
-            work = _Work(task, Lane(nodes, task.planned.plan.threads))
+            work = _Work(task, Lane(nodes, task.planned.need))
             self.works.append(work)
             self._assign(work, task)
 
@@ -322,6 +325,7 @@ class Driver:
             self._tell_accepted(task, accepted)
             self.store.prune(task.planned, task.accepted, task.attempt)
         if report.breach:
+            self._tell_breach(task, report.breach)
             self._fail(work, report.breach, final=True)
         elif report.done:
             planned = task.planned
@@ -341,7 +345,7 @@ class Driver:
         """Keep a worker that is warm for the next training of the same width, or let it go."""
         now = time.monotonic()
         for task in self.waiting:
-            same = (task.planned.plan.threads, task.planned.workers) == (work.lane.threads, len(work.lane.nodes))
+            same = (task.planned.need, task.planned.workers) == (work.lane.need, len(work.lane.nodes))
             if same and task.not_before <= now and not self.stopping:
                 self.waiting.remove(task)
                 self._assign(work, task)
@@ -363,7 +367,7 @@ class Driver:
             error=error,
         )
         wall_s = time.monotonic() - task.wall_begin if task.wall_begin else 0.0
-        status = "failed" if error else "cached" if cached else "end"
+        status: StageStatus = "failed" if error else "cached" if cached else "end"
         self._tell(task, status, str(error or ""), wall_s)
         if self._callbacks:
             self._callbacks.put(task.result)
@@ -407,16 +411,30 @@ class Driver:
         """End the actors of a training and free their cores."""
         self.works.remove(work)
         for node in work.lane.nodes:
-            self.placement.give_back(node, work.lane.threads)
+            self.placement.give_back(node, work.lane.need)
         work.lane.close(kill=kill)
 
     # Telling
 
-    def _tell(self, task: _Task, status: str, detail: str = "", wall_s: float | None = None) -> None:
+    def _tell(self, task: _Task, status: StageStatus, detail: str = "", wall_s: float | None = None) -> None:
         job = task.planned.job
         self.emit(
             StageEvent(
                 stage="train", status=status, variant=job.variant.name, seed=job.seed, wall_s=wall_s, detail=detail
+            )
+        )
+
+    def _tell_breach(self, task: _Task, breach: GateBreach) -> None:
+        job = task.planned.job
+        self.emit(
+            GateEvent(
+                variant=job.variant.name,
+                seed=job.seed,
+                gate=breach.gate,
+                passed=False,
+                value=breach.value if math.isfinite(breach.value) else None,
+                limit=breach.limit,
+                detail=str(breach),
             )
         )
 

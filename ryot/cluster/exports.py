@@ -17,8 +17,8 @@ from ryot.deploy.forms import QuantizeOptions
 from ryot.deploy.quality import MAX_BPB_RATIO
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.errors import QualityError
-from ryot.events import Event, GateEvent, StageEvent
-from ryot.plan import RunPlan
+from ryot.events import Event, GateEvent, StageEvent, StageStatus
+from ryot.plan import InferencePlan, RunPlan
 from ryot.report.build import FormFacts
 from ryot.report.targets import Target
 from ryot.train.dataset import Dataset
@@ -38,7 +38,7 @@ class Exporter:
         emit: Callable[[Event], None],
     ):
         self.run_dir, self.plan, self.dataset = run_dir, plan, dataset
-        self.journal, self.emit = journal, emit
+        self.targets, self.journal, self.emit = targets, journal, emit
         self.max_bpb_ratio = max(t.limits.get("bpb_ratio", MAX_BPB_RATIO) for t in targets)
         """The loosest limit of any target; a stricter one shows in that target's verdict."""
         self.forms: list[FormFacts] = []
@@ -62,13 +62,14 @@ class Exporter:
         key = f"{result.variant}/seed-{result.seed}"
         known = self.journal.find_stage("export", key, inputs)
         if known and all((self.run_dir / f["path"]).is_dir() for f in known["forms"] if f["path"]):
-            forms, status = [FormFacts(**f) for f in known["forms"]], "cached"
+            forms = [FormFacts(**f) for f in known["forms"]]
         else:
-            forms, status = self._export_now(result, precisions, quantize), "end"
+            known, forms = None, self._export_now(result, precisions, quantize)
             self.journal.finish_stage("export", key, inputs, forms=[to_mapping(f) for f in forms])
         self.forms += forms
         wall_s = time.monotonic() - begin
         self.stages.append({"stage": "export", "variant": result.variant, "wall_s": round(wall_s, 3)})
+        status: StageStatus = "cached" if known else "end"
         self.emit(StageEvent(stage="export", status=status, variant=result.variant, seed=result.seed, wall_s=wall_s))
 
     def _export_now(self, result: TrainResult, precisions: Sequence[str], quantize: QuantizeOptions) -> list[FormFacts]:
@@ -120,13 +121,14 @@ class Exporter:
         )
 
     def _quantize_options(self, variant: str) -> QuantizeOptions:
-        decision = self.plan.inference.get(variant)
-        if decision is None:
-            return QuantizeOptions(dynamic_bits=8 if sums_int8_exactly(describe_cpu()["isa"]) else 7)
+        # A target without a device is this machine; a form must hold on each of them.
+        here = describe_cpu()["isa"]
+        exact = all(sums_int8_exactly(t.device.isa if t.device else here) for t in self.targets)
+        decision = self.plan.inference.get(variant, InferencePlan())
         return QuantizeOptions(
             int8_block_size=decision.int8_block_size,
             int4_block_size=decision.int4_block_size,
-            dynamic_bits=decision.dynamic_bits,
+            dynamic_bits=8 if exact else 7,
         )
 
     def _gate(self, result: TrainResult, gate: str, *, passed: bool, **facts: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ryot
+from ryot.cluster.placement import Need
 from ryot.cluster.worker import SliceReport
 from ryot.config import KernelPlan, digest, to_mapping
 from ryot.errors import RyotError
@@ -56,6 +57,11 @@ class PlannedJob:
     def key(self) -> str:
         """Name of the job in the journal, in paths and in messages."""
         return self.job.key
+
+    @property
+    def need(self) -> Need:
+        """What each of its workers takes up."""
+        return Need(self.plan.threads, gpus=1 if self.plan.device == "cuda" else 0)
 
     @property
     def cost(self) -> float:

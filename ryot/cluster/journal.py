@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Journal:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ClusterError(f"run {run_dir}: {FILE} cannot be written ({error.strerror})") from error
+        self._lock = threading.Lock()
         self.records, whole = parse_journal(self.path)
         if whole < os.fstat(self._fd).st_size:
             # Never acknowledged to anyone: the driver, or the power, went while it was written.
@@ -91,22 +93,26 @@ class Journal:
         fsync_folder(run_dir)
 
     def append(self, record: str, **fields: Any) -> None:
-        """Write one fact; it is on disk when this returns. Raises `ClusterError` when it cannot be (a full disk)."""
+        """Write one fact; it is on disk when this returns. Threads may call it at once.
+
+        Raises `ClusterError` when it cannot be written (a full disk).
+        """
         entry = {"record": record, "time": round(time.time(), 3), **fields}
         line = json.dumps(entry).encode() + b"\n"
-        size = os.fstat(self._fd).st_size
-        try:
-            written = os.write(self._fd, line)
-            if written < len(line):
-                raise OSError(28, "No space left on device")
-            os.fsync(self._fd)
-        except OSError as error:
-            os.ftruncate(self._fd, size)
-            raise ClusterError(
-                f"{self.path}: cannot be written ({error.strerror})", hint="make room, then resume the run"
-            ) from error
-        self.records.append(entry)
-        self._by_key[entry.get("key", "")].append(entry)
+        with self._lock:
+            size = os.fstat(self._fd).st_size
+            try:
+                written = os.write(self._fd, line)
+                if written < len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(self._fd)
+            except OSError as error:
+                os.ftruncate(self._fd, size)
+                raise ClusterError(
+                    f"{self.path}: cannot be written ({error.strerror})", hint="make room, then resume the run"
+                ) from error
+            self.records.append(entry)
+            self._by_key[entry.get("key", "")].append(entry)
 
     def open_run(self, **fields: Any) -> None:
         """Say that a driver has taken the run. Raises `ClusterError` for a run of another ryot version."""
@@ -168,8 +174,7 @@ class RunLock:
     Raises `ClusterError` when another driver holds it.
     """
 
-    def __init__(self, run_dir: Path, *, record: bool = True):
-        """`record`: whether to write down who holds it; not for a mere look."""
+    def __init__(self, run_dir: Path):
         path = run_dir / LOCK_FILE
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -183,8 +188,6 @@ class RunLock:
             raise ClusterError(
                 f"run {run_dir}: {holder} is working on it", hint="wait for it, or stop it and resume then"
             ) from error
-        if not record:
-            return
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -197,6 +200,21 @@ class RunLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a driver holds the run folder; nothing is written."""
+    try:
+        handle = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def fsync_folder(path: Path) -> None:

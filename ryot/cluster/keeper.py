@@ -10,12 +10,10 @@ It runs by path and needs only the standard library, so that it starts in some 2
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from pathlib import Path
 MARK = "RYOT_CLUSTER"
 
 PREFIX = "ryot-ray-"
-LOCK_FILE = "owner.lock"
 
 
 def find_marked(folder: Path, programs: tuple[str, ...] = ()) -> list[int]:
@@ -68,49 +65,6 @@ def remove_cluster(folder: Path) -> None:
     """End the processes of the cluster in `folder` and remove the folder."""
     end_marked(folder)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def lock_folder(folder: Path) -> int | None:
-    """The locked descriptor of a cluster folder, or None when its owner still lives."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def make_folder(base: Path, prefix: str = PREFIX) -> tuple[Path, int]:
-    """A fresh private folder and the descriptor that keeps it locked; raises `OSError`."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
-    descriptor = lock_folder(folder)
-    assert descriptor is not None, "a fresh folder has no other owner"
-    return folder, descriptor
-
-
-def sweep_stale(base: Path, prefix: str = PREFIX, *, min_age_s: float = 10.0) -> list[Path]:
-    """Remove the folders that `make_folder` made under `base` and whose owner is dead, with processes that use them.
-
-    A folder younger than `min_age_s` may not have been locked by its owner yet and is left alone.
-    """
-    removed = []
-    for folder in base.glob(f"{prefix}*"):
-        try:
-            info = folder.lstat()
-        except OSError:
-            continue
-        mine = info.st_uid == os.getuid() and (folder / LOCK_FILE).exists()
-        if not mine or folder.is_symlink() or time.time() - info.st_mtime < min_age_s:
-            continue
-        if (descriptor := lock_folder(folder)) is not None:
-            remove_cluster(folder)
-            os.close(descriptor)
-            removed.append(folder)
-    return removed
 
 
 def main() -> None:

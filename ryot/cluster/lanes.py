@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ryot.cluster.placement import Need
 from ryot.cluster.runtime import Node
 from ryot.cluster.worker import TrainWorker
 from ryot.errors import RyotError
@@ -32,11 +33,11 @@ class WorkerFailed(Exception):
 class Lane:
     """Actors, the cores they hold, and the call they are at."""
 
-    def __init__(self, nodes: Sequence[Node], threads: int):
-        """Ask for an actor of `threads` cores on each of `nodes` (a node may come several times)."""
+    def __init__(self, nodes: Sequence[Node], need: Need):
+        """Ask for an actor on each of `nodes` (a node may come several times)."""
         self.nodes = list(nodes)
-        self.threads = threads
-        self.actors = [_make_actor(node, threads) for node in nodes]
+        self.need = need
+        self.actors = [_make_actor(node, need) for node in nodes]
         self.doing = ""
         self.since = 0.0
         self._refs: list[Any] = []
@@ -102,15 +103,16 @@ class Lane:
             ray.kill(actor, no_restart=True)
 
 
-def _make_actor(node: Node, threads: int) -> Any:
+def _make_actor(node: Node, need: Need) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # A restarted actor would answer from a fresh constructor as if nothing had happened.
     options: dict[str, Any] = {
-        "num_cpus": threads,
+        "num_cpus": need.threads,
+        "num_gpus": need.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
     }
-    return ray.remote(**options)(TrainWorker).remote(threads)
+    return ray.remote(**options)(TrainWorker).remote(need.threads)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster import keeper
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.cluster.runtime import Cluster, ClusterOptions, Node, open_cluster
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ClusterError, ConfigError
+from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
-
-SCRATCH_PREFIX = "ryot-measure-"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +30,10 @@ class Measured:
     """Of the processes that measured; above 0 they yield to everything else on the node."""
 
 
-def find_nodes(cluster: Cluster, label: str) -> list[Node]:
-    """The nodes that carry `label`: a custom resource `NAME`, or a label `NAME=VALUE`.
+def find_node(cluster: Cluster, label: str, threads: int) -> Node:
+    """The largest node that carries `label`: a custom resource `NAME`, or a label `NAME=VALUE`.
 
-    Raises `ClusterError` that lists what there is.
+    Raises `ClusterError` that lists what there is, or says that the node has fewer CPUs than `threads`.
     """
     nodes = cluster.nodes()
     name, separator, value = label.partition("=")
@@ -54,7 +50,13 @@ def find_nodes(cluster: Cluster, label: str) -> list[Node]:
             f"bench-on: no node of {cluster.address} carries {label!r} (there are: {', '.join(there) or 'none'})",
             hint=f"start a node with --resources='{{\"{name}\": 1}}'",
         )
-    return found
+    node = max(found, key=lambda n: n.cpus)
+    if node.cpus < threads:
+        raise ClusterError(
+            f"bench-on: {node.name} has {node.cpus:g} CPUs, the targets ask for {threads} threads",
+            hint="measure on a larger node, or judge by a target with fewer threads",
+        )
+    return node
 
 
 def measure_on_node(
@@ -75,13 +77,7 @@ def measure_on_node(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = max(find_nodes(cluster, label), key=lambda n: n.cpus)
-    needed = max(spec.threads for spec in specs.values())
-    if node.cpus < needed:
-        raise ClusterError(
-            f"bench-on: {node.name} has {node.cpus:g} CPUs, the targets ask for {needed} threads",
-            hint="measure on a larger node, or judge by a target with fewer threads",
-        )
+    node = find_node(cluster, label, max((spec.threads for spec in specs.values()), default=1))
     options: dict[str, Any] = {
         "num_cpus": node.cpus,
         "max_retries": 0,
@@ -130,16 +126,10 @@ def _measure(
     # The workers' settings are for training; a device has glibc's own.
     os.environ.pop("GLIBC_TUNABLES", None)
     cores = sorted(os.sched_getaffinity(0))
-    base = Path(tempfile.gettempdir())
-    keeper.sweep_stale(base, SCRATCH_PREFIX)
-    scratch, lock = keeper.make_folder(base, SCRATCH_PREFIX)
-    try:
+    with scratch_folder("measure") as scratch:
         here = {}
         for number, (arm, ref) in enumerate(zip(arms, packed, strict=True)):
             unpack_folder(ray.get(ref), scratch / str(number))
             spec = specs[arm]
             here[arm] = dataclasses.replace(spec, bundle=str(scratch / str(number)), cpus=tuple(cores[-spec.threads :]))
         return measure_rounds(here, rounds=rounds, seed=seed), record_environment(), os.nice(0)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)

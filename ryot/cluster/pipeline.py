@@ -30,11 +30,13 @@ from ryot.cluster.driver import train_variants
 from ryot.cluster.exports import Exporter
 from ryot.cluster.jobs import DriverOptions, TrainResult, plan_job
 from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.measuring import measure_on_cluster
+from ryot.cluster.measuring import find_node, measure_on_cluster
+from ryot.cluster.placement import Need, Placement
+from ryot.cluster.probe import probe_nodes
 from ryot.cluster.runtime import Cluster, ClusterOptions, build_cluster
 from ryot.cluster.tuning import tune_on_cluster
 from ryot.config import KernelPlan, digest, replace
-from ryot.deploy.remeasure import spec_under
+from ryot.deploy.remeasure import QUICK_SPEC, spec_under, threads_under
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
 from ryot.edge.bundle import load_bundle
@@ -55,7 +57,7 @@ from ryot.report.rows import (
     arm_name,
     write_atomically,
 )
-from ryot.report.targets import Target, load_targets
+from ryot.report.targets import Target
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.loop import TrainJob
@@ -64,8 +66,7 @@ log = logging.getLogger(__name__)
 
 PLAN_FILE = "run.toml"
 MEASURE_FILE = "measure.json"
-#: Runs of a measuring process in a quick run; the full number is MeasureSpec's own.
-QUICK_RUNS, QUICK_TIME_S, QUICK_ROUNDS = 5, 0.2, 3
+QUICK_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +90,10 @@ class Outcome:
 
 def start_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     """Begin a run in an empty folder, or one that does not exist yet, and carry it through."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / PLAN_FILE, plan_to_toml(plan))
+    with _disk_errors(run_dir, "start the run again"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _check_disk(run_dir, plan)
+        write_atomically(run_dir / PLAN_FILE, plan_to_toml(plan))
     return resume_run(run_dir, plan, settings)
 
 
@@ -100,42 +103,63 @@ def resume_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     Raises `Interrupted` with the command that resumes it, and every other `RyotError` for what cannot be carried
     through; what is done by then stays done.
     """
-    with RunLock(run_dir):
-        run = _Run(run_dir, plan, settings)
+    way_on = f"go on with: ryot-deploy cluster-run --resume {run_dir}"
+    with RunLock(run_dir), _disk_errors(run_dir, way_on):
+        run = _Run(run_dir, plan, settings, way_on)
         try:
             return run.carry_through()
         except KeyboardInterrupt:
-            raise Interrupted("stopped by a signal", hint=run.resume_hint) from None
+            raise Interrupted("stopped by a signal", hint=way_on) from None
         except Interrupted as error:
-            raise Interrupted(str(error), hint=run.resume_hint) from None
+            raise Interrupted(str(error), hint=way_on) from None
         finally:
             run.close()
 
 
+@contextlib.contextmanager
+def _disk_errors(run_dir: Path, way_on: str) -> Iterator[None]:
+    """A disk that is full, read-only or gone is one line with what to do; nothing that counts is lost by it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        raise RyotError(f"run {run_dir}: {what}{error.strerror or error}", hint=f"make room, then {way_on}") from error
+
+
+def _check_disk(run_dir: Path, plan: RunPlan) -> None:
+    """Checkpoints hold weights and two moments; a few are kept, and each form is at most the weights again."""
+    weights = sum(4 * v.model.num_parameters for v in plan.variants) * plan.options.seeds
+    needed = 4 * 3 * weights + 6 * weights + 100_000_000
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise RyotError(
+            f"output {run_dir}: {free / 1e6:.0f} MB free on the disk, expected about {needed / 1e6:.0f} MB",
+            hint="make room, or choose another folder with -o",
+        )
+
+
 class _Run:
-    def __init__(self, run_dir: Path, plan: RunPlan, settings: RunSettings):
-        self.run_dir, self.plan, self.settings = run_dir, plan, settings
+    def __init__(self, run_dir: Path, plan: RunPlan, settings: RunSettings, way_on: str):
+        self.run_dir, self.plan, self.settings, self.way_on = run_dir, plan, settings, way_on
         self.options = plan.options
-        self.targets: list[Target] = load_targets(self.options.target)
+        self.targets: Sequence[Target] = plan.targets
         self.journal = Journal(run_dir)
         self.events = EventLog(run_dir / "events.jsonl")
         self.events.listeners += settings.listeners
         self.stages: list[dict[str, Any]] = []
         self.forms: list[FormFacts] = []
 
-    @property
-    def resume_hint(self) -> str:
-        return f"go on with: ryot-deploy cluster-run --resume {self.run_dir}"
-
     def carry_through(self) -> Outcome:
         """All stages in order."""
         self.journal.open_run()
-        self._check_disk()
+        _check_disk(self.run_dir, self.plan)
         dataset = self._prepare_data()
         results = self._train(dataset)
         if all(r.error for r in results):
             errors = "; ".join(str(r.error) for r in results)
-            raise TrainingError(f"no variant finished training: {errors}", hint=self.resume_hint)
+            raise TrainingError(f"no variant finished training: {errors}", hint=self.way_on)
         measured, machine = self._measure()
         return self._conclude(
             Findings(
@@ -159,7 +183,8 @@ class _Run:
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Tell that a stage begins and how it ended; what is put into the yielded dict as `detail` is told too."""
         self.events.emit(StageEvent(stage=name, status="begin"))
-        begin, said = time.monotonic(), {"status": "end", "detail": ""}
+        begin = time.monotonic()
+        said: dict[str, Any] = {"status": "end", "detail": ""}
         try:
             yield said
         except BaseException as error:
@@ -169,17 +194,6 @@ class _Run:
         wall_s = time.monotonic() - begin
         self.stages.append({"stage": name, "variant": "", "wall_s": round(wall_s, 3)})
         self.events.emit(StageEvent(stage=name, status=said["status"], wall_s=wall_s, detail=said["detail"]))
-
-    def _check_disk(self) -> None:
-        """Checkpoints hold weights and two moments; a few are kept, and each form is at most the weights again."""
-        weights = sum(4 * v.model.num_parameters for v in self.plan.variants) * self.options.seeds
-        needed = 4 * 3 * weights + 6 * weights + 100_000_000
-        free = shutil.disk_usage(self.run_dir).free
-        if free < needed:
-            raise RyotError(
-                f"output {self.run_dir}: {free / 1e6:.0f} MB free on the disk, expected about {needed / 1e6:.0f} MB",
-                hint="make room, or choose another folder with -o",
-            )
 
     # Data
 
@@ -242,10 +256,16 @@ class _Run:
         return sorted(results, key=lambda r: ([v.name for v in self.plan.variants].index(r.variant), r.seed))
 
     def _open(self, cluster: Cluster) -> None:
+        """Open the cluster and refuse at once what it can never do for this run."""
         if cluster.is_open:
             return
         with self._stage("cluster") as said:
             cluster.open()
+            if not cluster.embedded:
+                probe_nodes(cluster, [])
+            Placement(cluster).check_fits(Need(self.options.threads), self.options.workers_per_variant, "training")
+            if self.settings.cluster.bench_label:
+                find_node(cluster, self.settings.cluster.bench_label, threads_under(self.targets))
             nodes = cluster.nodes()
             said["detail"] = f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
 
@@ -272,7 +292,6 @@ class _Run:
                 inference[variant.name] = InferencePlan(
                     int8_block_size=export.quantize.int8_block_size,
                     int4_block_size=export.quantize.int4_block_size,
-                    dynamic_bits=export.quantize.dynamic_bits,
                     fastest=export.latency,
                 )
                 log.info("%s\n%s", format_training(variant.name, training), format_inference(export))
@@ -285,7 +304,10 @@ class _Run:
 
     def _measure(self) -> tuple[list[MeasureResult], dict[str, Any]]:
         """Measure every exported form, alone on the machine; forms that a gate stopped are measured and marked too."""
-        brief = {"min_runs": QUICK_RUNS, "min_time_s": QUICK_TIME_S} if self.options.quick else {}
+        bench_on = self.settings.cluster.bench_label
+        brief: dict[str, Any] = dict(QUICK_SPEC) if self.options.quick else {}
+        if bench_on:
+            brief["cores"] = threads_under(self.targets)  # the node has them, or the run was refused
         specs = {
             arm_name(f.variant, f.seed, f.precision): spec_under(
                 self.targets, load_bundle(self.run_dir / f.path, verify=False), **brief
@@ -297,7 +319,6 @@ class _Run:
         manifests = {arm: load_bundle(Path(spec.bundle)).files for arm, spec in specs.items()}
         # Where the run folder lies is no input: it may be moved and resumed.
         asked = {arm: replace(spec, bundle="") for arm, spec in specs.items()}
-        bench_on = self.settings.cluster.bench_label
         inputs = digest(asked, manifests, rounds, bench_on, ryot.__version__)
         file = self.run_dir / MEASURE_FILE
         with self._stage("measure") as said:
@@ -306,7 +327,7 @@ class _Run:
                 values = json.loads(file.read_text())
                 return [MeasureResult.from_mapping(r) for r in values["results"]], values["machine"]
             said["detail"] = f"{len(specs)} forms, {rounds} rounds"
-            if bench_on:
+            if bench_on and specs:
                 measured = measure_on_cluster(
                     self.settings.cluster, specs, rounds=rounds, log_dir=self.run_dir / "logs"
                 )

@@ -1,9 +1,10 @@
-"""Which node has cores free for the next worker."""
+"""Which node has cores, and GPUs, free for the next worker."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 from ryot.cluster.runtime import Cluster, Node
 from ryot.errors import ClusterError
@@ -12,18 +13,29 @@ from ryot.errors import ClusterError
 _FRESH_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one worker takes up on its node."""
+
+    threads: int
+    gpus: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.threads} CPUs" + (f" and {self.gpus} GPU" if self.gpus else "")
+
+
 class Placement:
-    """Our own book of CPUs per node.
+    """Our own book of CPUs and GPUs per node.
 
     Ray would also queue what does not fit, silently and for ever; here a worker is asked for only where there is room.
     """
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
-        self._ours: Counter[str] = Counter()
+        self._ours: dict[str, Counter[str]] = {"CPU": Counter(), "GPU": Counter()}
         self._refused: set[str] = set()
         self._nodes: list[Node] = []
-        self._available: dict[str, float] = {}
+        self._available: dict[str, dict[str, float]] = {}
         self._looked_at = float("-inf")
 
     def only(self, node_ids: set[str]) -> None:
@@ -38,49 +50,65 @@ class Placement:
         if not self.cluster.embedded:
             from ray._private.state import available_resources_per_node
 
-            self._available = {node_id: r.get("CPU", 0.0) for node_id, r in available_resources_per_node().items()}
+            self._available = available_resources_per_node()
         self._looked_at = time.monotonic()
 
-    def check_fits(self, threads: int, workers: int, what: str) -> None:
-        """Raise `ClusterError` when `workers` actors of `threads` cores never fit, or not one of them fits now."""
+    def check_fits(self, need: Need, workers: int, what: str) -> None:
+        """Raise `ClusterError` when `workers` actors never fit, or not one of them fits now."""
         self.look()
-        largest = max((n.cpus for n in self._nodes), default=0.0)
-        if threads > largest:
+        nodes = self._nodes
+        able = [n for n in nodes if n.cpus >= need.threads and n.gpus >= need.gpus]
+        if not able:
+            largest = max((n.cpus for n in nodes), default=0.0)
+            gpus = f" and the most GPUs {max((n.gpus for n in nodes), default=0.0):g}" if need.gpus else ""
             raise ClusterError(
-                f"{what} needs {threads} CPUs on one node, but the largest of {len(self._nodes)} nodes has {largest:g}",
+                f"{what} needs {need} on one node, but the largest of {len(nodes)} nodes has {largest:g}{gpus}",
                 hint="use fewer threads, or a cluster with a larger node",
             )
-        places = sum(int(n.cpus // threads) for n in self._nodes)
+        places = sum(self._places(need, n.cpus, n.gpus) for n in able)
         if workers > places:
             raise ClusterError(
-                f"{what} needs {workers} workers of {threads} CPUs, but the nodes have room for {places}",
+                f"{what} needs {workers} workers of {need}, but the nodes have room for {places}",
                 hint="use fewer workers per variant or fewer threads, or add nodes",
             )
-        if not any(self._free(n) >= threads for n in self._nodes):
-            used = ", ".join(f"{n.name} {self._free(n):g} of {n.cpus:g}" for n in self._nodes)
+        if not any(self._has_room(n, need) for n in able):
+            used = ", ".join(f"{n.name} {self._free(n, 'CPU', n.cpus):g} of {n.cpus:g}" for n in nodes)
             raise ClusterError(
-                f"{what} needs {threads} free CPUs on one node, but free are: {used}",
+                f"{what} needs {need} free on one node, but free CPUs are: {used}",
                 hint="wait until other jobs have ended, or add nodes",
             )
 
-    def take(self, threads: int, workers: int = 1) -> list[Node]:
-        """Nodes for `workers` actors, those with most free CPUs, `threads` on each now ours; empty without room."""
+    def take(self, need: Need, workers: int = 1) -> list[Node]:
+        """Nodes for `workers` actors, those with most free CPUs, now ours; empty without room for all of them."""
         taken: list[Node] = []
         for _ in range(workers):
-            best = max(self._nodes, key=self._free, default=None)
-            if best is None or self._free(best) < threads:
+            able = [n for n in self._nodes if self._has_room(n, need)]
+            if not able:
                 for node in taken:
-                    self.give_back(node, threads)
+                    self.give_back(node, need)
                 return []
-            self._ours[best.node_id] += threads
-            taken.append(best)
+            taken.append(max(able, key=lambda n: self._free(n, "CPU", n.cpus)))
+            self._book(taken[-1], need, 1)
         return taken
 
-    def give_back(self, node: Node, threads: int) -> None:
-        """Say that `threads` CPUs of a node are no longer ours."""
-        self._ours[node.node_id] -= threads
+    def give_back(self, node: Node, need: Need) -> None:
+        """Say that what one worker took on a node is no longer ours."""
+        self._book(node, need, -1)
 
-    def _free(self, node: Node) -> float:
-        free = node.cpus - self._ours[node.node_id]
+    def _book(self, node: Node, need: Need, sign: int) -> None:
+        self._ours["CPU"][node.node_id] += sign * need.threads
+        self._ours["GPU"][node.node_id] += sign * need.gpus
+
+    def _has_room(self, node: Node, need: Need) -> bool:
+        return bool(self._places(need, self._free(node, "CPU", node.cpus), self._free(node, "GPU", node.gpus)))
+
+    @staticmethod
+    def _places(need: Need, cpus: float, gpus: float) -> int:
+        """Workers that find room among so many CPUs and GPUs."""
+        places = int(cpus // need.threads)
+        return min(places, int(gpus // need.gpus)) if need.gpus else places
+
+    def _free(self, node: Node, kind: str, total: float) -> float:
+        free = total - self._ours[kind][node.node_id]
         # Ray's figure knows what others use, ours what we asked for a moment ago.
-        return min(free, self._available.get(node.node_id, 0.0)) if self._available else free
+        return min(free, self._available.get(node.node_id, {}).get(kind, 0.0)) if self._available else free

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,13 @@ def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float =
             f"cluster {cluster.address}: no node can run ryot's workers ({'; '.join(problems) or 'it has no nodes'})",
             hint="each node needs Python, Ray and torch in the versions of constraints.txt",
         )
-    for answer in facts.values():
+    check_facts(facts.values())
+    return facts
+
+
+def check_facts(facts: Iterable[NodeFacts]) -> None:
+    """Raise `ClusterError` for a node that lacks what training needs; warn of one whose clock is off."""
+    for answer in facts:
         if answer.missing:
             raise ClusterError(
                 f"node {answer.hostname}: {', '.join(answer.missing)} not installed",
@@ -95,7 +101,6 @@ def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float =
                 answer.hostname,
                 answer.clock - time.time(),
             )
-    return facts
 
 
 @contextlib.contextmanager

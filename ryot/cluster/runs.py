@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster.journal import FILE, RunLock, parse_journal
+from ryot.cluster.journal import FILE, RunLock, is_held, parse_journal
 from ryot.errors import ClusterError, ConfigError
 
 REPORT = "report.json"
@@ -35,12 +36,13 @@ class RunState:
 
     path: Path
     state: str
-    """`running`, `finished` or `stopped`; a stopped run can be resumed."""
+    """`running`, `finished` or `stopped`, which can be resumed; or `damaged`, for what `problem` says."""
     begun_at: float
     """Seconds since the epoch."""
     version: str
     size_bytes: int
     trainings: tuple[TrainingState, ...]
+    problem: str = ""
 
 
 def is_run(path: Path) -> bool:
@@ -53,15 +55,6 @@ def find_runs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if is_run(p)), key=lambda p: (p / FILE).stat().st_ctime)
-
-
-def is_running(path: Path) -> bool:
-    """Whether a driver holds the run."""
-    try:
-        RunLock(path, record=False).release()
-    except ClusterError:
-        return True
-    return False
 
 
 def read_run(path: Path) -> RunState:
@@ -86,7 +79,7 @@ def read_run(path: Path) -> RunState:
             )
         )
     opened: dict[str, Any] = next((r for r in records if r["record"] == "opened"), {"time": 0.0, "version": "?"})
-    if is_running(path):
+    if is_held(path):
         state = "running"
     else:
         state = "finished" if (path / REPORT).exists() else "stopped"
@@ -95,9 +88,29 @@ def read_run(path: Path) -> RunState:
         state=state,
         begun_at=opened["time"],
         version=opened["version"],
-        size_bytes=sum(p.lstat().st_size for p in path.rglob("*") if p.is_file()),
+        size_bytes=_size(path),
         trainings=tuple(trainings),
     )
+
+
+def list_runs(folder: Path) -> list[RunState]:
+    """The state of every run in `folder`; one that cannot be read hides no other."""
+    states = []
+    for path in find_runs(folder):
+        try:
+            states.append(read_run(path))
+        except ClusterError as error:
+            begun_at = (path / FILE).stat().st_ctime
+            states.append(RunState(path, "damaged", begun_at, "?", _size(path), (), str(error)))
+    return states
+
+
+def _size(path: Path) -> int:
+    size = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a running run removes old checkpoints meanwhile
+            size += file.lstat().st_size if file.is_file() else 0
+    return size
 
 
 def remove_run(path: Path) -> int:
@@ -123,6 +136,7 @@ def run_to_dict(state: RunState) -> dict[str, object]:
         "begun_at": state.begun_at,
         "version": state.version,
         "size_bytes": state.size_bytes,
+        "problem": state.problem,
         "trainings": [
             {
                 "key": t.key,
@@ -153,7 +167,8 @@ def format_runs(states: list[RunState], fmt: str) -> str:
         ]
         for s in states
     ]
-    return tabulate(rows, headers=["run", "state", "begun", "trained", "size"], colalign=("left",) * 4 + ("right",))
+    table = tabulate(rows, headers=["run", "state", "begun", "trained", "size"], colalign=("left",) * 4 + ("right",))
+    return "\n".join([table, *(s.problem for s in states if s.problem)])
 
 
 def format_run(state: RunState, fmt: str) -> str:

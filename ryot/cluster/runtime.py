@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ryot import scratch
 from ryot.cluster import keeper
 from ryot.cluster.address import probe_address, resolve_address
 from ryot.cluster.connection import ray_connection
@@ -286,9 +287,9 @@ def _temporary_folder() -> Iterator[Path]:
     if len(str(base)) + len(keeper.PREFIX) + 11 > MAX_TEMP_DIR_BYTES:
         log.warning("the temp folder %s is too long a path for Ray's sockets; /tmp is used", base)
         base = Path("/tmp")
-    keeper.sweep_stale(base)
+    scratch.sweep_stale(base, keeper.PREFIX, remove=keeper.remove_cluster)
     try:
-        folder, lock = keeper.make_folder(base)
+        folder, lock = scratch.make_folder(base, keeper.PREFIX)
     except OSError as error:
         raise ClusterError(
             f"temp folder {base}: cannot be written ({error.strerror})", hint="set TMPDIR to a short path that can"

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster import keeper
+from ryot import scratch
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.config import KernelPlan, replace
-from ryot.errors import CheckpointError, ClusterError, RyotError, TrainingError
+from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
+from ryot.train.gates import GateBreach
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.parallel import Group, ShardedTrainer, join_group, leave_group
 
@@ -76,7 +77,7 @@ class SliceReport:
     events: list[Event]
     saved: Saved | None
     facts: dict[str, Any]
-    breach: RyotError | None = None
+    breach: GateBreach | None = None
     """The safety gate that stopped the training."""
     unwritten: RyotError | None = None
     """Why a checkpoint that was due could not be written."""
@@ -118,12 +119,12 @@ class TrainWorker:
             _log_to(Path(assignment.folder), self._rank)
         log.info("%s in process %d on %s, cores %s", job.key, os.getpid(), socket.gethostname(), self._cores)
         if assignment.travels or dataset is not None:
-            scratch = self._fresh_scratch()
+            own = self._fresh_scratch()
             if dataset is not None:
-                unpack_folder(dataset, scratch / "dataset")
-                job = replace(job, dataset_dir=str(scratch / "dataset"))
+                unpack_folder(dataset, own / "dataset")
+                job = replace(job, dataset_dir=str(own / "dataset"))
             if checkpoint is not None:
-                resume = scratch / "resume"
+                resume = own / "resume"
                 unpack_folder(checkpoint, resume)
         if group and not self._grouped:
             # The group outlives the training: the same workers may be given the next one.
@@ -141,7 +142,7 @@ class TrainWorker:
         assert self._trainer is not None
         try:
             events = self._trainer.run_slice(max_seconds, max_steps)
-        except TrainingError as error:
+        except GateBreach as error:
             return self._report([], breach=error)
         due = time.monotonic() - self._saved_at >= checkpoint_every_s
         return self._report(events, save=due or self._trainer.done)
@@ -150,7 +151,7 @@ class TrainWorker:
         """Save now, unless the last checkpoint is of this step."""
         return self._report([], save=True)
 
-    def _report(self, events: list[Event], *, save: bool = False, breach: TrainingError | None = None) -> SliceReport:
+    def _report(self, events: list[Event], *, save: bool = False, breach: GateBreach | None = None) -> SliceReport:
         trainer = self._trainer
         assert trainer is not None
         saved, unwritten = None, None
@@ -188,8 +189,8 @@ class TrainWorker:
     def _fresh_scratch(self) -> Path:
         self._remove_scratch()
         base = Path(tempfile.gettempdir())
-        keeper.sweep_stale(base, SCRATCH_PREFIX)
-        self._scratch, self._scratch_lock = keeper.make_folder(base, SCRATCH_PREFIX)
+        scratch.sweep_stale(base, SCRATCH_PREFIX)
+        self._scratch, self._scratch_lock = scratch.make_folder(base, SCRATCH_PREFIX)
         return self._scratch
 
     def leave(self) -> None:

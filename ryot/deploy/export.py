@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -37,6 +36,7 @@ from ryot.deploy.standard import StandardGraph
 from ryot.deploy.verify import PARITY_ROWS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
+from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import checkpoint_digest, load_model
 from ryot.train.hf import END_OF_TEXT_ID
 
@@ -105,12 +105,12 @@ def export_variant(
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
     prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
     identity = _Identity(checkpoint, weights, options, data.corpus_sha256, prompts)
-    with tempfile.TemporaryDirectory(prefix="ryot-export-") as scratch:
-        quantizer = Quantizer(weights, data, options.quantize, options.max_bpb_ratio, Path(scratch))
+    with scratch_folder("export") as scratch:
+        quantizer = Quantizer(weights, data, options.quantize, options.max_bpb_ratio, scratch)
         singles = {"fp32": quantizer.quantize("fp32")}
         parity = check_parity(
             load_model(checkpoint),
-            _export(identity, Path(scratch) / "fp32", "fp32", singles, None, None, 0.0),
+            _export(identity, scratch / "fp32", "fp32", singles, None, None, 0.0),
             windows[:PARITY_ROWS, :-1],
         )
         singles |= {half: quantizer.quantize(half) for half in halves if half not in singles}

@@ -7,7 +7,6 @@ weights. Two CPUs are each about that far from the exact result, so a margin abo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights, FloatArray
 from ryot.edge.bundle import Bundle
 from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.scratch import scratch_folder
 
 NUM_GOLDEN = 4
 #: Shares of the context that a golden prompt and its answer take.
@@ -50,11 +50,11 @@ def make_golden(
     """
     context = weights.cfg.max_seq_len
     num_prompt, num_answer = max(1, context // PROMPT_SHARE), max(1, context // ANSWER_SHARE)
-    with tempfile.TemporaryDirectory(prefix="ryot-golden-") as scratch:
-        exact_prefill = exact_graph(weights, form.prefill, Path(scratch) / "prefill")
+    with scratch_folder("golden") as scratch:
+        exact_prefill = exact_graph(weights, form.prefill, scratch / "prefill")
         exact_decode = exact_prefill
         if form.is_pair:
-            exact_decode = exact_graph(weights, form.decode, Path(scratch) / "decode")
+            exact_decode = exact_graph(weights, form.decode, scratch / "decode")
         decoder = EdgeDecoder(bundle)
         answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
         noise = 0.0

@@ -17,18 +17,25 @@ from ryot.report.build import FormFacts, build_report
 from ryot.report.rows import Report, arm_name, find_report, load_report
 from ryot.report.targets import Target
 
+#: What a quick run's measuring processes do less of than `MeasureSpec` says.
+QUICK_SPEC: dict[str, Any] = {"min_runs": 5, "min_time_s": 0.2}
 
-def spec_under(targets: Sequence[Target], bundle: Bundle, **overrides: Any) -> MeasureSpec:
-    """The measurement of a bundle under the limits of `targets`.
+
+def threads_under(targets: Sequence[Target]) -> int:
+    """Threads of a measurement that several targets share: the fewest of any."""
+    return min(t.threads for t in targets)
+
+
+def spec_under(targets: Sequence[Target], bundle: Bundle, *, cores: int | None = None, **overrides: Any) -> MeasureSpec:
+    """The measurement of a bundle under the limits of `targets`, on `cores` cores (as many as this process may use).
 
     Several targets share one measurement: the fewest threads of any, and the largest memory limit, which a form has to
     outgrow to fail them all; smaller limits are compared with the peak.
     """
-    cores = len(os.sched_getaffinity(0))
     limits = [t.memory_limit_bytes for t in targets if t.memory_limit_bytes]
     return build_spec(
         bundle,
-        threads=min([cores, *(t.threads for t in targets)]),
+        threads=min(cores or len(os.sched_getaffinity(0)), threads_under(targets)),
         memory_limit_bytes=max(limits) if limits else None,
         **overrides,
     )
@@ -55,16 +62,15 @@ def find_forms(path: Path) -> list[FormFacts]:
         ]
     root = find_report(path).parent
     names = [f.name for f in dataclasses.fields(FormFacts)]
-    forms = [
-        dataclasses.replace(FormFacts(**{n: getattr(row, n) for n in names}), path=str(root / row.path))
-        for row in load_report(path).rows
-        if row.path and row.passed
-    ]
-    if missing := [f for f in forms if not Path(f.path).is_dir()]:
+    known = [FormFacts(**{n: getattr(row, n) for n in names}) for row in load_report(path).rows if row.path]
+    if missing := [f for f in known if not (root / f.path).is_dir()]:
         raise ConfigError(f"{path}: form {missing[0].path} is gone, so it cannot be measured again")
-    if not forms:
+    if not known:
         raise ConfigError(f"{path}: names no exported form", hint="give a run folder or a bundle")
-    return forms
+    bundles = [load_bundle(root / f.path) for f in known]
+    return [
+        dataclasses.replace(f, path=str(bundle.path), size_bytes=bundle.size_bytes) for f, bundle in zip(known, bundles)
+    ]
 
 
 def measure_together(
@@ -73,14 +79,20 @@ def measure_together(
     *,
     rounds: int,
     command: str,
+    quick: bool = False,
     on_result: Callable[[MeasureResult], None] | None = None,
 ) -> list[Report]:
-    """One report a group, all groups measured in the same interleaved rounds, so that their ratios are paired."""
+    """One report a group, all groups measured in the same interleaved rounds, so that their ratios are paired.
+
+    `quick` measures as briefly as a quick run does.
+    """
     specs: dict[str, MeasureSpec] = {}
     for number, forms in enumerate(groups):
         for form in forms:
             arm = arm_name(form.variant, form.seed, form.precision)
-            specs[f"{number}:{arm}"] = spec_under(targets, load_bundle(Path(form.path)))
+            specs[f"{number}:{arm}"] = spec_under(
+                targets, load_bundle(Path(form.path)), **(QUICK_SPEC if quick else {})
+            )
     machine = record_environment()
     results = measure_rounds(specs, rounds=rounds, on_result=on_result)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

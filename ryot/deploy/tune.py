@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ryot.deploy.weights import DecoderWeights, expected_shapes
 from ryot.edge.bundle import DATA_NAME, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.edge.session import Decoder
+from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecisio
     timed = replace(cfg, num_layers=layers)
     formats = [("fp32", 0), ("int8-dyn", 0)]
     formats += [(precision, size) for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
-    with tempfile.TemporaryDirectory(prefix="ryot-tune-") as scratch:
+    with scratch_folder("tune") as scratch:
         decoders = []
         for i, (precision, size) in enumerate(formats):
-            folder = Path(scratch) / str(i)
+            folder = scratch / str(i)
             folder.mkdir()
             decoders.append(_random_decoder(timed, precision, size, folder, threads))
         times = _take_turns(decoders)

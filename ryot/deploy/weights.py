@@ -18,9 +18,6 @@ from ryot.train.model import OPT_POSITION_OFFSET
 
 FloatArray = NDArray[np.float32]
 
-#: The fused attention operator works on whole SIMD vectors of a head.
-HEAD_DIM_MULTIPLE = {"opt": 8, "llama": 16}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderWeights:
@@ -72,26 +69,14 @@ def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_head_dim(cfg: ModelConfig) -> None:
-    """Raise `ExportError` when the fused attention operator cannot take heads of this width."""
-    multiple = HEAD_DIM_MULTIPLE[cfg.architecture]
-    if cfg.head_dim % multiple:
-        raise ExportError(
-            f"head size {cfg.head_dim} (dim {cfg.dim} / {cfg.num_heads} heads): "
-            f"GroupQueryAttention takes multiples of {multiple} for {cfg.architecture}",
-            hint="train with another num_heads",
-        )
-
-
 def load_decoder_weights(checkpoint: Path) -> DecoderWeights:
     """Read `config.json` and `model.safetensors` of a checkpoint folder.
 
-    Raises `CheckpointError` for an architecture or a tensor name that is not known and for a file that is missing or
-    cut short, `ExportError` for a head size that the runtime cannot take, a shape that does not fit the config, and
+    Raises `CheckpointError` for an architecture or a tensor name that is not known, a head size that the runtime
+    cannot take, and a file that is missing or cut short; `ExportError` for a shape that does not fit the config and for
     values that are not finite.
     """
     cfg = read_model_config(checkpoint)
-    check_head_dim(cfg)
     tensors = {name: torch.from_numpy(array) for name, array in load_weights(checkpoint).items()}
     state = state_from_hf(cfg, tensors, str(checkpoint))
     arrays = {name: tensor.float().numpy() for name, tensor in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def describe_cpu() -> dict[str, Any]:
     }
 
 
-def sums_int8_exactly(isa: list[str]) -> bool:
+def sums_int8_exactly(isa: Collection[str]) -> bool:
     """Whether int8 kernels of a CPU with these instruction sets cannot saturate, so that weights may use all 8 bits."""
-    return bool(_EXACT_INT8 & set(isa))
+    return not _EXACT_INT8.isdisjoint(isa)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -302,7 +302,7 @@ def build_ablation(variants: Sequence[VariantRow]) -> list[AblationRow]:
         return []
     rows = []
     for name in names:
-        arm = [v for v in variants if v.name == name and v.train_wall_s and v.val_loss]
+        arm = [v for v in variants if v.name == name and v.train_wall_s and v.val_loss and not v.failed]
         if arm:
             rows.append(
                 AblationRow(

@@ -21,8 +21,10 @@ from ryot.report.rows import FormRow, Report
 from ryot.report.table import WIDTH, Format, markdown_table, plain_table, wrap
 
 #: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
-#: quiet machine differ by; memory: the allocator's and the kernel's rounding; quality: int8 kernels of another CPU.
-TIMING_MARGIN, MEMORY_MARGIN, QUALITY_MARGIN = 0.05, 0.02, 0.001
+#: quiet machine differ by; memory: the allocator's and the kernel's rounding.
+TIMING_MARGIN, MEMORY_MARGIN = 0.05, 0.02
+#: A fact of the exported files that no measurement takes again.
+_QUALITY = "bits per byte"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +41,20 @@ def check_reproduced(old: Report, new: Report) -> Reproduction:
     """Hold a new measurement against the report that it repeats.
 
     A timing differs when its ratio's interval lies wholly outside 1 ± TIMING_MARGIN, memory outside MEMORY_MARGIN;
-    quality may move by QUALITY_MARGIN, size not at all, and no verdict may change. On another machine timings and
-    memory are shown and don't count.
+    size may not move at all, and no verdict may change. On another machine timings and memory are shown and don't
+    count. Quality is not measured again.
     """
     same_machine = machine_key(old) == machine_key(new)
     lines: list[Line] = []
     differences: list[str] = []
     notes = [] if same_machine else ["Another machine: timings and memory are shown and don't count."]
+    notes.append("Quality is not measured again: ryot-deploy eval does that.")
     for before in old.rows:
         after = new.row_of(before.arm)
         if after is None:
             differences.append(f"{name_of(before)}: measured then, missing now")
             continue
-        found = compare_forms(name_of(before), after, before, together=False)
+        found = [c for c in compare_forms(name_of(before), after, before, together=False) if c.metric != _QUALITY]
         lines += found
         for line in found:
             margin = _margin(line.metric)
@@ -67,7 +70,7 @@ def check_reproduced(old: Report, new: Report) -> Reproduction:
 
 
 def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> list[str]:
-    facts = ("size", "quality", "context")
+    facts = ("size", "context")
     return [
         f"{name_of(before)}: {target} {metric} was {word}, is {after.verdicts[target].get(metric)}"
         for target, words in before.verdicts.items()
@@ -80,8 +83,6 @@ def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> li
 def _margin(metric: str) -> float:
     if metric == MEASURED["peak_rss_bytes"]:
         return MEMORY_MARGIN
-    if metric == "bits per byte":
-        return QUALITY_MARGIN
     return 0.0 if metric == "size (MB)" else TIMING_MARGIN
 
 

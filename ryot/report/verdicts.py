@@ -48,6 +48,8 @@ def _judge(row: FormRow, target: Target, key: str, machine: Mapping[str, Any]) -
         if key in _MEASURED:
             if target.device is not None and not target.is_device(machine):
                 parts.append("measured under the target's limits on this CPU")
+            if key != "peak_rss_mb" and (used := _threads(row)) < target.threads:
+                parts.append(f"with {used} of its {target.threads} threads")
             if key == "peak_rss_mb":
                 parts.append(memory_mode(row, limit))
         note = ", ".join(p for p in parts if p)
@@ -84,14 +86,20 @@ def _word(
     if value is None or low is None or high is None:
         return "INCONCLUSIVE", "not measured"
     passes_best, passes_worst = (low <= limit, high <= limit) if kind.at_most else (high >= limit, low >= limit)
+    timed, used = key in ("ttft_ms", "decode_tok_s"), _threads(row)
+    if timed and (used > target.threads if passes_worst else used < target.threads):
+        return "INCONCLUSIVE", f"measured with {_plural(used, 'thread')}, the target has {target.threads}"
     if not passes_best:
         return "FAIL", ""
-    if not passes_worst:
-        return "INCONCLUSIVE", ""
-    used = max((int(s.get("threads") or 1) for s in row.samples), default=1)
-    if key in ("ttft_ms", "decode_tok_s") and used > target.threads:
-        return "INCONCLUSIVE", f"measured with {used} threads, the target has {target.threads}"
-    return "PASS", ""
+    return "PASS" if passes_worst else "INCONCLUSIVE", ""
+
+
+def _threads(row: FormRow) -> int:
+    return max((int(s.get("threads") or 1) for s in row.samples), default=1)
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def limited_value(row: FormRow, key: str) -> tuple[float | None, float | None, float | None]:

@@ -7,6 +7,8 @@ checkpoint computes what it would have computed anyway: bit for bit on one threa
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ryot.config import KernelPlan, VariantConfig, to_mapping
-from ryot.errors import CheckpointError
+from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
 from ryot.train.checkpoint import load_training_state, load_weights, save_checkpoint
 from ryot.train.dataset import Batches, Dataset, load_dataset
@@ -65,7 +67,7 @@ class TrainStep:
         self.optimizer = build_optimizer(model, variant.train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
         self._narrow = [NarrowModel(model, width, plan.attention) for width in variant.train.elastic_widths]
-        self._scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
         self._parameters = list(model.parameters())
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -102,18 +104,20 @@ class TrainStep:
         total = 0.0
         for x, y in micro:
             loss = self.loss(x, y) / len(micro)
-            self._scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()
             total += loss.item()
             if self._narrow:
                 narrow = self._narrow[step % len(self._narrow)]
-                self._scaler.scale(self.narrow_loss(narrow, x, y) / len(micro)).backward()
+                self.scaler.scale(self.narrow_loss(narrow, x, y) / len(micro)).backward()
         total = self._combine(total)
-        self._scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.clip_norm).item()
+        if self.scaler.is_enabled() and not math.isfinite(norm):
+            norm = 0.0  # a step that overflowed in fp16: the scaler skips it and takes a smaller scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 
@@ -178,6 +182,7 @@ class Trainer:
         trainer.step = state["step"]
         trainer.train_wall_s, trainer.compile_s = state["train_wall_s"], state["compile_s"]
         trainer.grad_norm_max, trainer._first_loss = state["grad_norm_max"], state["first_loss"]
+        trainer._take_step.scaler.load_state_dict(state["scaler"])
         return trainer
 
     @property
@@ -194,7 +199,8 @@ class Trainer:
         """Train for about `max_seconds` (at least one step); returns what is to be told.
 
         Held-out losses are taken before the first step, evenly on the way, and in full (validation and test) after the
-        last. Raises `TrainingError` when a safety gate is breached; the step that breached it is not taken back.
+        last. Raises `GateBreach` when a safety gate is breached, and does not take back the step that did it;
+        `RyotError` when memory is out.
         """
         events: list[Event] = []
         if self.step == 0:
@@ -218,6 +224,7 @@ class Trainer:
 
     def evaluate(self, split: str, windows: int) -> EvalEvent:
         """The held-out loss now, as an event."""
+        begin = time.perf_counter()
         held_out = evaluate(self.model, self.dataset, split, windows)
         return EvalEvent(
             variant=self.job.variant.name,
@@ -228,6 +235,7 @@ class Trainer:
             split=split,
             loss=held_out.loss,
             bits_per_byte=held_out.bits_per_byte,
+            eval_wall_s=time.perf_counter() - begin,
         )
 
     def save(self, directory: Path) -> str:
@@ -248,6 +256,7 @@ class Trainer:
                 "compile_s": self.compile_s,
                 "grad_norm_max": self.grad_norm_max,
                 "first_loss": self._first_loss,
+                "scaler": self._take_step.scaler.state_dict(),
                 "identity": self._identity(),
             },
             training_tensors={
@@ -279,9 +288,17 @@ class Trainer:
 
     def _train_one(self) -> None:
         begin = time.perf_counter()
-        inputs, targets = self._batches.batch(self.step)
         factor = schedule_factor(self.job.variant.train, self.step, self.num_steps)
-        loss, norm = self._take_step(inputs, targets, factor, self.step)
+        try:
+            inputs, targets = self._batches.batch(self.step)
+            loss, norm = self._take_step(inputs, targets, factor, self.step)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise RyotError(
+                f"{self.job.key}: out of memory in step {self.step} ({str(error).splitlines()[0][:120]})",
+                hint="a smaller batch_size with accumulate, checkpoint_activations = true, or a smaller preset",
+            ) from error
         elapsed = time.perf_counter() - begin
         if self._first_loss is None:
             self._first_loss = loss
@@ -315,6 +332,13 @@ class Trainer:
             temperature_c=read_temperature_c(),
             frequency_mhz=read_frequency_mhz(),
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator on the CPU says it in words alone.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

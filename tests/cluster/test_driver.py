@@ -13,8 +13,8 @@ import pytest
 from ryot.cluster.jobs import DriverOptions, TrainResult
 from ryot.cluster.runtime import EmbeddedCluster
 from ryot.config import KernelPlan, replace
-from ryot.errors import ClusterError, TrainingError
-from ryot.events import Event
+from ryot.errors import ClusterError, Interrupted, TrainingError
+from ryot.events import Event, GateEvent
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.dataset import Dataset
 from ryot.train.loop import Trainer
@@ -129,9 +129,12 @@ def test_a_breached_gate_fails_its_variant_and_no_other(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:
     wild = planned(dataset, "baseline", steps=60, learning_rate=1e6, clip_norm=1e9)
-    failed, fine = train(tmp_path, [wild, planned(dataset, steps=12)], cluster)
+    seen = Recorder()
+    failed, fine = train(tmp_path, [wild, planned(dataset, steps=12)], cluster, emit=seen)
     assert isinstance(failed.error, TrainingError)
     assert str(failed.error).startswith("gate ")
+    [told] = [e for e in seen.events if isinstance(e, GateEvent)]
+    assert (told.variant, told.passed, told.detail) == ("baseline", False, str(failed.error))
     assert (fine.error, fine.step) == (None, 12)
     again, _ = train(tmp_path, [wild, planned(dataset, steps=12)], cluster)
     assert again.cached
@@ -205,6 +208,64 @@ def test_what_a_callback_raises_comes_out_once_all_trainings_have_ended(
     assert len(records(tmp_path, "done")) == 1
 
 
+def test_a_signal_that_comes_during_the_last_callback_stops_the_run(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    ended: list[str] = []
+
+    def on_done(result: TrainResult) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.append(result.variant)
+
+    with pytest.raises(Interrupted, match="stopped by a signal"):
+        train(tmp_path, [planned(dataset, steps=4)], cluster, on_done=on_done)
+    # The callback itself is let end: it is the slice in flight.
+    assert ended == ["optimized"]
+    [result] = train(tmp_path, [planned(dataset, steps=4)], cluster)
+    assert result.cached
+
+
+def test_a_second_signal_during_the_last_callback_stops_at_once(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    let_go = threading.Event()
+
+    def on_done(result: TrainResult) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        let_go.wait(timeout=60)
+
+    try:
+        with pytest.raises(Interrupted, match="stopped at once"):
+            train(tmp_path, [planned(dataset, steps=4)], cluster, on_done=on_done)
+        assert not let_go.is_set()
+    finally:
+        let_go.set()
+
+
+def test_a_gpu_that_no_node_has_is_refused_before_anything_waits(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    if any(n.gpus for n in cluster.nodes()):
+        pytest.skip("this machine has a GPU")
+    job = replace(planned(dataset), plan=KernelPlan(device="cuda"))
+    with pytest.raises(ClusterError, match=r"training needs 1 CPUs and 1 GPU on one node.*the most GPUs 0"):
+        train(tmp_path, [job], cluster)
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_with_what_to_do(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    def vanish() -> None:
+        # What was a folder is a file now: not even root can write a checkpoint there.
+        shutil.rmtree(tmp_path / "variants")
+        (tmp_path / "variants").write_text("")
+
+    with pytest.raises(ClusterError) as caught:
+        train(tmp_path, [planned(dataset)], cluster, emit=Recorder("checkpoint", vanish))
+    assert "variants" in str(caught.value) and "resume the run" in str(caught.value.hint)
+
+
 def test_threads_that_no_node_has_are_refused_before_anything_waits(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -248,8 +309,6 @@ def test_a_group_that_loses_a_rank_starts_again_as_one_and_learns_the_same(
 
 
 def test_a_time_limit_stops_as_a_signal_does(cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path) -> None:
-    from ryot.errors import Interrupted
-
     options = replace(SHORT, max_hours=1e-9)
     with pytest.raises(Interrupted, match="the time limit was reached"):
         train(tmp_path, [planned(dataset)], cluster, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from ryot.cluster import keeper
 from ryot.cluster.address import probe_address
+from ryot.cluster.probe import NodeFacts, check_facts
 from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
 from ryot.train.dataset import Dataset
 from ryot.train.loop import Trainer
@@ -84,6 +86,25 @@ except RyotError as error:
     if token:
         environment["RAY_AUTH_TOKEN"] = token
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def command_on(head: str, run_dir: Path, *more: str) -> list[str]:
+    """A small `cluster-run` on that cluster."""
+    library = Path(json.__file__).parents[1]
+    options = ["--address", head, "--variants", "optimized", "--quick", "--precisions", "int8-dyn", "-o", str(run_dir)]
+    for package in ("asyncio", "email", "http", "xml/dom"):
+        options += ["--data", f"{library}/{package}/*.py"]
+    return [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", *options, *more]
+
+
+def run_on(head: str, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_on(head, run_dir, *more),
+        env={**os.environ, "RAY_AUTH_TOKEN": TOKEN, "RYOT_CACHE_DIR": str(run_dir.parent / "cache")},
+        capture_output=True,
+        text=True,
+        cwd=run_dir.parent,
+    )
 
 
 @pytest.mark.parametrize(("token", "said"), [("00" * 32, "does not accept our token"), (None, "demands a token")])
@@ -163,6 +184,39 @@ cp -r {private}/run {tmp_path}/run
     assert set(Path(tempfile.gettempdir()).glob("ryot-worker-*")) == scratch_before
 
 
+def test_a_cluster_that_cannot_carry_the_run_is_refused_before_it_trains(head: str, tmp_path: Path) -> None:
+    """All of its CPUs are taken by another job, and no node has the label that is asked for."""
+    wrong = run_on(head, tmp_path / "label", "--bench-on", "arm")
+    assert wrong.returncode == EXIT_FAILED, wrong.stderr
+    assert f"Error: bench-on: no node of {head} carries 'arm' (there are: measure)" in wrong.stderr
+    assert "step" not in wrong.stderr
+    program = f"""
+        import os, ray, subprocess
+        os.environ["RYOT_CACHE_DIR"] = {str(tmp_path / "cache")!r}
+        @ray.remote(num_cpus=2)
+        class Other:
+            def ready(self): return True
+        other = Other.remote()
+        ray.get(other.ready.remote())
+        done = subprocess.run({command_on(head, tmp_path / "busy")!r}, capture_output=True, text=True)
+        print(done.returncode, done.stderr)
+"""
+    done = connect(head, tmp_path, TOKEN, program)
+    assert "training needs 1 CPUs free on one node, but free CPUs are: " in done.stdout, done.stdout + done.stderr
+    assert "hint: wait until other jobs have ended, or add nodes" in done.stdout
+
+
+def test_a_node_lacks_what_training_needs_or_has_another_time(caplog: pytest.LogCaptureFixture) -> None:
+    whole = NodeFacts("here", "3.11.7", [], {}, time.time())
+    check_facts([whole])
+    assert not caplog.records
+    check_facts([whole, dataclasses.replace(whole, hostname="late", clock=time.time() - 3600)])
+    assert "node late: its clock differs by -3600 s" in caplog.text
+    with pytest.raises(ClusterError, match="node bare: torch, safetensors not installed") as caught:
+        check_facts([whole, dataclasses.replace(whole, hostname="bare", missing=["torch", "safetensors"])])
+    assert "ryot[train]" in str(caught.value.hint)
+
+
 def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: str, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     program = f"""
@@ -185,18 +239,8 @@ def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: st
 
 
 def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head: str, tmp_path: Path) -> None:
-    run_dir, library = tmp_path / "run", Path(json.__file__).parents[1]
-    options = ["--address", head, "--bench-on", "measure", "--workers-per-variant", "2", "--variants", "optimized"]
-    options += ["--quick", "--precisions", "int8-dyn", "-o", str(run_dir)]
-    for package in ("asyncio", "email", "http", "xml/dom"):
-        options += ["--data", f"{library}/{package}/*.py"]
-    done = subprocess.run(
-        [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", *options],
-        env={**os.environ, "RAY_AUTH_TOKEN": TOKEN, "RYOT_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    run_dir = tmp_path / "run"
+    done = run_on(head, run_dir, "--bench-on", "measure", "--workers-per-variant", "2")
     assert done.returncode == 0, done.stderr
     report = json.loads((run_dir / "report.json").read_text())
     assert [r["verdicts"]["phase1"]["size"] is None for r in report["rows"]] == [True]

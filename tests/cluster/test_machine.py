@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ryot import scratch
 from ryot.cluster import keeper
 from ryot.cluster.address import PROBE_S, probe_address, resolve_address
 from ryot.cluster.cores import CoreClaim
@@ -78,7 +79,7 @@ with runtime._temporary_folder() as folder:
     name, child = driver.stdout.readline().split()
     assert Path(name).exists()
     assert keeper.find_marked(Path(name)) == [int(child)]
-    assert keeper.sweep_stale(base, min_age_s=0) == []
+    assert scratch.sweep_stale(base, keeper.PREFIX, min_age_s=0) == []
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     driver.stdout.close()
@@ -91,12 +92,12 @@ with runtime._temporary_folder() as folder:
 
 
 def test_a_folder_whose_driver_and_keeper_are_dead_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
-    dead, lock = keeper.make_folder(tmp_path)
+    dead, lock = scratch.make_folder(tmp_path, keeper.PREFIX)
     os.close(lock)
-    alive, lock = keeper.make_folder(tmp_path)
+    alive, lock = scratch.make_folder(tmp_path, keeper.PREFIX)
     (tmp_path / f"{keeper.PREFIX}not-ours").mkdir()
     left_over = subprocess.Popen(["sleep", "60"], env={keeper.MARK: str(dead)})
-    assert keeper.sweep_stale(tmp_path, min_age_s=0) == [dead]
+    assert scratch.sweep_stale(tmp_path, keeper.PREFIX, remove=keeper.remove_cluster, min_age_s=0) == [dead]
     assert left_over.wait(timeout=5) == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, f"{keeper.PREFIX}not-ours"])
     os.close(lock)

@@ -95,7 +95,7 @@ def test_a_cut_link_is_noticed_and_what_the_far_side_goes_on_to_write_does_not_c
     while lost["status"] != "lost":
         lost = wait_for_event(driver, "stage")
     assert lost["variant"] == far
-    # The lab's settings: a loss is noticed after about 3 x (0.5 + 1) s.
+    # The lab has the settings that the other files recommend: at most 3 x (1.5 + 2.5) s.
     assert lost["time"] - cut_at < 15
     assert zombies
     results = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
@@ -204,6 +206,48 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_result(
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert losses(run_dir) == losses(finished[0])
+
+
+def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    process = start(*options, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
+    wait_for_steps(run_dir, process, 2)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::TrainW")]
+    assert workers
+    workers[0].kill()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "lost its worker: " in err and "Traceback" not in err
+    events = list(read_events(run_dir / "events.jsonl"))
+    assert [e.status for e in events if isinstance(e, StageEvent) and e.status == "lost"] == ["lost"]
+
+
+def test_what_the_machine_cannot_do_is_refused_before_anything_waits(
+    options: list[str], cache: Path, tmp_path: Path
+) -> None:
+    tuned = [o for o in options if o != "--quick"]
+    process = start(*tuned, "--threads", "512", "-o", str(tmp_path / "run"), cache=cache)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Error: training needs 512 CPUs on one node" in err
+
+
+def test_a_changed_corpus_is_refused_on_resume_and_a_moved_target_file_is_not_missed(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    plan = (run_dir / "run.toml").read_text()
+    [data] = re.findall(r'data = \[\s*"(.*)",\s*\]', plan)
+    copy = Path(shutil.copytree(data, tmp_path / "text"))
+    (run_dir / "run.toml").write_text(plan.replace(data, str(copy)).replace('"phase1",', '"/gone/mine.toml",'))
+    process = start("--resume", str(run_dir), "--format", "json", cache=cache)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [t["name"] for t in json.loads(out)["targets"]] == ["phase1"]
+    changed = next(copy.rglob("*.py"))
+    changed.write_text(changed.read_text() + "# one more line\n")
+    process = start("--resume", str(run_dir), cache=cache)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Error: data: the corpus has changed since this run began (sha256" in err
 
 
 def ryot(*arguments: object) -> subprocess.CompletedProcess[str]:

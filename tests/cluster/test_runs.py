@@ -51,6 +51,15 @@ def test_a_run_shows_how_far_each_training_is_and_how_to_go_on(run: Path) -> Non
     ]
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(run: Path) -> None:
+    newer = run.with_name("newer")
+    newer.mkdir()
+    (newer / "journal.jsonl").write_text('{"record": "opened", "schema": 99}\n')
+    shown = invoke("list", str(run.parent))
+    assert f"{run} " in shown and "stopped" in shown
+    assert "damaged" in shown and "schema 99, expected at most" in shown.splitlines()[-1]
+
+
 def test_a_run_is_running_while_a_driver_holds_it_and_finished_with_its_report(run: Path) -> None:
     with RunLock(run):
         assert read_run(run).state == "running"

@@ -67,7 +67,7 @@ def test_every_figure_comes_with_its_samples(llama: Bundle, result: MeasureResul
     assert MeasureResult.from_mapping(json.loads(json.dumps(result.to_mapping()))) == result
 
 
-def test_the_process_is_pinned_and_has_the_runtime_only(llama: Bundle) -> None:
+def test_the_process_is_pinned(llama: Bundle) -> None:
     last = max(os.sched_getaffinity(0))
     assert measure_once(build_spec(llama, cpus=(last,), **QUICK)).cpus == [last]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -208,6 +209,9 @@ def test_an_ablation_is_made_of_the_variants_named_for_it():
     rows = build_ablation([variant("baseline", 0, 9.0), variant("baseline", 1, 8.0), variant("baseline+tied", 0, 7.0)])
     assert [(r.name, r.train_wall_s) for r in rows] == [("baseline", (9.0, 8.0)), ("baseline+tied", (7.0,))]
     assert build_ablation(make_variants()) == []
+    # A training that a gate stopped has figures of its own, but none of an arm's.
+    stopped = dataclasses.replace(variant("baseline+rates", 0, 1.0), failed="gate loss: loss is nan")
+    assert [r.name for r in build_ablation([variant("baseline", 0, 9.0), stopped])] == ["baseline"]
 
 
 def test_a_bundle_alone_can_be_measured_without_any_training_known():

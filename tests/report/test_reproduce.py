@@ -42,6 +42,15 @@ def test_a_missing_form_and_a_changed_verdict_are_differences():
     assert "optimized/int8-dyn: phase1 ttft was PASS, is FAIL" in changed.differences
 
 
+def test_a_form_that_failed_its_quality_gate_is_measured_again_too_and_quality_is_not():
+    facts = [dataclasses.replace(f, passed=f.precision != "int8-dyn", reason="too bad") for f in make_facts()]
+    other = [dataclasses.replace(f, quality={**f.quality, "bpb": 9.9}) for f in facts]
+    found = check_reproduced(make_report(forms=facts), make_report(forms=other, results=make_results(seed=5), **LATER))
+    assert found.agrees, found.differences
+    assert not [line for line in found.lines if line.metric == "bits per byte"]
+    assert found.notes[-1].startswith("Quality is not measured again")
+
+
 def test_the_closing_line_says_whether_the_figures_agree():
     good = check_reproduced(make_report(), make_report(results=make_results(seed=5), **LATER))
     bad = check_reproduced(make_report(), make_report(results=make_results(slowdown=1.2), **LATER))

@@ -79,16 +79,30 @@ def test_more_threads_than_the_target_has_prove_nothing():
     assert judge(row, ttft_ms=0.1).verdict == "FAIL"
 
 
+def test_fewer_threads_than_the_target_has_can_pass_it_but_not_fail_it():
+    row, device = form(threads=1), {"name": "D", "cores": 4, "threads": 4, "ram_mb": 1000, "isa": []}
+
+    def on_device(limit):
+        target = build_target("t", {"limits": {"ttft_ms": limit}, "device": device}, "t")
+        (verdict,) = judge_form(row, target, MACHINE)
+        return verdict
+
+    assert on_device(100).verdict == "PASS"
+    assert on_device(100).note == "measured under the target's limits on this CPU, with 1 of its 4 threads"
+    assert on_device(0.1).verdict == "INCONCLUSIVE"
+    assert on_device(0.1).note == "measured with 1 thread, the target has 4"
+
+
 def test_the_note_never_claims_the_device():
     target = load_target("pi-zero-2w")
-    verdict = judge_form(form(), target, MACHINE)[0]
+    verdict = judge_form(form(threads=4), target, MACHINE)[0]
     assert verdict.note == "measured under the target's limits on this CPU"
     assert place_note(target, MACHINE) == (
         "measured under the target's limits on this CPU (Synthetic CPU 3.0 GHz), not on Raspberry Pi Zero 2 W"
     )
     board = {"cpu": {"model": "Raspberry Pi Zero 2 W Rev 1.0"}}
     assert place_note(target, board).startswith("measured on the device")
-    assert judge_form(form(), target, board)[0].note == ""
+    assert judge_form(form(threads=4), target, board)[0].note == ""
     assert place_note(load_target("phase1"), MACHINE) == "measured on this CPU (Synthetic CPU 3.0 GHz)"
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ryot.config import KernelPlan, VariantConfig, replace
-from ryot.errors import CheckpointError, TrainingError
+from ryot.errors import CheckpointError, RyotError, TrainingError
 from ryot.events import EvalEvent, StepEvent
 from ryot.train.checkpoint import checkpoint_digest, load_model
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.evaluate import evaluate
+from ryot.train.gates import GateBreach, check_step
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.loss import cross_entropy
 from ryot.train.optimizer import schedule_factor
@@ -205,6 +208,45 @@ def test_not_a_number_in_the_weights_stops_at_a_gate(dataset: Dataset) -> None:
         trainer.model.embedding.weight.fill_(math.nan)
     with pytest.raises(TrainingError, match="gate loss: loss is nan at step 0, expected a finite number"):
         trainer.run_slice(60, 1)
+
+
+def test_a_breach_says_what_it_was_across_processes() -> None:
+    for loss, norm, gate in ((math.inf, 1.0, "loss"), (5.0, math.nan, "grad_norm"), (99.0, math.nan, "grad_norm")):
+        with pytest.raises(GateBreach) as caught:
+            check_step(7, loss, norm, first_loss=5.0, vocab_size=100)
+        breach = pickle.loads(pickle.dumps(caught.value))
+        assert (breach.gate, breach.step, str(breach)) == (gate, 7, str(caught.value))
+    check_step(7, 5.0, 1.0, first_loss=5.0, vocab_size=100)
+
+
+def test_memory_that_runs_out_is_one_line_with_what_to_do(dataset: Dataset) -> None:
+    trainer = Trainer(make_job(dataset, tiny_variant("optimized")), KernelPlan())
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20), resource.RLIM_INFINITY))
+    try:
+        # The logits of this batch take 1.2 GB.
+        trainer._batches = Batches(dataset, length=CONTEXT, batch_size=24_000, seed=0)
+        with pytest.raises(RyotError, match=r"optimized/seed-0: out of memory in step 0") as caught:
+            trainer._train_one()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "smaller batch_size" in str(caught.value.hint) and not isinstance(caught.value, TrainingError)
+
+
+def test_an_overflow_in_half_precision_skips_a_step_and_the_scale_survives_a_resume(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    job, plan = make_job(dataset, tiny_variant("optimized")), KernelPlan(dtype="fp16")
+    trainer = Trainer(job, plan)
+    trainer._take_step.scaler.load_state_dict({**trainer._take_step.scaler.state_dict(), "scale": 2.0**60})
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.run_slice(60, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    trainer.save(tmp_path / "half")
+    resumed = Trainer.resume(job, plan, tmp_path / "half")
+    assert resumed._take_step.scaler.get_scale() == 2.0**59
+    run(resumed)
+    assert resumed.done
 
 
 def test_training_learns_and_tells_what_it_did(dataset: Dataset) -> None:

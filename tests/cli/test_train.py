@@ -1,0 +1,82 @@
+"""`ryot-deploy train`: what is kept when a training does not end as it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ryot.cli import train
+from ryot.errors import Interrupted, TrainingError
+from ryot.train.checkpoint import load_training_state
+from ryot.train.corpus import Corpus
+
+RECIPE = """
+[model]
+architecture = "opt"
+tie_embeddings = false
+vocab_size = 384
+dim = 64
+num_layers = 2
+num_heads = 4
+num_kv_heads = 4
+ff_dim = 64
+max_seq_len = 32
+[train]
+batch_size = 4
+tokens = 128000
+learning_rate = 1e-3
+embedding_learning_rate = 1e-3
+head_learning_rate = 1e-3
+warmup_fraction = 0.0
+schedule = "cosine"
+"""
+
+
+@pytest.fixture
+def arguments(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("RYOT_CACHE_DIR", str(tmp_path / "cache"))
+    data = tmp_path / "text"
+    for document in corpus.documents:
+        path = data / document.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return ["--variant", str(tmp_path / "recipe.toml"), "--data", str(data), "--no-tune", "-o", str(tmp_path / "out")]
+
+
+def test_a_breached_gate_leaves_the_last_good_checkpoint(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "SLICE_S", 0.0)
+    recipe = tmp_path / "recipe.toml"
+    # A rate that grows over the whole budget: good at first, then too much.
+    wild = RECIPE.replace("warmup_fraction = 0.0", "warmup_fraction = 0.9").replace("1e-3", "30")
+    recipe.write_text(wild.replace("tokens = 128000", "tokens = 1280000"))
+    done = CliRunner().invoke(train.command, arguments)
+    assert isinstance(done.exception, TrainingError), done.output
+    [kept] = tmp_path.glob("out.step-*")
+    assert str(done.exception.hint) == f"the last good checkpoint is {kept}: go on with --resume {kept}"
+    assert load_training_state(kept)[0]["step"] == int(kept.name.rpartition("-")[2])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_ends_the_step_in_flight_and_writes_what_there_is(arguments: list[str], tmp_path: Path) -> None:
+    told: list[object] = []
+
+    def interrupt_once(event: object) -> None:
+        told.append(event)
+        if len(told) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ryot.cli.progress.Progress.__call__", lambda self, event: interrupt_once(event))
+        done = CliRunner().invoke(train.command, arguments)
+    assert isinstance(done.exception, Interrupted), done.output
+    step = load_training_state(tmp_path / "out")[0]["step"]
+    assert 0 < step < 1000 and f"stopped at step {step} of 1000" in str(done.exception)
+    assert [p.name for p in tmp_path.glob("out*")] == ["out"]

@@ -95,7 +95,10 @@ _FIXED = (
 )
 @click.option("--address", metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Use this Ray cluster  [env: RAY_ADDRESS]")
 @click.option(
-    "--bench-on", metavar="LABEL", default="", help="Measure on a node with this custom resource or NAME=VALUE label"
+    "--bench-on",
+    metavar="LABEL",
+    default="",
+    help="Measure on a node with this custom resource or NAME=VALUE label, not on ours",
 )
 @click.option(
     "--max-hours", metavar="H", type=click.FloatRange(min=0, min_open=True), help="Stop, resumably, after so long"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.cluster.runtime import Cluster, ClusterOptions, Node, open_cluster
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
-from ryot.errors import ClusterError, ConfigError
+from ryot.errors import ClusterError
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,18 @@ class Measured:
 
 
 def find_node(cluster: Cluster, label: str, threads: int) -> Node:
-    """The largest node that carries `label`: a custom resource `NAME`, or a label `NAME=VALUE`.
+    """The largest node that carries `label`: a custom resource `NAME`, or a label `NAME=VALUE`; ours without one.
 
     Raises `ClusterError` that lists what there is, or says that the node has fewer CPUs than `threads`.
     """
+    import ray
+
     nodes = cluster.nodes()
     name, separator, value = label.partition("=")
-    if separator:
+    if not label:
+        own = ray.get_runtime_context().get_node_id()
+        found = [n for n in nodes if n.node_id == own]
+    elif separator:
         found = [n for n in nodes if n.labels.get(name) == value]
     else:
         found = [n for n in nodes if n.resources.get(name, 0) > 0]
@@ -51,7 +56,7 @@ def find_node(cluster: Cluster, label: str, threads: int) -> Node:
             hint=f"start a node with --resources='{{\"{name}\": 1}}'",
         )
     node = max(found, key=lambda n: n.cpus)
-    if node.cpus < threads:
+    if label and node.cpus < threads:
         raise ClusterError(
             f"bench-on: {node.name} has {node.cpus:g} CPUs, the targets ask for {threads} threads",
             hint="measure on a larger node, or judge by a target with fewer threads",
@@ -68,7 +73,7 @@ def measure_on_node(
     seed: int = 0,
     timeout_s: float = 3600.0,
 ) -> Measured:
-    """`measure_rounds` on a node that carries `label`, holding all its CPUs meanwhile.
+    """`measure_rounds` on a node that carries `label` (ours without one), holding all its CPUs meanwhile.
 
     The bundles go to the node and are removed from it. Raises `ClusterError` when no node carries the label, none
     becomes free in `timeout_s`, or the node is lost.
@@ -77,7 +82,14 @@ def measure_on_node(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = find_node(cluster, label, max((spec.threads for spec in specs.values()), default=1))
+    needed = max(spec.threads for spec in specs.values())
+    node = find_node(cluster, label, needed)
+    if node.cpus < needed:
+        # A head that offers Ray no CPUs, as in the files of `cluster/`: no job of the cluster can disturb it.
+        cores = sorted(os.sched_getaffinity(0))
+        here = {arm: _pinned(spec, cores) for arm, spec in specs.items()}
+        results = measure_rounds(here, rounds=rounds, seed=seed)
+        return Measured(node.name, results, {**record_environment(), "node": node.name}, os.nice(0))
     options: dict[str, Any] = {
         "num_cpus": node.cpus,
         "max_retries": 0,
@@ -110,9 +122,7 @@ def measure_on_node(
 def measure_on_cluster(
     options: ClusterOptions, specs: Mapping[str, MeasureSpec], *, rounds: int, log_dir: Path
 ) -> Measured:
-    """Join the cluster for the time of a measurement on a node that carries `options.bench_label`."""
-    if options.address is None:
-        raise ConfigError("bench-on: needs a cluster of several machines", hint="give --address too")
+    """Join the cluster for the time of a measurement on a node that carries `options.bench_label`, or on ours."""
     with open_cluster(options, log_dir=log_dir) as cluster:
         return measure_on_node(cluster, specs, label=options.bench_label, rounds=rounds)
 
@@ -130,6 +140,11 @@ def _measure(
         here = {}
         for number, (arm, ref) in enumerate(zip(arms, packed, strict=True)):
             unpack_folder(ray.get(ref), scratch / str(number))
-            spec = specs[arm]
-            here[arm] = dataclasses.replace(spec, bundle=str(scratch / str(number)), cpus=tuple(cores[-spec.threads :]))
+            here[arm] = _pinned(dataclasses.replace(specs[arm], bundle=str(scratch / str(number))), cores)
         return measure_rounds(here, rounds=rounds, seed=seed), record_environment(), os.nice(0)
+
+
+def _pinned(spec: MeasureSpec, cores: Sequence[int]) -> MeasureSpec:
+    """The spec on the last of `cores`, as many as it has threads."""
+    threads = min(spec.threads, len(cores))
+    return dataclasses.replace(spec, threads=threads, cpus=tuple(cores[-threads:]))

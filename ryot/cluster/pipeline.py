@@ -261,10 +261,9 @@ class _Run:
             return
         with self._stage("cluster") as said:
             cluster.open()
+            Placement(cluster).check_fits(Need(self.options.threads), self.options.workers_per_variant, "training")
             if not cluster.embedded:
                 probe_nodes(cluster, [])
-            Placement(cluster).check_fits(Need(self.options.threads), self.options.workers_per_variant, "training")
-            if self.settings.cluster.bench_label:
                 find_node(cluster, self.settings.cluster.bench_label, threads_under(self.targets))
             nodes = cluster.nodes()
             said["detail"] = f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
@@ -304,9 +303,9 @@ class _Run:
 
     def _measure(self) -> tuple[list[MeasureResult], dict[str, Any]]:
         """Measure every exported form, alone on the machine; forms that a gate stopped are measured and marked too."""
-        bench_on = self.settings.cluster.bench_label
+        joined, bench_on = self.settings.cluster.address is not None, self.settings.cluster.bench_label
         brief: dict[str, Any] = dict(QUICK_SPEC) if self.options.quick else {}
-        if bench_on:
+        if joined:
             brief["cores"] = threads_under(self.targets)  # the node has them, or the run was refused
         specs = {
             arm_name(f.variant, f.seed, f.precision): spec_under(
@@ -327,7 +326,7 @@ class _Run:
                 values = json.loads(file.read_text())
                 return [MeasureResult.from_mapping(r) for r in values["results"]], values["machine"]
             said["detail"] = f"{len(specs)} forms, {rounds} rounds"
-            if bench_on and specs:
+            if joined and specs:
                 measured = measure_on_cluster(
                     self.settings.cluster, specs, rounds=rounds, log_dir=self.run_dir / "logs"
                 )

@@ -47,11 +47,11 @@ def save_checkpoint(
 ) -> str:
     """Write a checkpoint that appears under `directory` only when all of it is on disk; returns its digest.
 
-    `state` is `Decoder.state_dict()`. Raises `CheckpointError` when the disk is full or the folder exists.
+    `state` is `Decoder.state_dict()`. Raises `CheckpointError` when it cannot be written (a disk that is full,
+    read-only or gone) or exists already.
     """
     if directory.exists():
         raise CheckpointError(f"checkpoint {directory}: exists already; checkpoints are never overwritten")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     files: dict[str, bytes] = {
         "config.json": _json(config_to_hf(cfg)),
         "generation_config.json": _json(
@@ -64,8 +64,10 @@ def save_checkpoint(
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
         files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    draft = None
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         for name, data in files.items():
             path = draft / name
             path.parent.mkdir(exist_ok=True)
@@ -79,7 +81,8 @@ def save_checkpoint(
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
     return checkpoint_digest(directory)
 
 

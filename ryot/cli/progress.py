@@ -43,7 +43,7 @@ class Progress:
         elif isinstance(event, StageEvent):
             self._stage(event)
         elif isinstance(event, GateEvent) and not event.passed:
-            self._say(f"gate {event.gate} breached by {event.variant}: {event.detail}")
+            self._say(f"gate {event.gate} breached by {event.variant}{f': {event.detail}' if event.detail else ''}")
         elif isinstance(event, MeasureEvent):
             self._measure(event)
         elif isinstance(event, CheckpointEvent):

@@ -375,7 +375,7 @@ class Driver:
     def _fail(self, work: _Work, error: RyotError, *, final: bool) -> None:
         """End a training; the others go on. A `final` failure would happen again: resuming does not try it."""
         planned = work.task.planned
-        log.error("%s failed: %s", planned.key, error)
+        log.info("%s failed: %s", planned.key, error)
         self.journal.append("failed", key=planned.key, digest=planned.digest, reason=str(error), final=final)
         self._finish(work.task, error=error)
         self._next_task(work)
@@ -395,7 +395,7 @@ class Driver:
         task.not_before = time.monotonic() + wait_s
         self._load_accepted(task)
         step = task.accepted[0].step if task.accepted else 0
-        log.warning("%s: lost its worker on %s (%s)", planned.key, work.lane.where, reason)
+        log.info("%s: lost its worker on %s: %r", planned.key, work.lane.where, error.__cause__ or error)
         then = f"again from step {step} in {wait_s:g} s"
         self._tell(task, "lost", f"{reason} on {work.lane.where}; {then}")
         self.waiting.append(task)
@@ -434,7 +434,6 @@ class Driver:
                 passed=False,
                 value=breach.value if math.isfinite(breach.value) else None,
                 limit=breach.limit,
-                detail=str(breach),
             )
         )
 

@@ -78,7 +78,7 @@ class Lane:
                 self._answers[rank] = WorkerFailed(error.cause)
                 self._failed_at = self._failed_at or time.monotonic()
             except RayError as error:
-                raise WorkerLost(f"{type(error).__name__}: {error}") from error
+                raise WorkerLost(_say_why(error)) from error
         failures = [a for a in self._answers.values() if isinstance(a, WorkerFailed)]
         if failures and len(self._answers) < len(self._refs) and time.monotonic() - self._failed_at < _BLAME_S:
             # In a group the ranks that live fail first: the others' silence is the reason.
@@ -101,6 +101,13 @@ class Lane:
                 log.info("workers on %s did not leave in order (%s)", self.where, type(error).__name__)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+
+
+def _say_why(error: Exception) -> str:
+    """Ray's reason in a few words: of its paragraph on a dead actor, the sentence that says why."""
+    text = " ".join(str(error).split())
+    _, found, why = text.partition("The actor is dead because ")
+    return why.split(". ")[0] if found else f"{type(error).__name__}: {text}"
 
 
 def _make_actor(node: Node, need: Need) -> Any:

@@ -73,13 +73,22 @@ def main() -> None:
         "",
         *(f"Noise: {note}." for note in noise),
     ]
-    raw = {**setting, "found": found, "noise": noise, "results": [_without_steps(r) for r in results]}
+    raw = {**setting, "found": found, "noise": noise, "results": [_keep(r) for r in results]}
     print(write_result("measurement", raw, "\n".join(lines), options.output))
 
 
-def _without_steps(result: MeasureResult) -> dict[str, object]:
-    """The result without the time of each single token, which nothing here reads and which fills megabytes."""
-    return {k: v for k, v in result.to_mapping().items() if k != "token_ms"}
+def _keep(result: MeasureResult) -> dict[str, object]:
+    """What the verdicts come from: with the time of each single token a thousand processes would fill megabytes."""
+    return {
+        "arm": result.arm,
+        "round": result.round,
+        "ok": result.ok,
+        "reason": result.reason,
+        "ttft_ms": [round(v, 3) for v in result.ttft_ms],
+        "decode_tok_s": [round(v) for v in result.decode_tok_s],
+        "steady": result.steady,
+        "calibration_ms": [round(v, 2) for v in result.calibration_ms],
+    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from record import describe_setting, write_result
 
-from ryot.events import EvalEvent, StageEvent, read_events
+from ryot.events import EvalEvent, Event, StageEvent, read_events
 from ryot.report.rows import load_report
 
 
@@ -56,6 +56,7 @@ def main() -> None:
         for e in events
         if isinstance(e, StageEvent) and e.wall_s is not None
     ]
+    ray = ray_cost(events)
     losses = [(e.variant, e.seed, e.step, e.train_wall_s, e.split, e.loss) for e in events if isinstance(e, EvalEvent)]
     values = {
         **describe_setting(),
@@ -65,6 +66,7 @@ def main() -> None:
         "left_in_temp": left,
         "left_running": alive,
         "stages": stages,
+        "ray_s": ray,
         "losses": losses,
         "report": report,
     }
@@ -78,6 +80,9 @@ def main() -> None:
         "| stage | variant | s |",
         "|---|---|---:|",
         *(f"| {s['stage']} | {s['variant']} | {s['wall_s']:.1f} |" for s in stages),
+        "",
+        f"Ray's own cost: {', '.join(f'{part} {s:.1f} s' for part, s in ray.items())}: {sum(ray.values()):.1f} s"
+        " of at most 12 asked for.",
         "",
         "Trainings ran at the same time, one a core.",
         "",
@@ -94,6 +99,21 @@ def main() -> None:
         "```",
     ]
     print(write_result(options.name, values, "\n".join(lines)))
+
+
+def ray_cost(events: list[Event]) -> dict[str, float]:
+    """Seconds that a run spent on having a cluster: until it is up, until every worker has its training, until it is
+    gone. Nothing else happens in these times."""
+    stages = [e for e in events if isinstance(e, StageEvent)]
+
+    def at(stage: str, status: str, *, variant: bool = False) -> list[float]:
+        return [e.time for e in stages if (e.stage, e.status, bool(e.variant)) == (stage, status, variant)]
+
+    return {
+        "start": at("cluster", "end")[0] - at("cluster", "begin")[0],
+        "workers": max(at("train", "begin", variant=True)) - at("train", "begin")[0],
+        "shutdown": at("measure", "begin")[0] - at("train", "end")[0],
+    }
 
 
 class _MemoryWatch:

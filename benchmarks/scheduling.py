@@ -5,8 +5,8 @@
 On an embedded Ray on all cores of this machine:
 
 * four equal variants with the recipe's own budget: the wall time of the driver against the ideal, which is the sum of
-  the times of their training steps and evaluations over the cores; and Ray's own cost, which is its start and shutdown
-  and what the wall time is longer than the ideal;
+  the times of their training steps and evaluations over the cores. What is lost are the start of the workers (they
+  import torch), checkpoints, and the core that has nothing left while the other one ends;
 * a worker killed with SIGKILL in the middle: the time until its training is as far as it was when it was killed, less
   the work that no accepted checkpoint held;
 * one variant on two cores: two threads of one process, or two processes (gloo) that share every batch.
@@ -33,7 +33,7 @@ from ryot.cluster.jobs import DriverOptions, PlannedJob, TrainResult, plan_job
 from ryot.cluster.journal import Journal
 from ryot.cluster.runtime import ClusterOptions, open_cluster
 from ryot.config import VariantConfig, replace, resolve_variant
-from ryot.events import CheckpointEvent, EvalEvent, Event, StepEvent
+from ryot.events import CheckpointEvent, EvalEvent, Event, StageEvent, StepEvent
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import prepare_dataset
 from ryot.train.loop import TrainJob
@@ -89,7 +89,7 @@ def four_equal(bench: Bench) -> dict[str, float]:
         "wall_s": run["wall_s"],
         "ideal_s": ideal_s,
         "ratio": run["wall_s"] / ideal_s,
-        "ray_s": run["start_s"] + run["shutdown_s"] + run["wall_s"] - ideal_s,
+        "longer_s": run["wall_s"] - ideal_s,
         "start_s": run["start_s"],
         "shutdown_s": run["shutdown_s"],
     }
@@ -101,17 +101,20 @@ class Killer:
     def __init__(self) -> None:
         self.killed_at = self.killed_step = self.accepted_step = self.back_at = 0.0
         self.step_s = 0.0
+        self.lost = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, CheckpointEvent) and not self.killed_at:
             self.accepted_step = float(event.step)
+        elif isinstance(event, StageEvent) and event.status == "lost":
+            self.lost = True
         elif isinstance(event, StepEvent):
             if not self.killed_at and event.step > 0.6 * event.num_steps:
                 [worker] = [p for p in psutil.process_iter() if p.name().startswith("ray::TrainWorke")]
                 worker.kill()
                 self.killed_at, self.killed_step = time.time(), float(event.step)
                 self.step_s = event.train_wall_s / event.step
-            elif self.killed_at and not self.back_at and event.step >= self.killed_step:
+            elif self.lost and not self.back_at and event.step >= self.killed_step:
                 self.back_at = event.time
 
 
@@ -165,9 +168,9 @@ def main() -> None:
         "| what | measured | asked |",
         "|:--|--:|--:|",
         f"| four equal variants: wall time over the ideal | {median(equal, 'ratio')} | <= 1.08 |",
-        f"| Ray's own cost in that run, s | {median(equal, 'ray_s')} | <= 12 |",
-        f"| its start, s | {median(equal, 'start_s')} | |",
-        f"| its shutdown, s | {median(equal, 'shutdown_s')} | |",
+        f"| that is longer by, s | {median(equal, 'longer_s')} | |",
+        f"| Ray's start, s | {median(equal, 'start_s')} | |",
+        f"| Ray's shutdown, s | {median(equal, 'shutdown_s')} | |",
         f"| a killed worker costs besides the work redone, s | {median(kills, 'cost_s')} | <= 8 |",
         "",
         "One variant on two cores, tokens a second:",

@@ -19,7 +19,9 @@ from ryot.deploy.bundle import finish_bundle, runtime_modules
 from ryot.deploy.export import ExportOptions, export_variant
 from ryot.deploy.forms import QuantizeOptions
 from ryot.deploy.quality import evaluate_bundle, quality_windows, worst
+from ryot.deploy.quantize import Quantizer
 from ryot.deploy.verify import check_parity, reference_logits
+from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import load_bundle
 from ryot.edge.generate import check_golden
 from ryot.edge.session import Decoder as EdgeDecoder
@@ -27,7 +29,7 @@ from ryot.errors import BundleError, QualityError
 from ryot.train.checkpoint import load_model, save_checkpoint
 from ryot.train.model import Decoder
 
-from .conftest import CONFIGS
+from .conftest import CONFIGS, TextData
 
 TRAIN_STEPS = 120
 
@@ -108,6 +110,21 @@ def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, t
     assert four["bytes"] < record["bytes"] < forms["int8"].size_bytes
     one_less = [c for c in record["candidates"] if len(c["eight_bit"]) == len(record["eight_bit"]) - 1]
     assert all(c["bpb_ratio"] > limit for c in one_less)
+
+
+def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(trained, data, tmp_path):
+    asked = []
+
+    class Asked(TextData):
+        def windows(self, split, count, length):
+            asked.append(split)
+            return super().windows(split, count, length)
+
+    weights = load_decoder_weights(trained)
+    quantizer = Quantizer(weights, Asked(data.tokens, data.byte_lengths), QuantizeOptions(), 1.0001, tmp_path)
+    quantizer.quantize("int4")
+    quantizer.kv_scales()
+    assert set(asked) == {"train", "val"}
 
 
 def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, forms, data):

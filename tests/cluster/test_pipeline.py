@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -208,13 +209,22 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_result(
     assert losses(run_dir) == losses(finished[0])
 
 
+def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
+    """A worker that trains for a run."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
+            if child.name().startswith("ray::TrainW"):
+                return child
+    raise AssertionError("no worker trains")
+
+
 def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], cache: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
-    process = start(*options, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
-    wait_for_steps(run_dir, process, 2)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::TrainW")]
-    assert workers
-    workers[0].kill()
+    # Long enough that no training can be over before its worker is found.
+    longer = [*options[:-1], str(20 * int(options[-1])), "--precisions", "fp32", "-o", str(run_dir)]
+    process = start(*longer, cache=cache)
+    wait_for_steps(run_dir, process, 1)
+    find_worker(process).kill()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "lost its worker: " in err and "Traceback" not in err

@@ -23,6 +23,17 @@ torch.set_num_threads(1)
 
 VOCAB_SIZE = 384
 CONTEXT = 32
+#: The shape of recipes and presets that tests write: as small as the fused kernels take.
+TINY_MODEL = f"""
+[model]
+vocab_size = {VOCAB_SIZE}
+dim = 64
+num_layers = 2
+num_heads = 4
+num_kv_heads = 4
+ff_dim = 64
+max_seq_len = {CONTEXT}
+"""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,6 +60,17 @@ def corpus() -> Corpus:
         if d.name.startswith(("json/", "email/", "http/", "xml/", "logging/", "asyncio/"))
     ]
     return Corpus(name="stdlib-part", documents=tuple(Document(d.name, d.text) for d in documents))
+
+
+@pytest.fixture(scope="session")
+def text_folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as files, as a user would give it with --data; tests that change them copy the folder."""
+    folder = tmp_path_factory.mktemp("text")
+    for document in corpus.documents:
+        path = folder / document.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text)
+    return folder
 
 
 @pytest.fixture(scope="session")

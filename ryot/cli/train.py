@@ -88,7 +88,8 @@ def command(
                 events = trainer.run_slice(SLICE_S)
             except RyotError as error:
                 if kept:
-                    error.hint = f"the last good checkpoint is {kept}: go on with --resume {kept}"
+                    way_on = f"the last good checkpoint is {kept}: go on with --resume {kept}"
+                    error.hint = f"{error.hint}; {way_on}" if error.hint else way_on
                 raise
             for event in events:
                 show(event)

@@ -417,37 +417,18 @@ class Driver:
     # Telling
 
     def _tell(self, task: _Task, status: StageStatus, detail: str = "", wall_s: float | None = None) -> None:
-        job = task.planned.job
-        self.emit(
-            StageEvent(
-                stage="train", status=status, variant=job.variant.name, seed=job.seed, wall_s=wall_s, detail=detail
-            )
-        )
+        self._emit_of(task, StageEvent, stage="train", status=status, wall_s=wall_s, detail=detail)
 
     def _tell_breach(self, task: _Task, breach: GateBreach) -> None:
-        job = task.planned.job
-        self.emit(
-            GateEvent(
-                variant=job.variant.name,
-                seed=job.seed,
-                gate=breach.gate,
-                passed=False,
-                value=breach.value if math.isfinite(breach.value) else None,
-                limit=breach.limit,
-            )
-        )
+        value = breach.value if math.isfinite(breach.value) else None
+        self._emit_of(task, GateEvent, gate=breach.gate, passed=False, value=value, limit=breach.limit)
 
-    def _tell_accepted(self, task: _Task, accepted: Accepted) -> None:
+    def _tell_accepted(self, task: _Task, new: Accepted) -> None:
+        self._emit_of(task, CheckpointEvent, step=new.step, path=new.path, sha256=new.sha256)
+
+    def _emit_of(self, task: _Task, kind: Callable[..., Event], **facts: Any) -> None:
         job = task.planned.job
-        self.emit(
-            CheckpointEvent(
-                variant=job.variant.name,
-                seed=job.seed,
-                step=accepted.step,
-                path=accepted.path,
-                sha256=accepted.sha256,
-            )
-        )
+        self.emit(kind(variant=job.variant.name, seed=job.seed, **facts))
 
 
 def train_variants(

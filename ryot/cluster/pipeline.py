@@ -14,6 +14,7 @@ A stage whose inputs are unchanged is not done again when the run is resumed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -66,6 +67,7 @@ log = logging.getLogger(__name__)
 
 PLAN_FILE = "run.toml"
 MEASURE_FILE = "measure.json"
+#: Rounds of measurement in a quick run.
 QUICK_ROUNDS = 3
 
 
@@ -94,7 +96,7 @@ def start_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
         run_dir.mkdir(parents=True, exist_ok=True)
         _check_disk(run_dir, plan)
         write_atomically(run_dir / PLAN_FILE, plan_to_toml(plan))
-    return resume_run(run_dir, plan, settings)
+    return _carry_through(run_dir, plan, settings)
 
 
 def resume_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
@@ -103,6 +105,11 @@ def resume_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     Raises `Interrupted` with the command that resumes it, and every other `RyotError` for what cannot be carried
     through; what is done by then stays done.
     """
+    _check_disk(run_dir, plan)
+    return _carry_through(run_dir, plan, settings)
+
+
+def _carry_through(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     way_on = f"go on with: ryot-deploy cluster-run --resume {run_dir}"
     with RunLock(run_dir), _disk_errors(run_dir, way_on):
         run = _Run(run_dir, plan, settings, way_on)
@@ -125,7 +132,8 @@ def _disk_errors(run_dir: Path, way_on: str) -> Iterator[None]:
         raise
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        raise RyotError(f"run {run_dir}: {what}{error.strerror or error}", hint=f"make room, then {way_on}") from error
+        first = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise RyotError(f"run {run_dir}: {what}{error.strerror or error}", hint=f"{first}, then {way_on}") from error
 
 
 def _check_disk(run_dir: Path, plan: RunPlan) -> None:
@@ -154,7 +162,6 @@ class _Run:
     def carry_through(self) -> Outcome:
         """All stages in order."""
         self.journal.open_run()
-        _check_disk(self.run_dir, self.plan)
         dataset = self._prepare_data()
         results = self._train(dataset)
         if all(r.error for r in results):
@@ -306,7 +313,7 @@ class _Run:
         joined, bench_on = self.settings.cluster.address is not None, self.settings.cluster.bench_label
         brief: dict[str, Any] = dict(QUICK_SPEC) if self.options.quick else {}
         if joined:
-            brief["cores"] = threads_under(self.targets)  # the node has them, or the run was refused
+            brief["cores"] = threads_under(self.targets)  # the cores of the node that measures count, not of this one
         specs = {
             arm_name(f.variant, f.seed, f.precision): spec_under(
                 self.targets, load_bundle(self.run_dir / f.path, verify=False), **brief

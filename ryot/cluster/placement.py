@@ -63,7 +63,7 @@ class Placement:
             gpus = f" and the most GPUs {max((n.gpus for n in nodes), default=0.0):g}" if need.gpus else ""
             raise ClusterError(
                 f"{what} needs {need} on one node, but the largest of {len(nodes)} nodes has {largest:g}{gpus}",
-                hint="use fewer threads, or a cluster with a larger node",
+                hint="use fewer threads, or a cluster with a larger node" + (" and a GPU" if need.gpus else ""),
             )
         places = sum(self._places(need, n.cpus, n.gpus) for n in able)
         if workers > places:

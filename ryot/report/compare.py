@@ -21,6 +21,8 @@ from ryot.report.stats import Interval, call_difference, unpaired_ratio_interval
 from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, wrap
 from ryot.report.targets import cpu_name
 
+#: What the lines call held-out bits per byte, a fact of the exported files that no measurement takes again.
+QUALITY = "bits per byte"
 #: Figures that a process measures, with the name that the lines have.
 MEASURED = {
     "ttft_ms": "TTFT (ms)",
@@ -148,7 +150,7 @@ def compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[
         lines.append(_line(subject, title, left, right, interval))
     for title, left, right in (
         ("size (MB)", a.size_bytes / 1e6, b.size_bytes / 1e6),
-        ("bits per byte", a.quality.get("bpb"), b.quality.get("bpb")),
+        (QUALITY, a.quality.get("bpb"), b.quality.get("bpb")),
     ):
         if left and right:
             ratio = left / right

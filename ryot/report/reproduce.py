@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ryot.report.compare import (
     MEASURED,
+    QUALITY,
     Line,
     compare_forms,
     line_columns,
@@ -23,8 +24,6 @@ from ryot.report.table import WIDTH, Format, markdown_table, plain_table, wrap
 #: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
 #: quiet machine differ by; memory: the allocator's and the kernel's rounding.
 TIMING_MARGIN, MEMORY_MARGIN = 0.05, 0.02
-#: A fact of the exported files that no measurement takes again.
-_QUALITY = "bits per byte"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +53,7 @@ def check_reproduced(old: Report, new: Report) -> Reproduction:
         if after is None:
             differences.append(f"{name_of(before)}: measured then, missing now")
             continue
-        found = [c for c in compare_forms(name_of(before), after, before, together=False) if c.metric != _QUALITY]
+        found = [c for c in compare_forms(name_of(before), after, before, together=False) if c.metric != QUALITY]
         lines += found
         for line in found:
             margin = _margin(line.metric)

@@ -12,19 +12,12 @@ from click.testing import CliRunner
 from ryot.cli import train
 from ryot.errors import Interrupted, TrainingError
 from ryot.train.checkpoint import load_training_state
-from ryot.train.corpus import Corpus
+from tests.conftest import TINY_MODEL
 
-RECIPE = """
-[model]
+RECIPE = f"""
+{TINY_MODEL}
 architecture = "opt"
 tie_embeddings = false
-vocab_size = 384
-dim = 64
-num_layers = 2
-num_heads = 4
-num_kv_heads = 4
-ff_dim = 64
-max_seq_len = 32
 [train]
 batch_size = 4
 tokens = 128000
@@ -37,15 +30,18 @@ schedule = "cosine"
 
 
 @pytest.fixture
-def arguments(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("RYOT_CACHE_DIR", str(tmp_path / "cache"))
-    data = tmp_path / "text"
-    for document in corpus.documents:
-        path = data / document.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document.text)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    return ["--variant", str(tmp_path / "recipe.toml"), "--data", str(data), "--no-tune", "-o", str(tmp_path / "out")]
+    return [
+        "--variant",
+        str(tmp_path / "recipe.toml"),
+        "--data",
+        str(text_folder),
+        "--no-tune",
+        "-o",
+        str(tmp_path / "out"),
+    ]
 
 
 def test_a_breached_gate_leaves_the_last_good_checkpoint(

@@ -18,20 +18,13 @@ import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
-from ryot.train.corpus import Corpus
+from tests.conftest import TINY_MODEL
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
-PRESET = """
+PRESET = f"""
 summary = "as small as the fused kernels take"
-[model]
-vocab_size = 384
-dim = 64
-num_layers = 2
-num_heads = 4
-num_kv_heads = 4
-ff_dim = 64
-max_seq_len = 32
+{TINY_MODEL}
 [train]
 batch_size = 4
 tokens = 7680
@@ -40,17 +33,12 @@ warmup_fraction = 0.1
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> list[str]:
+def options(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> list[str]:
     """A tiny preset and some text of the standard library; both recipes as they are packaged, at that size."""
     from ryot.config import find_named
 
     root = tmp_path_factory.mktemp("inputs")
     (root / "tiny.toml").write_text(PRESET)
-    data = root / "text"
-    for document in corpus.documents:
-        path = data / document.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document.text)
     variants = []
     for name in ("baseline", "optimized"):
         # The recipe's own budget and batch are for the reference size; the preset's are taken instead.
@@ -64,7 +52,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> list[st
         "--variants",
         ",".join(variants),
         "--data",
-        str(data),
+        str(text_folder),
         "--quick",
         "--tokens",
         str(7680 * 20),  # a quick run trains for a twentieth

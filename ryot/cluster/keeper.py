@@ -51,12 +51,19 @@ def is_running(pid: int) -> bool:
 
 
 def end_marked(folder: Path, *, grace_s: float = 10.0) -> list[int]:
-    """Kill the processes of the cluster in `folder` until none is left; returns those that outlived `grace_s`."""
+    """Kill the processes of the cluster in `folder` until none is left; returns those that outlived `grace_s`.
+
+    None is left when two looks find none: the environment of a program reads empty while it is being started.
+    """
     deadline = time.monotonic() + grace_s
-    while (alive := find_marked(folder)) and time.monotonic() < deadline:
+    before: list[int] | None = None
+    while (alive := find_marked(folder)) != before or alive:
+        if time.monotonic() > deadline:
+            break
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        before = alive
         time.sleep(0.02)
     return alive
 

@@ -26,7 +26,7 @@ from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, r
 from ryot.edge.machine import describe_cpu
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.loop import TrainStep
-from ryot.train.model import Decoder
+from ryot.train.optimizer import schedule_factor
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +76,15 @@ class KernelDecision:
 def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *, threads: int = 1) -> KernelDecision:
     """The fastest kernel plan for `variant` on this machine; a variant that is not to be tuned keeps its own.
 
-    Looked up in `cache_dir` by CPU, torch version, shape and threads; measured (a few seconds) when not there. Call it
+    Looked up in `cache_dir` by CPU, torch version, recipe and threads; measured (a few seconds) when not there. Call it
     on the core the training will run on, with nothing else running there.
     """
     cpu = describe_cpu()
     start = replace(variant.kernels, threads=threads)
     if not variant.tune:
         return KernelDecision(plan=start, candidates=(), cpu=cpu["model"], cached=False)
-    key = digest(
-        cpu["model"], cpu["isa"], torch.__version__, variant.model, _step_shape(variant), start, os.environ.get(_MALLOC)
-    )
+    malloc = os.environ.get("GLIBC_TUNABLES")
+    key = digest(cpu["model"], cpu["isa"], torch.__version__, variant.model, variant.train, start, malloc)
     path = cache_dir / "kernels" / f"{key[:16]}.json"
     if path.exists():
         return _load(path)
@@ -106,33 +105,26 @@ def format_decision(variant: str, decision: KernelDecision) -> str:
     return "\n".join(lines)
 
 
-_MALLOC = "GLIBC_TUNABLES"
-
-
-def _step_shape(variant: VariantConfig) -> list[int]:
-    train = variant.train
-    return [train.batch_size, train.accumulate, variant.num_steps]
-
-
 def _describe(plan: KernelPlan) -> str:
     return ", ".join(f"{k}={v}" for k, v in to_mapping(plan).items())
 
 
 class _FixedRun:
-    """The same few training steps under one plan, taken one at a time."""
+    """The first steps of the training itself under one plan, taken one at a time."""
 
     def __init__(self, variant: VariantConfig, plan: KernelPlan, batches: Batches):
         torch.manual_seed(0)
-        model = Decoder(variant.model, plan.attention).to(plan.device).train()
-        self.plan, self._batches = plan, batches
-        self._take_step = TrainStep(model, variant, plan)
+        self.plan, self._variant, self._batches = plan, variant, batches
+        self._take_step = TrainStep(variant, plan)
         self.compile_s = self._take_step.warm_up(*batches.batch(0)) if plan.compile else 0.0
         self.losses: list[float] = []
         self.times: list[float] = []
 
     def step(self) -> None:
         begin = time.perf_counter()
-        loss, _ = self._take_step(*self._batches.batch(len(self.losses)), 1.0)
+        at = len(self.losses)
+        factor = schedule_factor(self._variant.train, at, self._variant.num_steps)
+        loss, _ = self._take_step(*self._batches.batch(at), factor)
         self.times.append(time.perf_counter() - begin)
         self.losses.append(loss)
 

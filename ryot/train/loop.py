@@ -58,15 +58,18 @@ class TrainJob:
 
 
 class TrainStep:
-    """The computation of one optimizer step under a kernel plan; `benchmarks/` and tuning time it on its own."""
+    """A new model and the computation of one optimizer step under a kernel plan; tuning times it on its own."""
 
-    def __init__(self, model: Decoder, variant: VariantConfig, plan: KernelPlan):
-        self.model, self.variant, self.plan = model, variant, plan
-        self.model.checkpoint_activations = variant.train.checkpoint_activations
-        self.model.normalize_embedding = variant.train.normalize_embedding
-        self.optimizer = build_optimizer(model, variant.train, plan)
+    def __init__(self, variant: VariantConfig, plan: KernelPlan):
+        self.variant, self.plan = variant, plan
+        train = variant.train
+        self.model = model = Decoder(variant.model, plan.attention).to(plan.device).train()
+        model.start_final_norm(train.final_norm_init, alternate=train.alternate_final_norm)
+        model.checkpoint_activations = train.checkpoint_activations
+        model.normalize_embedding = train.normalize_embedding
+        self.optimizer = build_optimizer(model, train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
-        self._narrow = [NarrowModel(model, width, plan.attention) for width in variant.train.elastic_widths]
+        self._narrow = [NarrowModel(model, width, plan.attention) for width in train.elastic_widths]
         self.scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
         self._parameters = list(model.parameters())
 
@@ -140,9 +143,8 @@ class Trainer:
         self.job, self.plan = job, plan
         variant = job.variant
         self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
-        self.model = Decoder(variant.model, plan.attention).to(plan.device).train()
-        self.model.start_final_norm(variant.train.final_norm_init, alternate=variant.train.alternate_final_norm)
         self._take_step = self._build_step()
+        self.model = self._take_step.model
         self._batches = Batches(
             self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
         )
@@ -157,7 +159,7 @@ class Trainer:
         self._process = psutil.Process()
 
     def _build_step(self) -> TrainStep:
-        return TrainStep(self.model, self.job.variant, self.plan)
+        return TrainStep(self.job.variant, self.plan)
 
     @classmethod
     def resume(cls, job: TrainJob, plan: KernelPlan, checkpoint: Path) -> Trainer:

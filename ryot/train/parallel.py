@@ -93,4 +93,4 @@ class ShardedTrainer(Trainer):
     """A rank's training; all ranks must be asked for the same number of steps, and only one needs to save."""
 
     def _build_step(self) -> TrainStep:
-        return ShardedStep(self.model, self.job.variant, self.plan)
+        return ShardedStep(self.job.variant, self.plan)

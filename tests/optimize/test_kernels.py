@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from ryot.config import KernelPlan, replace
+from ryot.events import StepEvent
 from ryot.optimize import kernels
 from ryot.optimize.kernels import choose_kernels, format_decision
 from ryot.train.dataset import Dataset
+from ryot.train.loop import Trainer, TrainJob
 from tests.conftest import tiny_variant
 
 
@@ -37,6 +40,20 @@ def test_every_setting_is_tried_and_the_fastest_that_learns_the_same_is_taken(
 def test_plans_in_fp32_give_the_loss_of_fp32_eager(decision: tuple[kernels.KernelDecision, Path]) -> None:
     losses = [c.loss for c in decision[0].candidates if c.plan.dtype == "fp32"]
     assert max(losses) - min(losses) < kernels.LOSS_TOLERANCE
+
+
+def test_the_losses_are_those_of_the_training_itself(
+    decision: tuple[kernels.KernelDecision, Path], dataset: Dataset
+) -> None:
+    variant = tiny_variant("optimized")
+    variant = replace(variant, train=replace(variant.train, final_norm_init=0.1, normalize_embedding=True))
+    for candidate in choose_kernels(variant, dataset, decision[1]).candidates:
+        if candidate.plan.dtype == "fp32":
+            steps = kernels.WARM_STEPS + kernels.TIMED_STEPS
+            trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), candidate.plan)
+            losses = [e.loss for e in trainer.run_slice(60.0, steps) if isinstance(e, StepEvent)]
+            assert len(losses) == steps  # 12 steps in all: each is told
+            assert statistics.fmean(losses) == pytest.approx(candidate.loss, abs=1e-4)
 
 
 def test_the_decision_is_found_again_and_says_so(

@@ -65,15 +65,15 @@ def test_each_step_trains_the_full_model_and_one_narrower_one_in_turn(dataset: D
     variant = elastic("optimized")
     widths = widths_of(variant.model)[:2]
     variant = replace(variant, train=replace(variant.train, elastic_widths=tuple(widths)))
-    trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
     batches = Batches(dataset, length=CONTEXT, batch_size=variant.train.batch_size, seed=0)
-    step = TrainStep(trainer.model, variant, variant.kernels)
+    step = TrainStep(variant, variant.kernels)
+    model = step.model
     for turn in range(3):
         inputs, targets = batches.batch(turn)
-        narrow = NarrowModel(trainer.model, widths[turn % 2], "sdpa")
-        both = F.cross_entropy(trainer.model(inputs).flatten(0, 1), targets.flatten())
+        narrow = NarrowModel(model, widths[turn % 2], "sdpa")
+        both = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         both = both + F.cross_entropy(narrow(inputs).flatten(0, 1), targets.flatten())
-        expected = torch.autograd.grad(both, list(trainer.model.parameters()))
+        expected = torch.autograd.grad(both, list(model.parameters()))
         norm = torch.stack([g.norm() for g in expected]).norm().item()
         _, got = step(inputs, targets, 0.0, turn)
         # The same gradients from two backward passes or from one: fp32 rounding.

@@ -1,10 +1,14 @@
-"""Dated results beside the scripts: `results/DATE-NAME.md` for people, the same name `.json` with every raw sample."""
+"""Dated results beside the scripts: `results/DATE-NAME-ISA.md` for people, the same `.json` with every raw sample.
+
+ISA is the part of the CPU's instruction set that decides such figures, so that one day can hold two machines.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -12,9 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ryot.edge.machine import describe_cpu
 from ryot.edge.measure import record_environment
 
 RESULTS = Path(__file__).parent / "results"
+#: The most capable part of an instruction set is the one a result is named after.
+DECISIVE = ("amx-int8", "avx512-vnni", "avx-vnni", "avx512", "avx2", "neon")
 
 
 def describe_setting() -> dict[str, Any]:
@@ -31,7 +38,9 @@ def describe_setting() -> dict[str, Any]:
 def write_result(name: str, values: Mapping[str, Any], text: str, folder: Path = RESULTS) -> Path:
     """Write both files of a result and return the one for people."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.date.today().isoformat()}-{name}.md"
+    isa = describe_cpu()["isa"]
+    decisive = next((known for known in DECISIVE if known in isa), platform.machine())
+    path = folder / f"{datetime.date.today().isoformat()}-{name}-{decisive}.md"
     path.write_text(text.rstrip("\n") + "\n")
     path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
     return path

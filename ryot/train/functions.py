@@ -46,12 +46,15 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
         d_out = grads[0].float()
-        d_weight = None
-        if weight is not None:
-            d_weight = (d_out * normed).flatten(0, -2).sum(0)
+        product = (d_out * normed).flatten(0, -2)
+        width = normed.shape[-1]
+        if weight is None:
+            d_weight, along = None, product.sum(dim=-1)
+        else:
+            d_weight, along = product.sum(0), product @ weight
             d_out = d_out * weight
-        along = (d_out * normed).mean(dim=-1, keepdim=True)
-        dx = torch.addcmul(d_out, normed, along, value=-1).mul_(scale)
+        along = along.mul_(-1 / width).view_as(scale)
+        dx = torch.addcmul(d_out, normed, along).mul_(scale)
         return dx.to(grads[0].dtype), d_weight, None
 
 

@@ -67,13 +67,13 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, D = x_BTD.shape
         P = 0 if past is None else past[0].shape[2]
-        q, k, v = self.qkv(x_BTD).split((D, self.kv_dim, self.kv_dim), dim=-1)
-        q_BNTH = q.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-        k_BKTH = k.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        v_BKSH = v.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        N, K = self.num_heads, self.num_kv_heads
+        qk, v = self.qkv(x_BTD).split((D + self.kv_dim, self.kv_dim), dim=-1)
+        qk_BTH = qk.view(B, T, N + K, self.head_dim).transpose(1, 2)
+        v_BKSH = v.view(B, T, K, self.head_dim).transpose(1, 2)
         if rotary is not None:
-            q_BNTH, k_BKTH = rotary.rotate(q_BNTH, P), rotary.rotate(k_BKTH, P)
-        k_BKSH = k_BKTH
+            qk_BTH = rotary.rotate(qk_BTH, P)
+        q_BNTH, k_BKSH = qk_BTH.split((N, K), dim=1)
         if past is not None:
             k_BKSH, v_BKSH = torch.cat((past[0], k_BKSH), dim=2), torch.cat((past[1], v_BKSH), dim=2)
         y_BNTH = self._attend(q_BNTH, k_BKSH, v_BKSH)
@@ -91,9 +91,10 @@ class SelfAttention(nn.Module):
             )
         # The G query heads of one kv head are stacked along T, so no key or value is copied.
         q_BKGTH = q_BNTH.reshape(B, K, (N // K) * T, H) * H**-0.5
-        scores_BNTS = (q_BKGTH @ k_BKSH.transpose(-1, -2)).view(B, N, T, S).float() + mask_TS
-        weights = scores_BNTS.softmax(dim=-1).to(v_BKSH.dtype).view(B, K, (N // K) * T, S)
-        return (weights @ v_BKSH).view(B, N, T, H)
+        scores_BNTS = (q_BKGTH @ k_BKSH.transpose(-1, -2)).view(B, N, T, S)
+        # In bf16 too: torch's softmax sums in fp32, and both sides of it are operands of products in bf16.
+        weights = (scores_BNTS + mask_TS.to(scores_BNTS.dtype)).softmax(dim=-1)
+        return (weights.view(B, K, (N // K) * T, S) @ v_BKSH).view(B, N, T, H)
 
 
 class OptLayer(nn.Module):

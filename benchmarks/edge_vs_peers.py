@@ -2,6 +2,7 @@
 
     pip install ".[peers]"          in an environment of its own, and not with -e, which slows the start of every
                                     process; llama-cpp-python is compiled, for this CPU with CMAKE_ARGS=-DGGML_NATIVE=ON
+                                    (its AMX products crash: there, off, and each AVX-512 flag of ggml on)
     python benchmarks/edge_vs_peers.py [--sizes S,M,L] [--rounds N | N,N,N] [--core C] [--models DIR]
 
 Sizes S, M and L have 2.4, 33.6 and 134.5 million parameters. All engines run one thread on one core (the last one
@@ -15,7 +16,7 @@ the tolerance that torch's rounding error gives (ryot.deploy.verify); rows with 
 
 Models are kept in DIR (default: RYOT_CACHE_DIR or ~/.cache/ryot, `edge_vs_peers/`) with the block sizes that the tool
 chose for this CPU when it first ran; a new DIR chooses again. `--prepare` makes them and stops. The result is written
-after each size to `benchmarks/results/DATE-edge_vs_peers.md` and `.json`. Leave the machine alone meanwhile.
+after each size to `benchmarks/results/DATE-edge_vs_peers-ISA.md` and `.json`. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations

@@ -35,19 +35,24 @@ def run(trainer: Trainer) -> list[float]:
     return losses
 
 
+FP32 = KernelPlan(attention="explicit", fused_optimizer=True)
+BF16 = replace(FP32, dtype="bf16", loss_chunk=64)
+
+
+@pytest.mark.parametrize("plan", [KernelPlan(), BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["baseline", "optimized"])
-def test_same_seed_gives_bit_identical_losses_and_weights(name: str, dataset: Dataset) -> None:
-    first, second = (Trainer(make_job(dataset, tiny_variant(name)), KernelPlan()) for _ in range(2))
+def test_same_seed_gives_bit_identical_losses_and_weights(name: str, plan: KernelPlan, dataset: Dataset) -> None:
+    first, second = (Trainer(make_job(dataset, tiny_variant(name)), plan) for _ in range(2))
     assert run(first) == run(second)
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["baseline", "optimized"])
-@pytest.mark.parametrize("stop", [1, 5, 11])
+@pytest.mark.parametrize(("stop", "plan"), [(1, FP32), (5, FP32), (5, BF16), (11, FP32)])
 def test_resume_is_bit_identical_to_never_having_stopped(
-    name: str, stop: int, dataset: Dataset, tmp_path: Path
+    name: str, stop: int, plan: KernelPlan, dataset: Dataset, tmp_path: Path
 ) -> None:
-    job, plan = make_job(dataset, tiny_variant(name)), KernelPlan(attention="explicit", fused_optimizer=True)
+    job = make_job(dataset, tiny_variant(name))
     whole = Trainer(job, plan)
     run(whole)
     stopped = Trainer(job, plan)
@@ -163,6 +168,27 @@ def test_chunked_loss_has_the_gradients_of_the_whole_one() -> None:
         grads.append((loss.detach(), *torch.autograd.grad(loss, (h, W))))
     for whole, chunked in zip(*grads):
         torch.testing.assert_close(whole, chunked, atol=1e-6, rtol=1e-5)
+
+
+def test_chunked_loss_in_bf16_is_that_of_fp32_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    h, W = torch.randn(512, 64, requires_grad=True), (torch.randn(300, 64) / 8).requires_grad_()
+    targets = torch.randint(0, 300, (512,))
+    exact = cross_entropy(h, W, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = cross_entropy(h, W, targets, 128)
+    # Each probability is off by up to 2^-8 of itself, either way: the mean over 512 rows by far less.
+    assert rounded.item() == pytest.approx(exact.item(), abs=2e-3)
+    for want, got in zip(torch.autograd.grad(exact, (h, W)), torch.autograd.grad(rounded, (h, W))):
+        assert F.cosine_similarity(want.flatten(), got.flatten(), dim=0) > 0.9999
+        assert (want - got).norm() < 0.01 * want.norm()
+
+
+def test_training_in_bf16_learns_what_fp32_does(dataset: Dataset) -> None:
+    plans = (FP32, BF16)
+    exact, rounded = (run(Trainer(make_job(dataset, tiny_variant("optimized")), plan)) for plan in plans)
+    np.testing.assert_allclose(rounded, exact, atol=0.02)
+    assert rounded != exact
 
 
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(dataset: Dataset) -> None:

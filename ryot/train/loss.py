@@ -61,11 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def cross_entropy(h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int = 0) -> Tensor:
     """Mean loss in nats per token of predicting `targets_R` from `h_RD @ W_VD.T`.
 
-    `chunk` is the number of rows of logits made at a time in training, 0 for all at once.
+    `chunk` is the number of rows of logits made at a time in training, 0 for all at once; fp16, in which a
+    probability below 6e-5 has no full precision, always makes all at once and takes the softmax in fp32.
     """
-    if chunk and torch.is_grad_enabled():
-        dtype = (
-            torch.get_autocast_dtype(h_RD.device.type) if torch.is_autocast_enabled(h_RD.device.type) else h_RD.dtype
-        )
+    device = h_RD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_RD.dtype
+    if chunk and torch.is_grad_enabled() and dtype != torch.float16:
         return _ChunkedCrossEntropy.apply(h_RD.to(dtype), W_VD, targets_R, chunk)  # type: ignore[no-any-return]
     return F.cross_entropy(F.linear(h_RD, W_VD).float(), targets_R)

@@ -68,12 +68,13 @@ class SelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         P = 0 if past is None else past[0].shape[2]
         N, K = self.num_heads, self.num_kv_heads
+        # Queries and keys, X = N + K heads, are rotated as one.
         qk, v = self.qkv(x_BTD).split((D + self.kv_dim, self.kv_dim), dim=-1)
-        qk_BTH = qk.view(B, T, N + K, self.head_dim).transpose(1, 2)
+        qk_BXTH = qk.view(B, T, N + K, self.head_dim).transpose(1, 2)
         v_BKSH = v.view(B, T, K, self.head_dim).transpose(1, 2)
         if rotary is not None:
-            qk_BTH = rotary.rotate(qk_BTH, P)
-        q_BNTH, k_BKSH = qk_BTH.split((N, K), dim=1)
+            qk_BXTH = rotary.rotate(qk_BXTH, P)
+        q_BNTH, k_BKSH = qk_BXTH.split((N, K), dim=1)
         if past is not None:
             k_BKSH, v_BKSH = torch.cat((past[0], k_BKSH), dim=2), torch.cat((past[1], v_BKSH), dim=2)
         y_BNTH = self._attend(q_BNTH, k_BKSH, v_BKSH)

@@ -184,6 +184,13 @@ def test_chunked_loss_in_bf16_is_that_of_fp32_within_its_rounding() -> None:
         assert (want - got).norm() < 0.01 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_unlikely_token_costs_as_much_in_half_precision(dtype: torch.dtype) -> None:
+    h, W = torch.tensor([[20.0, 0.0]], requires_grad=True), torch.eye(2, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        assert cross_entropy(h, W, torch.tensor([1]), 8).item() == pytest.approx(20.0, abs=0.1)
+
+
 def test_training_in_bf16_learns_what_fp32_does(dataset: Dataset) -> None:
     plans = (FP32, BF16)
     exact, rounded = (run(Trainer(make_job(dataset, tiny_variant("optimized")), plan)) for plan in plans)

@@ -82,6 +82,8 @@ def drive(run_dir: Path, dataset_dir: Path, address: str | None) -> int:
     except RyotError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ryot.cluster.signals import hold_signals
 from ryot.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
             with contextlib.suppress(Exception):
                 ray.shutdown()
             raise _explain(error, arguments, said.read_text(errors="replace")) from error
+        except KeyboardInterrupt:
+            with hold_signals(), contextlib.suppress(Exception):
+                ray.shutdown()
+            raise
     try:
         yield
     finally:

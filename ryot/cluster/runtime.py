@@ -27,6 +27,7 @@ from ryot import scratch
 from ryot.cluster import keeper
 from ryot.cluster.address import probe_address, resolve_address
 from ryot.cluster.connection import ray_connection
+from ryot.cluster.signals import hold_signals
 from ryot.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -141,11 +142,16 @@ class Cluster:
         return sorted(found, key=lambda n: (n.hostname, n.node_id))
 
     def shutdown(self) -> None:
-        """Disconnect; an embedded cluster ends with all its processes and files. Does nothing the second time."""
+        """Disconnect; an embedded cluster ends with all its processes and files. Does nothing the second time.
+
+        A signal that comes meanwhile is heeded afterwards: Ray, cut short, would start to shut down again at the end
+        of the process, in a folder that is gone.
+        """
         begin = time.monotonic()
         self.is_open = False
         closing, self._closing = self._closing, contextlib.ExitStack()
-        closing.close()
+        with hold_signals():
+            closing.close()
         self.shutdown_s += time.monotonic() - begin
 
     def __enter__(self) -> Cluster:

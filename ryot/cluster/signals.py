@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from ryot.errors import EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Put SIGINT and SIGTERM off until the block has ended: what cleans up is not to be cut short.
+
+    The first that came is then delivered to the handler of before. Outside the main thread nothing is held.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class StopSignals:

@@ -107,11 +107,23 @@ def test_a_cluster_that_lost_its_control_process_is_known_and_can_be_restarted(c
     assert processes_of(first) == []
 
 
-def test_shutting_down_leaves_no_process_and_no_folder(cluster: EmbeddedCluster) -> None:
+def test_shutting_down_leaves_no_process_and_no_folder_even_when_ctrl_c_comes_meanwhile(
+    cluster: EmbeddedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The last test of this module: it ends the module's cluster.
-    folder = cluster.folder
+    import ray
+
+    folder, shutdown = cluster.folder, ray.shutdown
     assert processes_of(folder)
-    cluster.shutdown()
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        shutdown()
+
+    monkeypatch.setattr(ray, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.shutdown()
+    assert not ray.is_initialized()
     assert processes_of(folder) == []
     assert not folder.exists()
     cluster.shutdown()

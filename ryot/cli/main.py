@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 
@@ -92,6 +93,7 @@ def run(args: list[str] | None = None) -> None:
         if verbose:
             traceback.print_exc()
         _complain(str(error), error.hint)
+        _leave_export_behind(error.exit_code)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted", None)
@@ -111,6 +113,16 @@ def run(args: list[str] | None = None) -> None:
             traceback.print_exc()
         _complain(f"{type(error).__name__}: {error}", None if verbose else "run again with -v for the traceback")
         sys.exit(EXIT_FAILED)
+
+
+def _leave_export_behind(code: int) -> None:
+    """End the process here when a second Ctrl-C has given up an export that is still in native code."""
+    from ryot.cluster.callbacks import is_one_running
+
+    if code == EXIT_INTERRUPTED and is_one_running():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _complain(message: str, hint: str | None) -> None:

@@ -7,6 +7,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+_NAME = "on-done"
+
+
+def is_one_running() -> bool:
+    """Whether a callback is still at work: Python must not end around native code in it, which would abort."""
+    return any(thread.name == _NAME for thread in threading.enumerate())
+
 
 class CallbackThread:
     """Calls `function` for each thing put in, in order; keeps the first exception for `finish`."""
@@ -16,7 +23,7 @@ class CallbackThread:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._error: BaseException | None = None
         # A daemon, so that a second Ctrl-C does not wait for the export in flight.
-        self._thread = threading.Thread(target=self._work, name="on-done", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=_NAME, daemon=True)
         self._thread.start()
 
     def put(self, item: Any) -> None:

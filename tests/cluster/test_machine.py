@@ -193,3 +193,23 @@ with StopSignals() as signals:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "twice\n")
     assert "stopping after the slice in flight" in done.stderr
+
+
+def test_an_export_that_a_second_ctrl_c_gave_up_does_not_hold_or_abort_the_end_of_the_process() -> None:
+    program = """
+import time
+from ryot.cli.main import _leave_export_behind
+from ryot.cluster.callbacks import CallbackThread
+idle = CallbackThread(print)
+idle.put("done")
+idle.finish(lambda: False)
+_leave_export_behind(130)
+busy = CallbackThread(time.sleep)
+busy.put(60)
+_leave_export_behind(1)
+print("still here", flush=True)
+_leave_export_behind(130)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "done\nstill here\n")

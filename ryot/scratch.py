@@ -45,8 +45,7 @@ def sweep_stale(
     """Remove the folders that `make_folder` made under `base` and whose owner is dead; returns them.
 
     A folder younger than `min_age_s` may not have been locked by its owner yet and is left alone. `remove` is what to
-    do with one that takes more than deleting. A folder without a lock is somebody else's, unless there is no file in it
-    at all: a process that outlived the removal of its folder has made that anew.
+    do with one that takes more than deleting.
     """
     removed = []
     for folder in base.glob(f"{prefix}*"):
@@ -54,7 +53,7 @@ def sweep_stale(
             info = folder.lstat()
         except OSError:
             continue
-        mine = info.st_uid == os.getuid() and ((folder / LOCK_FILE).exists() or _has_no_file(folder))
+        mine = info.st_uid == os.getuid() and (folder / LOCK_FILE).exists()
         if not mine or folder.is_symlink() or time.time() - info.st_mtime < min_age_s:
             continue
         if (descriptor := _lock_folder(folder)) is not None:
@@ -65,10 +64,6 @@ def sweep_stale(
             os.close(descriptor)
             removed.append(folder)
     return removed
-
-
-def _has_no_file(folder: Path) -> bool:
-    return all(not files for _, _, files in os.walk(folder))
 
 
 def _lock_folder(folder: Path) -> int | None:

@@ -22,11 +22,6 @@ MARK = "RYOT_CLUSTER"
 
 PREFIX = "ryot-ray-"
 
-#: A process whose environment still reads empty at this age has none.
-STARTING_S = 1.0
-#: How often a folder that comes back is removed.
-REMOVALS = 5
-
 
 def find_marked(folder: Path, programs: tuple[str, ...] = ()) -> list[int]:
     """Ids of the living processes that belong to the cluster in `folder`, this process excepted.
@@ -47,25 +42,6 @@ def find_marked(folder: Path, programs: tuple[str, ...] = ()) -> list[int]:
     return found
 
 
-def find_starting() -> list[int]:
-    """Ids of processes younger than `STARTING_S` whose environment reads empty: nobody can tell yet whose they are.
-
-    It is empty while the kernel replaces a program by another one, which takes long on a busy machine.
-    """
-    up_s = float(Path("/proc/uptime").read_text().split()[0])
-    found = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            # A kernel thread has an empty one for ever, and no program.
-            if (process / "environ").read_bytes() == b"" and (process / "exe").readlink():
-                ticks = int((process / "stat").read_text().rpartition(")")[2].split()[19])
-                if up_s - ticks / os.sysconf("SC_CLK_TCK") < STARTING_S:
-                    found.append(int(process.name))
-    return found
-
-
 def is_running(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
@@ -77,11 +53,11 @@ def is_running(pid: int) -> bool:
 def end_marked(folder: Path, *, grace_s: float = 10.0) -> list[int]:
     """Kill the processes of the cluster in `folder` until none is left; returns those that outlived `grace_s`.
 
-    None is left when two looks find none, and no process that is just being started.
+    None is left when two looks find none: the environment of a program reads empty while it is being started.
     """
     deadline = time.monotonic() + grace_s
     before: list[int] | None = None
-    while (alive := find_marked(folder)) != before or alive or find_starting():
+    while (alive := find_marked(folder)) != before or alive:
         if time.monotonic() > deadline:
             break
         for pid in alive:
@@ -93,12 +69,9 @@ def end_marked(folder: Path, *, grace_s: float = 10.0) -> list[int]:
 
 
 def remove_cluster(folder: Path) -> None:
-    """End the processes of the cluster in `folder` and remove the folder; again where a late one has made it anew."""
-    for _ in range(REMOVALS):
-        end_marked(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
+    """End the processes of the cluster in `folder` and remove the folder."""
+    end_marked(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

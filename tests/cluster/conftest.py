@@ -30,7 +30,7 @@ from tests.conftest import tiny_variant
 PROGRAM = Path(__file__).with_name("train_program.py")
 
 #: Slices short enough that a training of a second or two has several of them, each with a checkpoint.
-SHORT = DriverOptions(slice_s=0.15, checkpoint_every_s=0.0, backoff_s=0.1)
+SHORT = DriverOptions(slice_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     dataset = load_dataset(arguments.dataset_dir)
     jobs = [planned(dataset, name, steps=arguments.steps) for name in ("baseline", "optimized")]
-    options = DriverOptions(slice_s=0.15, checkpoint_every_s=0.0, backoff_s=0.1)
+    options = DriverOptions(slice_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
     run_dir = arguments.run_dir
     run_dir.mkdir(exist_ok=True)
     with RunLock(run_dir):

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import click
 
@@ -93,8 +94,7 @@ def run(args: list[str] | None = None) -> None:
         if verbose:
             traceback.print_exc()
         _complain(str(error), error.hint)
-        _leave_export_behind(error.exit_code)
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted", None)
         sys.exit(EXIT_INTERRUPTED)
@@ -115,14 +115,15 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(EXIT_FAILED)
 
 
-def _leave_export_behind(code: int) -> None:
-    """End the process here when a second Ctrl-C has given up an export that is still in native code."""
-    from ryot.cluster.callbacks import is_one_running
+def _end(code: int) -> NoReturn:
+    """End the process; on the spot where a second Ctrl-C has given up an export that is still in native code."""
+    from ryot.cluster.callbacks import is_busy
 
-    if code == EXIT_INTERRUPTED and is_one_running():
+    if is_busy():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    sys.exit(code)
 
 
 def _complain(message: str, hint: str | None) -> None:

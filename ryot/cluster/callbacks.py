@@ -10,8 +10,8 @@ from typing import Any
 _NAME = "on-done"
 
 
-def is_one_running() -> bool:
-    """Whether a callback is still at work: Python must not end around native code in it, which would abort."""
+def is_busy() -> bool:
+    """Whether a callback that nobody waits for is at work: Python, ending around native code in it, would abort."""
     return any(thread.name == _NAME for thread in threading.enumerate())
 
 
@@ -22,6 +22,7 @@ class CallbackThread:
         self._function = function
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._left = False
         # A daemon, so that a second Ctrl-C does not wait for the export in flight.
         self._thread = threading.Thread(target=self._work, name=_NAME, daemon=True)
         self._thread.start()
@@ -32,15 +33,23 @@ class CallbackThread:
 
     def finish(self, abandon: Callable[[], bool]) -> None:
         """Wait until all is done, or `abandon()` is true; raises what the function raised first."""
-        self._queue.put(None)
-        while self._thread.is_alive() and not abandon():
-            self._thread.join(timeout=0.2)
+        self._wait(abandon)
         if self._error:
             raise self._error
 
+    def leave(self, abandon: Callable[[], bool]) -> None:
+        """Begin nothing more, and wait until the call in flight has ended or `abandon()` is true."""
+        self._left = True
+        self._wait(abandon)
+
+    def _wait(self, abandon: Callable[[], bool]) -> None:
+        self._queue.put(None)
+        while self._thread.is_alive() and not abandon():
+            self._thread.join(timeout=0.2)
+
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
-            if self._error is None:
+            if self._error is None and not self._left:
                 try:
                     self._function(*entry)
                 except BaseException as error:  # handed to the thread that waits in `finish`

@@ -123,6 +123,9 @@ class Driver:
         finally:
             for work in list(self.works):
                 self._close(work, kill=True)
+            if self._callbacks:
+                # Whatever ends the run, no export goes on writing behind it.
+                self._callbacks.leave(lambda: self.signals.stop_at_once)
         if self.stopping:
             raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.run_dir}")
         return [t.result for t in self.tasks if t.result]

@@ -54,8 +54,10 @@ class Candidate:
     """The setting that differs from the plan it was tried against."""
     step_ms: float
     """Median of the timed steps."""
+    steps: int
+    """Steps it took: fewer than the others' when it was too slow to go on."""
     loss: float
-    """Mean training loss of the fixed run, nats per token."""
+    """Mean training loss of these steps, nats per token."""
     compile_s: float
     verdict: str
     """Why it was taken or not."""
@@ -199,6 +201,7 @@ def _pick(
                 plan=run.plan,
                 changed=f"{setting}={getattr(run.plan, setting)}",
                 step_ms=run.step_ms,
+                steps=len(run.losses),
                 loss=run.loss,
                 compile_s=run.compile_s,
                 verdict=verdict,

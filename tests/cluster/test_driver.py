@@ -208,6 +208,28 @@ def test_what_a_callback_raises_comes_out_once_all_trainings_have_ended(
     assert len(records(tmp_path, "done")) == 1
 
 
+def test_a_run_that_fails_waits_for_the_callback_in_flight_and_begins_no_other(
+    cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
+) -> None:
+    began, failed = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def on_done(result: TrainResult) -> None:
+        began.set()
+        assert failed.wait(timeout=60)
+        ended.append(result.seed)
+
+    def fail(event: Event) -> None:
+        if began.is_set() and not failed.is_set():
+            failed.set()
+            raise ClusterError("no event today")
+
+    jobs = [planned(dataset, steps=4, seed=0), planned(dataset, steps=400, seed=1)]
+    with pytest.raises(ClusterError, match="no event today"):
+        train(tmp_path, jobs, cluster, emit=fail, on_done=on_done)
+    assert ended == [0]
+
+
 def test_a_signal_that_comes_during_the_last_callback_stops_the_run(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -183,19 +183,16 @@ with StopSignals() as signals:
 
 def test_an_export_that_a_second_ctrl_c_gave_up_does_not_hold_or_abort_the_end_of_the_process() -> None:
     program = """
-import time
-from ryot.cli.main import _leave_export_behind
+import atexit, time
+from ryot.cli.main import _end
 from ryot.cluster.callbacks import CallbackThread
-idle = CallbackThread(print)
-idle.put("done")
-idle.finish(lambda: False)
-_leave_export_behind(130)
-busy = CallbackThread(time.sleep)
-busy.put(60)
-_leave_export_behind(1)
-print("still here", flush=True)
-_leave_export_behind(130)
-print("never")
+atexit.register(print, "Python's own end", flush=True)
+thread = CallbackThread(time.sleep)
+thread.put({seconds})
+thread.leave(lambda: {given_up})
+_end(130)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "done\nstill here\n")
+    for seconds, given_up, said in ((0, False, "Python's own end\n"), (60, True, "")):
+        code = program.format(seconds=seconds, given_up=given_up)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (130, said)

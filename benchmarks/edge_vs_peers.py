@@ -36,7 +36,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peer_models import CHECK_TOKENS, GENAI_BLOCK, PROMPT_TOKENS, SIZES, draw_prompt
+from peer_models import CHECK_TOKENS, FORMS, GENAI_BLOCK, KV8, PROMPT_TOKENS, SIZES, draw_prompt
 from peer_verdicts import judge, render
 from peer_worker import SPAWNED_VARIABLE
 from record import RESULTS, describe_setting, write_result
@@ -106,8 +106,8 @@ def list_arms(size: str, made: Mapping[str, Any], folder: Path) -> list[Arm]:
     cfg, decision, bundles = SIZES[size], made["decision"], made["bundles"]
     chosen = (decision["latency"], decision["one_session"])
     arms = []
-    for form in ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4"):
-        for via in ("capi",) if "+" in form else ("capi", "python"):
+    for form in ("fp32", *FORMS, *(form + KV8 for form in FORMS)):
+        for via in ("capi",) if "+" in form or form.endswith(KV8) else ("capi", "python"):
             arms.append(
                 Arm(
                     family="ryot",
@@ -116,7 +116,7 @@ def list_arms(size: str, made: Mapping[str, Any], folder: Path) -> list[Arm]:
                     load={"engine": "ryot", "bundle": bundles[form], "via": via},
                     rounds=form != "fp32" or via == "capi",
                     check=form == "fp32",
-                    cold=form != "fp32" and ("+" not in form or form in chosen),
+                    cold=form != "fp32" and ("+" not in form or form.removesuffix(KV8) in chosen),
                 )
             )
     for cached in (False, True):
@@ -330,7 +330,7 @@ class SizeRun:
                 "via": "capi",
                 "batch_size": batch,
             }
-            for form in ("fp32", "int8-dyn", "int8", "int4")
+            for form in ("fp32", "int8-dyn", "int8", "int4", *(f"{f}{KV8}" for f in ("int8-dyn", "int8", "int4")))
             for batch in BATCH_SIZES
         }
 
@@ -343,7 +343,7 @@ class SizeRun:
     def _take_depths(self) -> dict[str, Any]:
         """Milliseconds a token of int8 and int4 at two depths, with a float and an int8 cache."""
         cfg = SIZES[self.size]
-        forms = ("int8", "int4", "int8 kv8", "int4 kv8")
+        forms = ("int8", "int4", f"int8{KV8}", f"int4{KV8}")
         bundles = {form: {"engine": "ryot", "bundle": self.made["bundles"][form], "via": "capi"} for form in forms}
         # One process serves both depths of a form.
         found: dict[str, Any] = {f"{form} @ {depth}": [] for form in forms for depth in DEPTHS}

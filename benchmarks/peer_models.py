@@ -2,8 +2,8 @@
 
     python benchmarks/peer_models.py S FOLDER CORE
 
-In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle a precision, bundles in genai's default blocks, bundles with
-an int8 cache (M only), `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool would
+In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle a form, with a float32 and with an int8 cache, bundles in
+genai's default blocks, `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool would
 choose for this CPU, and how many bytes of weights a decode step of each form reads. What is there is not made again.
 
 Random weights have the speed of trained ones and none of their quality. Their spread keeps greedy decoding from
@@ -27,17 +27,14 @@ import torch
 from tokenizers import Tokenizer, models
 
 from ryot.config import ModelConfig
-from ryot.deploy import bundle
-from ryot.deploy.datafile import DataFile
-from ryot.deploy.export import ONNXRUNTIME_MIN_INT8_KV, ExportOptions, export_form
-from ryot.deploy.forms import QuantizeOptions, build_graphs, num_bytes, pair_matrices, quantize_matrices, serialize
+from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_form
+from ryot.deploy.forms import STANDARD_GRAPH, QuantizeOptions, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
-from ryot.deploy.quality import MAX_BPB_RATIO
-from ryot.deploy.quantize import Quantizer
+from ryot.deploy.quantize import CacheForm, observe_kv_scales
+from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
 from ryot.deploy.weights import load_decoder_weights
-from ryot.edge.bundle import DATA_NAME
 from ryot.train.checkpoint import load_model, load_weights, save_checkpoint
 from ryot.train.hf import END_OF_TEXT, END_OF_TEXT_ID
 from ryot.train.model import Decoder
@@ -82,6 +79,11 @@ PROMPT_TOKENS = 128
 CHECK_TOKENS = 32
 #: onnxruntime-genai's own model builder quantizes in blocks of 32 unless told otherwise.
 GENAI_BLOCK = 32
+#: Our quantized forms, and what the name of one with an int8 cache ends with.
+FORMS = ("int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
+KV8 = " kv8"
+#: Random prompts, as long as the context, that the range of keys and values is taken from.
+KV_PROMPTS = 4
 #: Standard deviation of the untied tables' values; a head of 1.5 spreads the logits.
 EMBEDDING_SPREAD, HEAD_SPREAD = 0.5, 1.5
 #: GGUF file types: (tensor type of the matrices, `general.file_type`).
@@ -135,68 +137,33 @@ def draw_state(cfg: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def _export_bundles(size: str, checkpoint: Path, folder: Path, options: QuantizeOptions) -> dict[str, str]:
-    """Bundles by name: a precision, `genai PRECISION` in genai's blocks, `PRECISION kv8` with an int8 cache."""
+    """Bundles by name: a form, `genai FORM` in genai's blocks, `FORM kv8` with an int8 cache."""
     cfg = SIZES[size]
-    prompts = np.asarray([draw_prompt(cfg, 0, cfg.max_seq_len)], dtype=np.int64)
-    default = dataclasses.replace(options, int8_block_size=GENAI_BLOCK, int4_block_size=GENAI_BLOCK)
-    wanted = [(p, p, options) for p in ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")]
-    wanted += [(f"genai {p}", p, default) for p in ("int8", "int4")]
-    made = {}
-    for name, precision, quantize in wanted:
+    prompts = np.asarray([draw_prompt(cfg, i, cfg.max_seq_len) for i in range(KV_PROMPTS)], dtype=np.int64)
+    made: dict[str, str] = {}
+
+    def export(name: str, quantize: QuantizeOptions, cache: CacheForm = FLOAT_CACHE) -> None:
         tag = f"{quantize.int8_block_size}-{quantize.int4_block_size}-{quantize.dynamic_bits}"
         target = folder / f"{name.replace(' ', '-')}-{tag}"
         if not target.exists():
             _tell(size, name)
-            export_form(checkpoint, precision, target, options=ExportOptions(quantize=quantize), prompts=prompts)
+            precision = name.removeprefix("genai ").removesuffix(KV8)
+            what = ExportOptions(quantize=quantize)
+            export_form(checkpoint, precision, target, options=what, prompts=prompts[:1], cache=cache)
         made[name] = str(target)
-    for precision in ("int8", "int4") if size == "M" else ():
-        build = functools.partial(_export_int8_kv, checkpoint, precision, options)
-        block = options.block_size(4 if precision == "int4" else 8)
-        made[f"{precision} kv8"] = str(_once(folder / f"{precision}-kv8-{block}", build))
+
+    for form in ("fp32", *FORMS):
+        export(form, options)
+    for precision in ("int8", "int4"):
+        export(
+            f"genai {precision}",
+            dataclasses.replace(options, int8_block_size=GENAI_BLOCK, int4_block_size=GENAI_BLOCK),
+        )
+    observed = observe_kv_scales(StandardGraph(Path(made["fp32"]) / STANDARD_GRAPH), prompts)
+    cache = CacheForm(scales=observed.per_tensor(), record={"method": "per-tensor"})
+    for form in FORMS:
+        export(form + KV8, dataclasses.replace(options, kv_dtype="int8"), cache)
     return made
-
-
-def _export_int8_kv(checkpoint: Path, precision: str, options: QuantizeOptions, target: Path) -> None:
-    """A bundle with an int8 cache, its scales observed on random tokens; without golden prompts or tokenizer."""
-    weights = load_decoder_weights(checkpoint)
-    options = dataclasses.replace(options, kv_dtype="int8")
-    with bundle.staged_folder(target) as stage:
-        scratch = stage / "scratch"
-        scratch.mkdir()
-        quantizer = Quantizer(weights, _RandomTokens(weights.cfg), options, MAX_BPB_RATIO, scratch)
-        scales = quantizer.kv_scales()
-        for path in sorted(scratch.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        scratch.rmdir()
-        form = pair_matrices(weights, precision, {precision: quantize_matrices(weights, precision, options)})
-        with DataFile(stage / DATA_NAME) as data:
-            for name, model in build_graphs(weights, precision, form, data, kv_scales=scales).items():
-                (stage / name).write_bytes(serialize(model))
-        values: dict[str, Any] = {
-            "name": "ryot",
-            "variant": "",
-            "seed": 0,
-            "eos_token_ids": [END_OF_TEXT_ID],
-            "bos_token_id": END_OF_TEXT_ID,
-            "onnxruntime_min": ONNXRUNTIME_MIN_INT8_KV,
-            "golden": [],
-            "tolerance": 0.0,
-            "prompts": [],
-        }
-        bundle.write_manifest(stage, {**values, **bundle.graph_entries(weights.cfg, precision, "int8")})
-
-
-class _RandomTokens:
-    """Stands where held-out text stands, to observe the range of keys and values."""
-
-    corpus_sha256 = ""
-
-    def __init__(self, cfg: ModelConfig):
-        self._vocab_size = cfg.vocab_size
-        self.byte_lengths = np.ones(cfg.vocab_size, np.int64)
-
-    def windows(self, split: str, count: int, length: int) -> np.ndarray:
-        return np.random.default_rng(3).integers(1, self._vocab_size, (count, length + 1))
 
 
 def _export_plain(checkpoint: Path, folder: Path) -> None:

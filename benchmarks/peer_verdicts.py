@@ -8,8 +8,10 @@ side, the verdict says so. Rows without a figure asked are there for the whole p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from peer_models import KV8
 
 from ryot.report.stats import median_of_rounds, ratio_interval, value_interval
 
@@ -20,7 +22,7 @@ MB = 1e6
 BINDING_MB = 20
 #: A bare Python where the figures asked were taken.
 BARE_ASKED_MB = 8.6
-ONE_SESSION = ("fp32", "int8-dyn", "int8", "int4")
+ONE_SESSION = ("fp32", *(form + cache for form in ("int8-dyn", "int8", "int4") for cache in ("", KV8)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,9 @@ class Ratio:
     title: str
     metric: str
     ours: tuple[str, ...] = ()
-    """Forms of ours that may stand for us; all when empty."""
+    """Forms of ours that may stand for us, with either cache; all when empty."""
+    float_cache: bool = False
+    """Whether only forms with a float32 cache may, as genai has one and llama.cpp one in float16."""
     theirs: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
     """Whether an arm is the peer, by its description and the tool's decision."""
     asked: Mapping[str, float] = field(default_factory=dict)
@@ -48,6 +52,12 @@ def _genai(precision: str, block: int | None) -> Callable[[Mapping[str, Any], Ma
         return arm["family"] == "genai" and arm["form"] == f"{precision} block {size}"
 
     return fits
+
+
+def _both_caches(ratio: Ratio) -> tuple[Ratio, Ratio]:
+    """The row, and what it would be with a float32 cache."""
+    title = f"{ratio.title}, our cache float32"
+    return ratio, replace(ratio, title=title, float_cache=True, asked={})
 
 
 INT8, INT4 = ("int8", "int8-dyn+int8"), ("int4", "int8-dyn+int4")
@@ -77,40 +87,48 @@ RATIOS = (
         theirs=_family("plain"),
         asked={"S": 3.2, "M": 4.5, "L": 3.5},
     ),
-    Ratio(
-        title="decode int8, genai default block",
-        metric="token_ms",
-        ours=INT8,
-        theirs=_genai("int8", 32),
-        asked={"S": 1.15, "M": 1.3, "L": 1.1},
+    *_both_caches(
+        Ratio(
+            title="decode int8, genai default block",
+            metric="token_ms",
+            ours=INT8,
+            theirs=_genai("int8", 32),
+            asked={"S": 1.15, "M": 1.3, "L": 1.1},
+        )
     ),
-    Ratio(
-        title="decode int8, genai our block",
-        metric="token_ms",
-        ours=INT8,
-        theirs=_genai("int8", None),
-        asked={"S": 1.05, "M": 1.0, "L": 1.0},
+    *_both_caches(
+        Ratio(
+            title="decode int8, genai our block",
+            metric="token_ms",
+            ours=INT8,
+            theirs=_genai("int8", None),
+            asked={"S": 1.05, "M": 1.0, "L": 1.0},
+        )
     ),
     Ratio(title="decode int4, genai default block", metric="token_ms", ours=INT4, theirs=_genai("int4", 32)),
     Ratio(title="decode int4, genai our block", metric="token_ms", ours=INT4, theirs=_genai("int4", None)),
-    Ratio(
-        title="decode int8, llama.cpp Q8_0",
-        metric="token_ms",
-        ours=INT8,
-        theirs=_family("llama.cpp", "Q8_0"),
-        asked={"S": 1.5, "M": 1.2, "L": 1.05},
+    *_both_caches(
+        Ratio(
+            title="decode int8, llama.cpp Q8_0",
+            metric="token_ms",
+            ours=INT8,
+            theirs=_family("llama.cpp", "Q8_0"),
+            asked={"S": 1.5, "M": 1.2, "L": 1.05},
+        )
     ),
-    Ratio(
-        title="decode int4, llama.cpp Q4_0",
-        metric="token_ms",
-        ours=INT4,
-        theirs=_family("llama.cpp", "Q4_0"),
-        asked={"S": 1.35, "M": 1.0, "L": 0.95},
+    *_both_caches(
+        Ratio(
+            title="decode int4, llama.cpp Q4_0",
+            metric="token_ms",
+            ours=INT4,
+            theirs=_family("llama.cpp", "Q4_0"),
+            asked={"S": 1.35, "M": 1.0, "L": 0.95},
+        )
     ),
 )
 RSS_MB, COLD_MS = {"S": 48, "M": 105, "L": 245}, {"S": 70, "M": 170, "L": 480}
 #: Batch 16 against batch 1, and decode time at depth 480 against 32 with a float and an int8 cache.
-BATCH, DEPTH = {"S": 1.9, "M": 3.0}, {"": 1.5, " kv8": 1.25}
+BATCH, DEPTH = {"S": 1.9, "M": 3.0}, {"": 1.5, KV8: 1.25}
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -118,11 +136,13 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     decision = result["decision"]
     rows = _judge_forms(result, "best form", None)
     rows += _judge_batches(result) + _judge_depths(result)
-    for goal in ("latency", "one_session"):
-        form = decision[goal]
-        if goal == "one_session" and form == decision["latency"]:
-            continue
-        rows += _judge_forms(result, f"tool's choice for {goal.replace('_', ' ')}: {form}", form)
+    latency, one_session = decision["latency"], decision["one_session"]
+    groups = {f"tool's choice for latency: {latency}": latency}
+    if one_session != latency:
+        groups[f"tool's choice for one session: {one_session}"] = one_session
+    groups[f"tool's choice for latency with `--kv-cache int8`: {latency}{KV8}"] = latency + KV8
+    for group, form in groups.items():
+        rows += _judge_forms(result, group, form)
     return rows
 
 
@@ -130,7 +150,9 @@ def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> lis
     size, arms = result["size"], result["arms"]
     rows = []
     for ratio in RATIOS:
-        ours = [n for n, a in arms.items() if a["family"] == "ryot" and _allowed(a["form"], ratio.ours, form)]
+        if form is not None and ratio.float_cache:
+            continue
+        ours = [n for n, a in arms.items() if a["family"] == "ryot" and _allowed(a["form"], ratio, form)]
         theirs = [n for n, a in arms.items() if ratio.theirs(a, result["decision"])]
         row = _row(size, group, ratio.title, ratio.asked.get(size), "x")
         if ours and theirs:
@@ -226,8 +248,12 @@ def _with_verdict(row: dict[str, Any], *, at_least: bool) -> dict[str, Any]:
     return row | {"verdict": verdict}
 
 
-def _allowed(form: str, forms: Sequence[str], only: str | None) -> bool:
-    return form == only if only else not forms or form in forms
+def _allowed(form: str, ratio: Ratio, only: str | None) -> bool:
+    if only:
+        return form == only
+    if ratio.float_cache and form.endswith(KV8):
+        return False
+    return not ratio.ours or form.removesuffix(KV8) in ratio.ours
 
 
 def _samples(arm: Mapping[str, Any], metric: str) -> list[list[float]]:
@@ -268,7 +294,8 @@ def render(values: Mapping[str, Any]) -> str:
         "Python; TTFT is from token ids to the first token. Engines take turns in each round in random order, each in "
         "its own process, after untimed tokens. Ratios are theirs to ours in time (above 1: we are faster) with their "
         "98 % interval over rounds. Torch computes the head for the last position only. genai runs the standard graph "
-        "of our bundle; llama.cpp has an f16 cache, flash attention off or on, all matrices in the type named.",
+        "of our bundle, with a float32 cache; llama.cpp has an f16 cache, flash attention off or on, all matrices in the "
+        "type named. Forms of ours whose names end with kv8 have an int8 cache, the others a float32 one.",
         "",
     ]
     for size, result in values["sizes"].items():
@@ -423,11 +450,12 @@ def _step_bytes(result: Mapping[str, Any], arm: Mapping[str, Any]) -> int:
     cfg = result["config"]
     depth = result["prompt_tokens"] + arm["steps"] // 2
     kv_dim = cfg["dim"] // cfg["num_heads"] * cfg["num_kv_heads"]
-    return result["read_bytes"][_decode_form(arm["form"])] + 2 * cfg["num_layers"] * kv_dim * depth * 4
+    value_bytes = 1 if arm["form"].endswith(KV8) else 4
+    return result["read_bytes"][_decode_form(arm["form"])] + 2 * cfg["num_layers"] * kv_dim * depth * value_bytes
 
 
 def _decode_form(form: str) -> str:
-    return form.rpartition("+")[2]
+    return form.removesuffix(KV8).rpartition("+")[2]
 
 
 def _render_check(result: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,8 @@ Architecture = Literal["opt", "llama"]
 Schedule = Literal["cosine", "linear-decay"]
 Attention = Literal["explicit", "sdpa"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+#: How an exported graph attends: in tiles with a running softmax, or with all scores at once.
+GraphAttention = Literal["flash", "full"]
 
 #: Folder of the parts that an ablation puts on the baseline one at a time.
 PARTS = "optimizations"

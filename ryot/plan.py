@@ -12,6 +12,7 @@ from ryot import __version__
 from ryot.config import (
     PARTS,
     PRECISIONS,
+    GraphAttention,
     KernelPlan,
     VariantConfig,
     build_from_mapping,
@@ -108,6 +109,8 @@ class InferencePlan:
     """The same at 4 bits."""
     fastest: str = ""
     """The precision with the shortest request, possibly a pair; empty when nothing was measured."""
+    prefill_attention: GraphAttention = "flash"
+    """How a pair's prefill graph attends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,6 +129,7 @@ class Exporter:
             int8_block_size=decision.int8_block_size,
             int4_block_size=decision.int4_block_size,
             dynamic_bits=8 if exact else 7,
+            prefill_attention=decision.prefill_attention,
         )
 
     def _gate(self, result: TrainResult, gate: str, *, passed: bool, **facts: Any) -> None:

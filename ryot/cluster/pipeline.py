@@ -299,6 +299,7 @@ class _Run:
                     int8_block_size=export.quantize.int8_block_size,
                     int4_block_size=export.quantize.int4_block_size,
                     fastest=export.latency,
+                    prefill_attention=export.quantize.prefill_attention,
                 )
                 log.info("%s\n%s", format_training(variant.name, training), format_inference(export))
                 said["status"] = "cached" if training.cached and export.cached else "end"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import ryot
+from ryot.config import GraphAttention
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.matrices import BlockMatrix, DynamicMatrix, FloatMatrix, Matrix
 from ryot.deploy.weights import FloatArray
@@ -191,27 +192,36 @@ def attention(
     rotary: tuple[str, str] | None,
     lengths: tuple[str, str],
     kv_scales: tuple[str, str] | None,
+    per_channel: bool,
+    kernel: GraphAttention,
 ) -> str:
     """Causal attention over packed queries, keys and values, with the cache of one layer as graph input and output.
 
     Past and present may be bound to one buffer of the full context, which is then written in place. Keys are stored
     rotated. `lengths` are seqlens_k (total length of each row, minus 1) and the total length. With `kv_scales` the
-    cache holds int8.
+    cache holds int8, scaled by one value for all or `per_channel`.
+
+    The operator has two kernels and no attribute to choose: it works in tiles (`flash`) unless it is given something
+    that its tiles cannot do. A head sink is such a thing, and one this small takes no weight from any key. All scores
+    at once (`full`) take [B, heads, S, T] floats and, for prompts of some hundred tokens, less time.
     """
     past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
     present = [f"present.{layer}.key", f"present.{layer}.value"]
     cache_type = TensorProto.FLOAT if kv_scales is None else TensorProto.INT8
     for name in past:
         g.input(name, cache_type, ["batch", num_kv_heads, "past_length", head_dim])
-    inputs = [qkv, "", "", *past, *lengths]
     attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": head_dim**-0.5}
-    if rotary is not None or kv_scales is not None:
-        inputs += rotary or ("", "")
     if rotary is not None:
         attributes["do_rotary"] = 1
+    sink = g.constant("no_head_sink", np.full(num_heads, -1e30, np.float32)) if kernel == "full" else ""
+    # Behind the tables come positions and an attention bias, which are not used here.
+    optional = [*(rotary or ("", "")), "", "", sink, *(kv_scales or ("", ""))]
+    while optional and not optional[-1]:
+        optional.pop()
+    inputs = [qkv, "", "", *past, *lengths, *optional]
     if kv_scales is not None:
-        inputs += ["", "", "", *kv_scales]
-        attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        kind = "PER_CHANNEL" if per_channel else "PER_TENSOR"
+        attributes |= {"kv_cache_bit_width": 8, "k_quant_type": kind, "v_quant_type": kind}
     out = g.node("GroupQueryAttention", inputs, [f"layers.{layer}.attn.mix", *present], domain=MS, **attributes)
     for name in present:
         g.output(name, cache_type, ["batch", num_kv_heads, "total_length", head_dim])

@@ -29,9 +29,8 @@ from ryot.deploy.forms import (
     split_pair,
 )
 from ryot.deploy.golden import make_golden
-from ryot.deploy.graph import KVScales
 from ryot.deploy.quality import MAX_BPB_RATIO, REFERENCE, EvalData, Quality, evaluate_forms, quality_windows, worst
-from ryot.deploy.quantize import Quantized, Quantizer, round_to_nearest
+from ryot.deploy.quantize import CacheForm, Quantized, Quantizer, round_to_nearest
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.verify import PARITY_ROWS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
@@ -42,9 +41,10 @@ from ryot.train.hf import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
 
-#: Oldest onnxruntime that is supported, and the oldest whose attention takes an int8 cache (1.24.4 refuses the graph;
-#: tried with 1.24 to 1.32).
-ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.25"
+#: Oldest onnxruntime that is supported, and the oldest whose attention reads an int8 cache (1.24 refuses the graph, 1.25
+#: and 1.26 load it and fail when it is run; bundles were run with 1.24 to 1.32).
+ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.27"
+FLOAT_CACHE = CacheForm()
 #: Held-out prompts of the context's length that a bundle carries, for measuring.
 NUM_PROMPTS = 16
 
@@ -110,16 +110,16 @@ def export_variant(
         singles = {"fp32": quantizer.quantize("fp32")}
         parity = check_parity(
             load_model(checkpoint),
-            _export(identity, scratch / "fp32", "fp32", singles, None, None, 0.0),
+            _export(identity, scratch / "fp32", "fp32", singles, FLOAT_CACHE, None, 0.0),
             windows[:PARITY_ROWS, :-1],
         )
         singles |= {half: quantizer.quantize(half) for half in halves if half not in singles}
-        kv_scales = quantizer.kv_scales() if options.quantize.kv_dtype == "int8" else None
-        qualities = _score(quantizer, precisions, singles, kv_scales, windows, data)
+        cache = quantizer.choose_cache()
+        qualities = _score(quantizer, precisions, singles, cache, windows, data)
     results = []
     for precision in precisions:
         quality = qualities[precision]
-        path = _export(identity, out_root / precision, precision, singles, kv_scales, quality, parity.tolerance)
+        path = _export(identity, out_root / precision, precision, singles, cache, quality, parity.tolerance)
         results.append(_judge(precision, path, parity, quality, options.max_bpb_ratio))
         on_form(results[-1])
     return results
@@ -129,7 +129,7 @@ def _score(
     quantizer: Quantizer,
     precisions: Sequence[str],
     singles: Mapping[str, Quantized],
-    kv_scales: KVScales | None,
+    cache: CacheForm,
     windows: NDArray[np.int64],
     data: EvalData,
 ) -> dict[str, Quality]:
@@ -137,10 +137,10 @@ def _score(
     graphs: dict[str, StandardGraph] = {}
     for precision in precisions:
         form = quantizer.form(precision, singles)
-        graphs[precision] = quantizer.graph(form.decode, kv_scales)
+        graphs[precision] = quantizer.graph(form.decode, cache.scales)
         if form.is_pair:
-            graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, kv_scales)
-    if kv_scales is None:
+            graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, cache.scales)
+    if cache.scales is None:
         graphs.pop("fp32", None)
     found = evaluate_forms(quantizer.reference, graphs, windows, data.byte_lengths)
     found.setdefault("fp32", found[REFERENCE])
@@ -155,18 +155,21 @@ def export_form(
     options: ExportOptions,
     prompts: NDArray[np.int64],
     corpus_sha256: str = "",
+    cache: CacheForm = FLOAT_CACHE,
 ) -> Path:
     """Build the bundle of one precision at `target`, rounded to nearest and not scored; it appears whole or not at all.
 
-    `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from.
+    `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from. `cache` has the
+    type that `options` name.
     """
+    assert cache.dtype == options.quantize.kv_dtype
     check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
     weights = load_decoder_weights(checkpoint)
     singles = {half: round_to_nearest(weights, half, options.quantize) for half in split_pair(precision)}
     _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
     identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
-    return _export(identity, target, precision, singles, None, None, SAFETY * torch_error)
+    return _export(identity, target, precision, singles, cache, None, SAFETY * torch_error)
 
 
 def onnxruntime_min(options: QuantizeOptions) -> str:
@@ -203,7 +206,7 @@ def _export(
     target: Path,
     precision: str,
     singles: Mapping[str, Quantized],
-    kv_scales: KVScales | None,
+    cache: CacheForm,
     quality: Quality | None,
     rounding_error: float,
 ) -> Path:
@@ -211,13 +214,21 @@ def _export(
     form = pair_matrices(weights, precision, {half: q.matrices for half, q in singles.items()})
     with bundle.staged_folder(target) as stage:
         with DataFile(stage / DATA_NAME) as data:
-            for name, model in build_graphs(weights, precision, form, data, kv_scales=kv_scales).items():
+            graphs = build_graphs(
+                weights,
+                precision,
+                form,
+                data,
+                kv_scales=cache.scales,
+                prefill_attention=identity.options.quantize.prefill_attention,
+            )
+            for name, model in graphs.items():
                 (stage / name).write_bytes(serialize(model))
         bundle.copy_checkpoint_files(identity.checkpoint, stage)
         bundle.write_requirements(stage, onnxruntime_min(identity.options.quantize))
         bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
-        values = _manifest_values(identity, precision, singles, quality, "float32" if kv_scales is None else "int8")
+        values = _manifest_values(identity, precision, singles, cache, quality)
         bundle.write_manifest(stage, values)
         golden, tolerance = make_golden(
             load_bundle(stage, verify=False),
@@ -233,7 +244,11 @@ def _export(
 
 
 def _manifest_values(
-    identity: _Identity, precision: str, singles: Mapping[str, Quantized], quality: Quality | None, kv_dtype: str
+    identity: _Identity,
+    precision: str,
+    singles: Mapping[str, Quantized],
+    cache: CacheForm,
+    quality: Quality | None,
 ) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
     options, cfg = identity.options, identity.weights.cfg
@@ -241,7 +256,7 @@ def _manifest_values(
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
-        **bundle.graph_entries(cfg, precision, kv_dtype),
+        **bundle.graph_entries(cfg, precision, cache.dtype),
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,
@@ -251,6 +266,7 @@ def _manifest_values(
         "prompts": identity.prompts[:NUM_PROMPTS].tolist(),
         "quantization": {
             **dataclasses.asdict(options.quantize),
+            "kv_cache": dict(cache.record),
             **{half: dict(singles[half].record) for half in split_pair(precision)},
         },
         "quality": {} if quality is None else quality.as_dict(),

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import onnx
 
-from ryot.config import PRECISIONS, unknown
+from ryot.config import PRECISIONS, GraphAttention, unknown
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
 from ryot.deploy.matrices import BLOCK_SIZES, Matrix, block_size_for, quantize_blocks, quantize_dynamic
@@ -21,7 +21,7 @@ KVDtype = Literal["float32", "int8"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeOptions:
-    """How weights are quantized."""
+    """How a form is made from weights."""
 
     int8_block_size: int = 128
     """Input features that share a scale at 8 bits; a matrix whose width it does not divide takes a smaller one."""
@@ -31,6 +31,8 @@ class QuantizeOptions:
     """Bits of dynamic-int8 weights: 7 where the CPU saturates (x86 without VNNI), 8 elsewhere."""
     kv_dtype: KVDtype = "float32"
     """Type of the key-value cache."""
+    prefill_attention: GraphAttention = "flash"
+    """How a pair's prefill graph attends; a graph that decodes too has `flash`, which is faster at depth."""
 
     def __post_init__(self) -> None:
         for name in ("int8_block_size", "int4_block_size"):
@@ -38,8 +40,9 @@ class QuantizeOptions:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {BLOCK_SIZES}")
         if self.dynamic_bits not in (7, 8):
             raise ConfigError(f"dynamic_bits: got {self.dynamic_bits!r}, expected 7 or 8")
-        if self.kv_dtype not in get_args(KVDtype):
-            raise ConfigError(f"kv_dtype: got {self.kv_dtype!r}, expected {' or '.join(get_args(KVDtype))}")
+        for name, known in (("kv_dtype", KVDtype), ("prefill_attention", GraphAttention)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(get_args(known))}")
 
     def block_size(self, bits: int) -> int:
         """The block size at 4 or 8 bits."""
@@ -130,6 +133,7 @@ def build_graphs(
     data: DataFile,
     *,
     kv_scales: KVScales | None = None,
+    prefill_attention: GraphAttention = "flash",
 ) -> dict[str, onnx.ModelProto]:
     """The graphs of a form by file name.
 
@@ -137,13 +141,13 @@ def build_graphs(
     """
     files = graph_files(precision)
 
-    def build(kind: GraphKind, chosen: Mapping[str, Matrix]) -> onnx.ModelProto:
-        return build_graph(kind, weights, chosen, data, kv_scales=kv_scales)
+    def build(kind: GraphKind, chosen: Mapping[str, Matrix], attention: GraphAttention = "flash") -> onnx.ModelProto:
+        return build_graph(kind, weights, chosen, data, kv_scales=kv_scales, attention=attention)
 
     # Decode's weights come first in the file: they are read at every token.
     graphs = {files["decode"]: build("step" if matrices.is_pair else "fast", matrices.decode)}
     if matrices.is_pair:
-        graphs[files["prefill"]] = build("fast", matrices.prefill)
+        graphs[files["prefill"]] = build("fast", matrices.prefill, prefill_attention)
     graphs[files["standard"]] = build("standard", matrices.decode)
     return graphs
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from ryot.config import ModelConfig
+from ryot.config import GraphAttention, ModelConfig
 from ryot.deploy import blocks
 from ryot.deploy.blocks import GraphBuilder
 from ryot.deploy.datafile import DataFile
@@ -35,10 +35,20 @@ GraphKind = Literal["standard", "fast", "step"]
 
 @dataclass(frozen=True, slots=True)
 class KVScales:
-    """Scales of an int8 KV cache: for each layer one value for each channel of keys and of values, [kv_dim]."""
+    """Scales of an int8 KV cache: of each layer's keys and values, one a channel [kv_dim] or one for all [1]."""
 
     keys: tuple[FloatArray, ...]
     values: tuple[FloatArray, ...]
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether channels have scales of their own."""
+        return len(self.keys[0]) > 1
+
+    def per_tensor(self) -> KVScales:
+        """One scale for all channels, the largest of theirs: coarser, and faster to read with."""
+        keys, values = (tuple(s.max(keepdims=True) for s in part) for part in (self.keys, self.values))
+        return KVScales(keys=keys, values=values)
 
 
 def float_matrices(weights: DecoderWeights) -> dict[str, Matrix]:
@@ -61,13 +71,14 @@ def build_graph(
     data: DataFile,
     *,
     kv_scales: KVScales | None = None,
+    attention: GraphAttention = "flash",
     taps: bool = False,
 ) -> onnx.ModelProto:
     """One graph of the decoder; its constants go to `data`.
 
     With `taps` the input [batch, sequence, K] of each matrix product is an output too, named `NAME.tap`.
     """
-    return _DecoderGraph(kind, weights, matrices, data, kv_scales, taps).build()
+    return _DecoderGraph(kind, weights, matrices, data, kv_scales, attention, taps).build()
 
 
 class _DecoderGraph:
@@ -78,9 +89,11 @@ class _DecoderGraph:
         matrices: Mapping[str, Matrix],
         data: DataFile,
         kv_scales: KVScales | None,
+        attention: GraphAttention,
         taps: bool,
     ):
-        self.kind, self.weights, self.matrices, self.kv_scales, self.taps = kind, weights, matrices, kv_scales, taps
+        self.kind, self.weights, self.matrices, self.taps = kind, weights, matrices, taps
+        self.kv_scales, self.attention = kv_scales, attention
         self.cfg = weights.cfg
         self.g = GraphBuilder(f"{self.cfg.architecture}_{kind}", data)
 
@@ -178,6 +191,8 @@ class _DecoderGraph:
             rotary=rotary,
             lengths=self.lengths,
             kv_scales=scales,
+            per_channel=self.kv_scales is not None and self.kv_scales.per_channel,
+            kernel=self.attention,
         )
 
     def _head(self, x: str) -> None:

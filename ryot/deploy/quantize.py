@@ -6,13 +6,16 @@ smallest of these that stays within the limit, on the validation split:
     nearest      every matrix 4 bits, rounded to nearest
     error-aware  every matrix 4 bits, rounded so that outputs change least (rounding.py)
     mixed        error-aware, and the matrices that hurt most for their size at 8 bits, as few as suffice
+
+An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, unless
+that takes more than a small part of the loss allowed: then each channel has its own.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 CALIBRATION_TOKENS = 8_192
 #: Validation tokens that a choice is made on, and that the sensitivity of single matrices is measured on.
 CHOICE_TOKENS, SENSITIVITY_TOKENS = 10_000, 2_000
+#: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
+KV_LOSS_SHARE = 0.1
 
 Matrices = Mapping[str, Matrix]
 
@@ -45,6 +50,36 @@ class Quantized:
     matrices: Matrices
     record: Mapping[str, Any]
     """For the manifest: method, block size, names of the 8-bit matrices, candidates with their figures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheForm:
+    """How keys and values are kept."""
+
+    scales: KVScales | None = None
+    """Of an int8 cache; None keeps them in float32."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest, of an int8 cache: method, candidates with their figures."""
+
+    @property
+    def dtype(self) -> str:
+        """`float32` or `int8`."""
+        return "float32" if self.scales is None else "int8"
+
+
+def observe_kv_scales(reference: StandardGraph, windows: NDArray[np.int64]) -> KVScales:
+    """Scales with which the largest key or value of each channel over `windows` [n, length] is 127."""
+    largest: dict[str, NDArray[np.float32]] = {}
+    for window in windows:
+        for name, cache_BKTH in reference.run(window[None])[1].items():
+            peak = np.abs(cache_BKTH).max(axis=(0, 2)).reshape(-1)
+            largest[name] = np.maximum(largest.get(name, np.float32(1e-6)), peak)
+
+    def part(kind: str) -> tuple[NDArray[np.float32], ...]:
+        names = [f"past_key_values.{i}.{kind}" for i in range(len(largest) // 2)]
+        return tuple((largest[name] / 127).astype(np.float32) for name in names)
+
+    return KVScales(keys=part("key"), values=part("value"))
 
 
 def round_to_nearest(weights: DecoderWeights, precision: str, options: QuantizeOptions) -> Quantized:
@@ -87,19 +122,21 @@ class Quantizer:
         """The standard graph in float32."""
         return self.graph(float_matrices(self._weights))
 
-    def kv_scales(self) -> KVScales:
-        """Scales of an int8 cache: for each channel the largest key or value of the calibration text."""
-        largest: dict[str, NDArray[np.float32]] = {}
-        for window in self._calibration_windows():
-            for name, cache_BKTH in self.reference.run(window[None])[1].items():
-                peak = np.abs(cache_BKTH).max(axis=(0, 2)).reshape(-1)
-                largest[name] = np.maximum(largest.get(name, np.float32(1e-6)), peak)
-
-        def part(kind: str) -> tuple[NDArray[np.float32], ...]:
-            names = [f"past_key_values.{i}.{kind}" for i in range(self._weights.cfg.num_layers)]
-            return tuple((largest[name] / 127).astype(np.float32) for name in names)
-
-        return KVScales(keys=part("key"), values=part("value"))
+    def choose_cache(self) -> CacheForm:
+        """The cache of the type asked for; an int8 cache's scales are chosen on validation text, weights in float32."""
+        if self._options.kv_dtype == "float32":
+            return CacheForm()
+        per_channel = observe_kv_scales(self.reference, self._calibration_windows())
+        scales = {"per-tensor": per_channel.per_tensor(), "per-channel": per_channel}
+        weights = float_matrices(self._weights)
+        figures = {method: self._measure(self.graph(weights, kv_scales)) for method, kv_scales in scales.items()}
+        enough = 1 + KV_LOSS_SHARE * (self._limit - 1)
+        method = min(figures, key=lambda m: figures[m]["kl"])
+        if figures["per-tensor"]["bpb_ratio"] <= enough:
+            method = "per-tensor"
+        log.info("int8 cache: scales %s", method)
+        candidates = [{"method": m, **measured} for m, measured in figures.items()]
+        return CacheForm(scales=scales[method], record={"method": method, "candidates": candidates})
 
     def _calibration_windows(self) -> NDArray[np.int64]:
         return quality_windows(self._data, "train", self._length, tokens=CALIBRATION_TOKENS)[:, :-1]
@@ -155,17 +192,18 @@ class Quantizer:
         return sorted(four, key=lambda name: (-gain[name], name))
 
     def _score(self, method: str, matrices: Matrices, eight_bit: list[str]) -> dict[str, Any]:
-        windows = quality_windows(self._data, "val", self._length, tokens=CHOICE_TOKENS)
-        forms = {"form": self.graph(matrices)}
-        found: Quality = evaluate_forms(self.reference, forms, windows, self._data.byte_lengths)["form"]
         return {
             "method": method,
             "bytes": num_bytes(matrices),
             "eight_bit": sorted(eight_bit),
-            "bpb_ratio": round(found.bpb_ratio, 6),
-            "kl": round(found.kl, 6),
-            "top1": round(found.top1, 6),
+            **self._measure(self.graph(matrices)),
         }
+
+    def _measure(self, graph: StandardGraph) -> dict[str, float]:
+        """The figures that a candidate is chosen by."""
+        windows = quality_windows(self._data, "val", self._length, tokens=CHOICE_TOKENS)
+        found: Quality = evaluate_forms(self.reference, {"form": graph}, windows, self._data.byte_lengths)["form"]
+        return {name: round(getattr(found, name), 6) for name in ("bpb_ratio", "kl", "top1")}
 
     def _block_size(self, name: str, bits: int) -> int:
         # Lookup and product read the same bytes of a table only if its rows have no padding.

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ryot.config import ModelConfig, build_from_mapping, digest, replace
+from ryot.config import GraphAttention, ModelConfig, build_from_mapping, digest, replace
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import FormMatrices, QuantizeOptions, build_graphs, serialize
+from ryot.deploy.forms import QuantizeOptions, serialize
+from ryot.deploy.graph import build_graph
 from ryot.deploy.matrices import (
     BlockMatrix,
     DynamicMatrix,
@@ -32,14 +33,14 @@ from ryot.deploy.matrices import (
     block_size_for,
 )
 from ryot.deploy.weights import DecoderWeights, expected_shapes
-from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.edge.session import Decoder
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 BLOCK_SIZES = (32, 64, 128, 256)
 #: A candidate must be this much faster than the one preferred without measuring; less is noise.
 MIN_GAIN = 1.03
@@ -48,6 +49,8 @@ MIN_PAIR_GAIN = 1.10
 #: Turns of each candidate, at least, and seconds after which no further turn begins.
 MIN_TURNS, MAX_TURNS, TURNS_S = 4, 16, 3.0
 DECODE_STEPS = 24
+#: Precision, block size, and how the graph attends.
+_Format = tuple[str, int, GraphAttention]
 #: Parameters inside the layers that are timed, at most: more than the caches hold at 8 bits, and quick to make.
 MAX_LAYER_PARAMETERS = 64_000_000
 #: Tokens that a request generates for each one of its prompt, when prefill and decode are weighed.
@@ -61,6 +64,7 @@ class Candidate:
     precision: str
     block_size: int
     """0 where the format has no blocks."""
+    attention: GraphAttention = "flash"
     prefill_ms: float
     """A prompt that fills the context."""
     decode_ms: float
@@ -70,7 +74,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return f"{self.precision}/{self.block_size}" if self.block_size else self.precision
+        parts = [self.precision, *([str(self.block_size)] if self.block_size else [])]
+        return "/".join(parts if self.attention == "flash" else [*parts, self.attention])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +83,7 @@ class InferenceDecision:
     """What to export for one shape on one CPU, with its evidence."""
 
     quantize: QuantizeOptions
-    """Block sizes and dynamic bits."""
+    """Block sizes, dynamic bits, and how a pair's prefill graph attends."""
     one_session: str
     """The precision that is fastest with one copy of the weights."""
     latency: str
@@ -114,18 +119,18 @@ def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecisio
     cpu = describe_cpu()
     layers = min(cfg.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(cfg)))
     timed = replace(cfg, num_layers=layers)
-    formats = [("fp32", 0), ("int8-dyn", 0)]
-    formats += [(precision, size) for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
+    formats: list[_Format] = [("fp32", 0, "flash"), ("int8-dyn", 0, "flash"), ("int8-dyn", 0, "full")]
+    formats += [(precision, size, "flash") for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
     with scratch_folder("tune") as scratch:
         decoders = []
-        for i, (precision, size) in enumerate(formats):
+        for i, format_ in enumerate(formats):
             folder = scratch / str(i)
             folder.mkdir()
-            decoders.append(_random_decoder(timed, precision, size, folder, threads))
+            decoders.append(_random_decoder(timed, format_, folder, threads))
         times = _take_turns(decoders)
     candidates = [
-        Candidate(precision=p, block_size=size, prefill_ms=prefill, decode_ms=decode)
-        for (p, size), (prefill, decode) in zip(formats, times)
+        Candidate(precision=p, block_size=size, attention=attention, prefill_ms=prefill, decode_ms=decode)
+        for (p, size, attention), (prefill, decode) in zip(formats, times)
     ]
     return decide(cfg, candidates, cpu, num_layers=layers)
 
@@ -136,10 +141,11 @@ def format_decision(decision: InferenceDecision) -> str:
     lines = [
         f"inference on {decision.cpu}, onnxruntime {decision.onnxruntime}: fastest {decision.latency}, "
         f"with one copy of the weights {decision.one_session}; blocks of {q.int8_block_size} (int8) and "
-        f"{q.int4_block_size} (int4), dynamic int8 with {q.dynamic_bits} bits"
+        f"{q.int4_block_size} (int4), dynamic int8 with {q.dynamic_bits} bits, {q.prefill_attention} attention in a "
+        "pair's prefill"
     ]
     lines += [
-        f"  {c.label:<10} prompt {c.prefill_ms:9.3f} ms  token {c.decode_ms:8.4f} ms  {c.verdict}".rstrip()
+        f"  {c.label:<13} prompt {c.prefill_ms:9.3f} ms  token {c.decode_ms:8.4f} ms  {c.verdict}".rstrip()
         for c in decision.candidates
     ]
     return "\n".join(lines)
@@ -153,7 +159,7 @@ def decide(
     A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
     """
     best = {precision: _best_block(candidates, precision, cfg) for precision in ("int8", "int4")}
-    best |= {c.precision: c for c in candidates if not c.block_size}
+    best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
     quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
     answer = ANSWER_SHARE * cfg.max_seq_len
 
@@ -162,6 +168,9 @@ def decide(
 
     single = min(quick, key=lambda c: request_ms(c, c))
     dynamic = best["int8-dyn"]
+    full = next(c for c in candidates if c.attention == "full")
+    if full.prefill_ms * MIN_GAIN < dynamic.prefill_ms:
+        dynamic = full
     partner = min((best["int8"], best["int4"]), key=lambda c: c.decode_ms)
     pair_pays = request_ms(dynamic, partner) * MIN_PAIR_GAIN < request_ms(single, single)
     latency = f"int8-dyn+{partner.precision}" if pair_pays else single.precision
@@ -177,6 +186,7 @@ def decide(
             int8_block_size=best["int8"].block_size,
             int4_block_size=best["int4"].block_size,
             dynamic_bits=8 if sums_int8_exactly(cpu["isa"]) else 7,
+            prefill_attention=dynamic.attention,
         ),
         one_session=single.precision,
         latency=latency,
@@ -208,8 +218,9 @@ def _layer_parameters(cfg: ModelConfig) -> int:
     return sum(int(np.prod(s)) for name, s in expected_shapes(cfg).items() if name.startswith("layers.0."))
 
 
-def _random_decoder(cfg: ModelConfig, precision: str, block_size: int, folder: Path, threads: int) -> Decoder:
-    """A loaded bundle of graphs with random weights; there is no tokenizer in it, for no text passes through."""
+def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: int) -> Decoder:
+    """A loaded bundle of one graph with random weights; there is no tokenizer in it, for no text passes through."""
+    precision, block_size, attention = format_
     generator = np.random.default_rng(0)
     arrays = {
         name: np.full(shape, 0.02, np.float32) if len(shape) == 1 else _random(generator, shape)
@@ -221,9 +232,10 @@ def _random_decoder(cfg: ModelConfig, precision: str, block_size: int, folder: P
         for name in dict.fromkeys(("embedding", *weights.linears))
     }
     with DataFile(folder / DATA_NAME) as data:
-        for name, model in build_graphs(weights, precision, FormMatrices(matrices, matrices), data).items():
-            (folder / name).write_bytes(serialize(model))
-    bundle.write_manifest(folder, {**_MANIFEST, **bundle.graph_entries(cfg, precision, "float32")})
+        model = build_graph("fast", weights, matrices, data, attention=attention)
+        (folder / _GRAPH).write_bytes(serialize(model))
+    entries = bundle.graph_entries(cfg, precision, "float32") | {"graphs": dict.fromkeys(GRAPH_ROLES, _GRAPH)}
+    bundle.write_manifest(folder, {**_MANIFEST, **entries})
     return Decoder(load_bundle(folder, verify=False), threads=threads)
 
 
@@ -275,6 +287,8 @@ def _take_turns(decoders: list[Decoder]) -> list[tuple[float, float]]:
     return [(min(p), min(d)) for p, d in zip(prefill, decode)]
 
 
+#: The one graph of a bundle that is only timed.
+_GRAPH = "fast.onnx"
 #: Fields of a manifest that say nothing about how a graph is run.
 _MANIFEST: dict[str, Any] = {
     "name": "tune",

@@ -121,9 +121,11 @@ def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(train
             return super().windows(split, count, length)
 
     weights = load_decoder_weights(trained)
-    quantizer = Quantizer(weights, Asked(data.tokens, data.byte_lengths), QuantizeOptions(), 1.0001, tmp_path)
+    quantizer = Quantizer(
+        weights, Asked(data.tokens, data.byte_lengths), QuantizeOptions(kv_dtype="int8"), 1.0001, tmp_path
+    )
     quantizer.quantize("int4")
-    quantizer.kv_scales()
+    quantizer.choose_cache()
     assert set(asked) == {"train", "val"}
 
 
@@ -153,8 +155,32 @@ def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path):
     assert form.passed
     assert form.quality.kl > 0
     bundle = load_bundle(form.path)
-    assert (bundle.kv_dtype, bundle.onnxruntime_min) == ("int8", "1.25")
+    assert (bundle.kv_dtype, bundle.onnxruntime_min) == ("int8", "1.27")
+    assert bundle.manifest["quantization"]["kv_cache"]["method"] == "per-tensor"
     assert check_golden(EdgeDecoder(bundle)) > 0
+
+
+def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(trained, data, tmp_path):
+    model = load_model(trained)
+    cfg = model.cfg
+    with torch.no_grad():
+        for layer in model.layers:
+            # One channel of the first values 100 times larger, and read 100 times smaller: the same function.
+            channel = cfg.dim + cfg.num_kv_heads * cfg.head_dim
+            layer.attn.qkv.weight[channel] *= 100
+            if layer.attn.qkv.bias is not None:
+                layer.attn.qkv.bias[channel] *= 100
+            for head in range(cfg.num_heads // cfg.num_kv_heads):
+                layer.attn.out.weight[:, head * cfg.head_dim] /= 100
+    uneven = tmp_path / "uneven"
+    save_checkpoint(uneven, cfg=cfg, state=model.state_dict(), tokenizer_json=(trained / "tokenizer.json").read_bytes())
+    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8"))
+    [form] = export_variant(uneven, tmp_path / "forms", ["fp32"], data, options=options)
+    record = load_bundle(form.path).manifest["quantization"]["kv_cache"]
+    kl = {c["method"]: c["kl"] for c in record["candidates"]}
+    assert record["method"] == "per-channel"
+    assert kl["per-tensor"] > 10 * kl["per-channel"]
+    assert check_golden(EdgeDecoder(load_bundle(form.path))) > 0
 
 
 def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, forms, data):

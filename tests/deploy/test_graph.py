@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from ryot.config import PRECISIONS
+from ryot.deploy.datafile import DataFile
 from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.forms import QuantizeOptions, serialize
+from ryot.deploy.graph import build_graph, float_matrices
+from ryot.deploy.quantize import observe_kv_scales
+from ryot.deploy.standard import StandardGraph
+from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
 from ryot.edge.session import Decoder
 from ryot.train.checkpoint import load_model
@@ -74,6 +80,52 @@ def test_a_prompt_may_come_in_pieces_for_one_row(form, ids):
         start = end
 
 
+def run_fast(checkpoint, folder, ids, prompt_length, *, attention, kv_scales=None):
+    """Logits [B, S - prompt_length + 1, V] of the fast graph: of the prompt's last position, then one a step."""
+    weights = load_decoder_weights(checkpoint)
+    folder.mkdir()
+    with DataFile(folder / DATA_NAME) as data:
+        model = build_graph("fast", weights, float_matrices(weights), data, kv_scales=kv_scales, attention=attention)
+    (folder / "fast.onnx").write_bytes(serialize(model))
+    session = ort.InferenceSession(folder / "fast.onnx")
+    names = [o.name for o in session.get_outputs()]
+    dtype = np.float32 if kv_scales is None else np.int8
+    past = {name: value.astype(dtype) for name, value in empty_past(session, len(ids)).items()}
+    logits, start = [], 0
+    for end in range(prompt_length, ids.shape[1] + 1):
+        feed = {"input_ids": ids[:, start:end], "total_sequence_length": np.array(end, np.int32), **past}
+        feed["seqlens_k"] = np.full(len(ids), end - 1, np.int32)
+        if any(i.name == "position_ids" for i in session.get_inputs()):
+            feed["position_ids"] = np.tile(np.arange(start, end), (len(ids), 1))
+        out = dict(zip(names, session.run(names, feed)))
+        logits.append(out["logits"])
+        past = {name: out[name.replace("past_key_values", "present")] for name in past}
+        start = end
+    return np.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize("attention", ["flash", "full"])
+@pytest.mark.parametrize("prompt_length", [1, 20])
+def test_both_ways_to_attend_give_torchs_logits(form, checkpoint, ids, tmp_path, attention, prompt_length):
+    with torch.no_grad():
+        expected = form[1](torch.from_numpy(ids)).numpy()[:, prompt_length - 1 :]
+    found = run_fast(checkpoint, tmp_path / "graph", ids, prompt_length, attention=attention)
+    np.testing.assert_allclose(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_both_ways_to_attend_read_an_int8_cache_alike(form, checkpoint, ids, tmp_path):
+    exact = run_fast(checkpoint, tmp_path / "exact", ids, 20, attention="flash")
+    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    for kv_scales in (observed, observed.per_tensor()):
+        both = [
+            run_fast(checkpoint, tmp_path / f"{a}-{kv_scales.per_channel}", ids, 20, attention=a, kv_scales=kv_scales)
+            for a in ("flash", "full")
+        ]
+        np.testing.assert_allclose(*both, atol=LOGIT_TOLERANCE, rtol=0)
+        # Rounding to 1 part in 127 is there to be seen, and small.
+        assert 10 * LOGIT_TOLERANCE < np.abs(both[0] - exact).max() < 0.2 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt_length", [1, 20])
 def test_fast_graph_decodes_torchs_greedy_tokens(form, ids, batch_size, prompt_length):
@@ -123,3 +175,14 @@ def test_a_bundle_built_twice_is_byte_identical(checkpoint, precision, tmp_path)
     assert files == {p.relative_to(tmp_path / "second") for p in (tmp_path / "second").rglob("*") if p.is_file()}
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+
+
+def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkpoint, tmp_path):
+    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    for precision in ("int8-dyn", "int8-dyn+int8"):
+        prompts = np.zeros((1, CONTEXT), np.int64)
+        export_form(checkpoint, precision, tmp_path / precision, options=options, prompts=prompts)
+    graphs = sorted(tmp_path.rglob("*.onnx"))
+    with_sink = [path.name for path in graphs if b"no_head_sink" in path.read_bytes()]
+    assert len(graphs) == 5
+    assert with_sink == ["prefill.onnx"]

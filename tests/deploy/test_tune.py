@@ -17,14 +17,23 @@ def candidates(**times):
     """Candidates from `precision_block=(prefill ms, decode ms)`."""
     found = []
     for label, (prefill, decode) in times.items():
-        precision, _, size = label.partition("_")
+        precision, _, rest = label.partition("_")
         precision = {"int8dyn": "int8-dyn"}.get(precision, precision)
-        found.append(Candidate(precision=precision, block_size=int(size or 0), prefill_ms=prefill, decode_ms=decode))
+        found.append(
+            Candidate(
+                precision=precision,
+                block_size=int(rest) if rest.isdigit() else 0,
+                attention="full" if rest == "full" else "flash",
+                prefill_ms=prefill,
+                decode_ms=decode,
+            )
+        )
     return found
 
 
 def choose(**times):
-    return decide(CONFIGS["llama"], candidates(**times), CPU, num_layers=2)
+    """The decision from these times; all scores at once are slower unless a test says otherwise."""
+    return decide(CONFIGS["llama"], candidates(**{"int8dyn_full": (99.0, 99.0), **times}), CPU, num_layers=2)
 
 
 def test_the_usual_block_size_stays_unless_another_is_clearly_faster():
@@ -45,8 +54,20 @@ def test_a_pair_is_chosen_only_where_a_second_copy_of_the_weights_pays():
     assert verdicts["fp32"] == ""
 
 
+def test_a_pairs_prompt_takes_the_faster_attention_and_what_decodes_too_keeps_flash():
+    times = {"fp32": (99.0, 9.0), "int8dyn": (10.0, 2.0), "int8_64": (30.0, 1.0), "int4_64": (30.0, 1.1)}
+    faster = choose(**times, int8dyn_full=(9.0, 3.0))
+    assert (faster.quantize.prefill_attention, faster.latency) == ("full", "int8-dyn+int8")
+    assert {c.label: c.verdict for c in faster.candidates}["int8-dyn/full"] == "prefill of the fastest pair"
+    assert choose(**times, int8dyn_full=(9.9, 1.0)).quantize.prefill_attention == "flash"
+    # A second copy of the weights pays only with the faster prompt, and one graph for both would decode slower.
+    one = {**times, "int8dyn": (30.0, 1.0)}
+    assert choose(**one).latency == choose(**one).one_session
+    assert choose(**one, int8dyn_full=(1.0, 1.0)).latency == "int8-dyn+int8"
+
+
 def test_dynamic_weights_have_seven_bits_where_the_cpu_saturates():
-    times = {"fp32": (1.0, 1.0), "int8dyn": (1.0, 1.0), "int8_64": (1.0, 1.0), "int4_64": (1.0, 1.0)}
+    times = dict.fromkeys(("fp32", "int8dyn", "int8dyn_full", "int8_64", "int4_64"), (1.0, 1.0))
     assert choose(**times).quantize.dynamic_bits == 7
     vnni = decide(CONFIGS["llama"], candidates(**times), {**CPU, "isa": ["avx2", "avx-vnni"]}, num_layers=2)
     assert vnni.quantize.dynamic_bits == 8
@@ -57,6 +78,7 @@ def test_a_decision_is_measured_once_for_a_cpu_and_shape(tmp_path):
     assert not first.cached
     assert {c.precision for c in first.candidates} == {"fp32", "int8-dyn", "int8", "int4"}
     assert all(c.prefill_ms > 0 and c.decode_ms > 0 for c in first.candidates)
+    assert [c.label for c in first.candidates if c.attention == "full"] == ["int8-dyn/full"]
     # Blocks above the width would be padding: 64 and 32 are the ones that differ.
     assert sorted({c.block_size for c in first.candidates}) == [0, 32, 64]
     assert first.quantize.dynamic_bits == (8 if sums_int8_exactly(describe_cpu()["isa"]) else 7)
@@ -75,4 +97,4 @@ def test_every_candidate_is_shown_with_its_times():
     text = format_decision(decision)
     assert "fastest int8-dyn+int8, with one copy of the weights int8" in text
     assert len(text.splitlines()) == 1 + len(decision.candidates)
-    assert "int8-dyn   prompt     1.000 ms  token   2.0000 ms  prefill of the fastest pair" in text
+    assert "int8-dyn      prompt     1.000 ms  token   2.0000 ms  prefill of the fastest pair" in text

@@ -294,8 +294,8 @@ def render(values: Mapping[str, Any]) -> str:
         "Python; TTFT is from token ids to the first token. Engines take turns in each round in random order, each in "
         "its own process, after untimed tokens. Ratios are theirs to ours in time (above 1: we are faster) with their "
         "98 % interval over rounds. Torch computes the head for the last position only. genai runs the standard graph "
-        "of our bundle, with a float32 cache; llama.cpp has an f16 cache, flash attention off or on, all matrices in the "
-        "type named. Forms of ours whose names end with kv8 have an int8 cache, the others a float32 one.",
+        "of our bundle, with a float32 cache; llama.cpp has an f16 cache, flash attention off or on, all matrices in "
+        "the type named. Forms of ours whose names end with kv8 have an int8 cache, the others a float32 one.",
         "",
     ]
     for size, result in values["sizes"].items():

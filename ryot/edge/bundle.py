@@ -102,6 +102,11 @@ class Bundle(NamedTuple):
         return sum(entry.bytes for entry in self.files.values())
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that the graphs read."""
+        return sum(entry.bytes for name, entry in self.files.items() if name.endswith(".data"))
+
+    @property
     def one_session(self) -> bool:
         """Whether prefill and decode are the same graph."""
         return self.graphs["prefill"] == self.graphs["decode"]

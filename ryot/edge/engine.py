@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import Bundle
+from ryot.edge.hugepages import MIN_WEIGHT_BYTES, move_to_huge_pages
 from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Engine(ABC):
         if max_len > context:
             raise ConfigError(f"max_len: got {max_len}, expected at most the context of {context} tokens")
         bundle.check_graph_files("prefill", "decode")
+        self._num_prompts = 0
         self.bundle = bundle
         self.threads = threads
         self.batch_size = batch_size
@@ -74,12 +76,14 @@ class Engine(ABC):
     def prefill(self, ids_BS: Sequence[Ids] | np.ndarray) -> None:
         """Start over with one prompt a row, each of at least one token.
 
-        Prompts of one length go through the graph together, prompts of several lengths one after the other.
+        Prompts of one length go through the graph together, prompts of several lengths one after the other. Before the
+        second prompt large weights are moved to huge pages, once, for a fraction of a second.
         Raises `ContextError` for a prompt longer than `max_len`, `BundleError` for an id outside the vocabulary.
         """
         assert len(ids_BS) == self.batch_size, f"{len(ids_BS)} prompts for {self.batch_size} rows"
         rows = [self._checked(ids) for ids in ids_BS]
         lengths = [len(ids) for ids in rows]
+        self._count_prompt()
         if min(lengths) == max(lengths):
             self._set_lengths(lengths)
             self._run_prompt(rows, None)
@@ -92,6 +96,7 @@ class Engine(ABC):
     def prefill_shared(self, ids_S: Ids) -> None:
         """Start over with the same prompt in every row; it is computed once and its keys and values are copied."""
         ids = self._checked(ids_S)
+        self._count_prompt()
         self._set_lengths([len(ids)] * self.batch_size)
         self._run_prompt([ids], 0)
         self._copy_rows([0] * self.batch_size, len(ids))
@@ -114,6 +119,12 @@ class Engine(ABC):
     @abstractmethod
     def _copy_rows(self, source_rows: Sequence[int], length: int) -> None:
         """Copy keys and values of `length` positions, tokens and logits, from where they are before the call."""
+
+    def _count_prompt(self) -> None:
+        # The second prompt shows that the process stays, so that what this costs once will pay.
+        self._num_prompts += 1
+        if self._num_prompts == 2 and self.bundle.weight_bytes >= MIN_WEIGHT_BYTES:
+            move_to_huge_pages()
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         for row, length in enumerate(lengths):

@@ -41,8 +41,8 @@ from ryot.train.hf import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
 
-#: Oldest onnxruntime that is supported, and the oldest whose attention reads an int8 cache: 1.24 refuses the graph, 1.25
-#: and 1.26 load it and fail when it is run. Bundles were run with 1.24 to 1.32.
+#: Oldest onnxruntime that is supported, and the oldest whose attention reads an int8 cache: 1.24 refuses the graph, and
+#: 1.25 and 1.26 load it and fail when it is run. Bundles were run with 1.24 to 1.32.
 ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.27"
 FLOAT_CACHE = CacheForm()
 #: Held-out prompts of the context's length that a bundle carries, for measuring.

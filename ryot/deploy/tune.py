@@ -8,9 +8,7 @@ machine slows them alike; of each its best turn counts, for whatever else runs o
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ryot.config import GraphAttention, ModelConfig, build_from_mapping, digest, replace
+from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.forms import QuantizeOptions, serialize
@@ -40,6 +39,7 @@ from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
+#: What was decided by an older method is not taken over.
 SCHEMA = 2
 BLOCK_SIZES = (32, 64, 128, 256)
 #: A candidate must be this much faster than the one preferred without measuring; less is noise.
@@ -104,14 +104,8 @@ def choose_inference(cfg: ModelConfig, cache_dir: Path, *, threads: int = 1) -> 
     cpu = describe_cpu()
     key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, cfg, threads)
     path = cache_dir / "inference" / f"{key[:16]}.json"
-    if path.exists():
-        return dataclasses.replace(_load(path), cached=True)
-    decision = measure_inference(cfg, threads=threads)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
-    draft.replace(path)
-    return decision
+    decision, cached = recall(path, _build, lambda: measure_inference(cfg, threads=threads))
+    return dataclasses.replace(decision, cached=cached)
 
 
 def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecision:
@@ -303,8 +297,7 @@ _MANIFEST: dict[str, Any] = {
 }
 
 
-def _load(path: Path) -> InferenceDecision:
-    values = json.loads(path.read_text())
-    values["candidates"] = tuple(build_from_mapping(Candidate, c, str(path)) for c in values["candidates"])
-    values["quantize"] = build_from_mapping(QuantizeOptions, values["quantize"], str(path))
-    return InferenceDecision(**values)
+def _build(values: Mapping[str, Any]) -> InferenceDecision:
+    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
+    quantize = build_from_mapping(QuantizeOptions, values["quantize"], "quantize")
+    return InferenceDecision(**{**values, "candidates": candidates, "quantize": quantize})

@@ -9,7 +9,6 @@ run could pay for it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, replace, to_mapping
+from ryot.decisions import recall
 from ryot.edge.machine import describe_cpu
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.loop import TrainStep
@@ -30,6 +30,8 @@ from ryot.train.optimizer import schedule_factor
 
 log = logging.getLogger(__name__)
 
+#: What was decided by an older method is not taken over.
+SCHEMA = 2
 #: Nats that the mean loss of the fixed run may differ from fp32 eager's: a tenth of the spread between seeds of a
 #: whole training (0.02 to 0.035, measured), so that a plan cannot be told from another one by what it learns.
 LOSS_TOLERANCE = 0.003
@@ -70,7 +72,7 @@ class KernelDecision:
     plan: KernelPlan
     candidates: tuple[Candidate, ...]
     cpu: str
-    cached: bool
+    cached: bool = False
 
 
 def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *, threads: int = 1) -> KernelDecision:
@@ -82,18 +84,12 @@ def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *,
     cpu = describe_cpu()
     start = replace(variant.kernels, threads=threads)
     if not variant.tune:
-        return KernelDecision(plan=start, candidates=(), cpu=cpu["model"], cached=False)
+        return KernelDecision(plan=start, candidates=(), cpu=cpu["model"])
     malloc = os.environ.get("GLIBC_TUNABLES")
-    key = digest(cpu["model"], cpu["isa"], torch.__version__, variant.model, variant.train, start, malloc)
+    key = digest(SCHEMA, cpu["model"], cpu["isa"], torch.__version__, variant.model, variant.train, start, malloc)
     path = cache_dir / "kernels" / f"{key[:16]}.json"
-    if path.exists():
-        return _load(path)
-    decision = _measure(variant, start, dataset, cpu)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1))
-    draft.replace(path)
-    return decision
+    decision, cached = recall(path, _build, lambda: _measure(variant, start, dataset, cpu))
+    return dataclasses.replace(decision, cached=cached)
 
 
 def format_decision(variant: str, decision: KernelDecision) -> str:
@@ -157,7 +153,7 @@ def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: M
             log.info("compile is not tried for %s: %s", variant.name, reason)
     finally:
         torch.set_num_threads(threads_before)
-    return KernelDecision(plan=best, candidates=tuple(tried), cpu=cpu["model"], cached=False)
+    return KernelDecision(plan=best, candidates=tuple(tried), cpu=cpu["model"])
 
 
 def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[Any, ...]]]:
@@ -232,8 +228,7 @@ def _compile_refusal(variant: VariantConfig, tried: Sequence[Candidate], best: K
     return None
 
 
-def _load(path: Path) -> KernelDecision:
-    values = json.loads(path.read_text())
-    candidates = tuple(build_from_mapping(Candidate, c, str(path)) for c in values.pop("candidates"))
-    plan = build_from_mapping(KernelPlan, values["plan"], str(path))
-    return KernelDecision(plan=plan, candidates=candidates, cpu=values["cpu"], cached=True)
+def _build(values: Mapping[str, Any]) -> KernelDecision:
+    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
+    plan = build_from_mapping(KernelPlan, values["plan"], "plan")
+    return KernelDecision(plan=plan, candidates=candidates, cpu=values["cpu"])

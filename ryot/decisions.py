@@ -1,0 +1,37 @@
+"""Decisions that this machine has measured, one JSON file each, kept for the next time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ryot.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def recall(path: Path, build: Callable[[Mapping[str, Any]], T], measure: Callable[[], T]) -> tuple[T, bool]:
+    """(the decision, whether it was kept at `path`); one that is not there is measured and kept.
+
+    `build` makes the decision, a dataclass, of what was kept. A file that is cut short, or that another version wrote
+    in another form, is measured again and replaced: it holds nothing that cannot be found out anew.
+    """
+    try:
+        return build(json.loads(path.read_text(encoding="utf-8"))), True
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        log.info("%s: measured again, what was kept there cannot be read (%s)", path, error)
+    decision = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1), encoding="utf-8")  # type: ignore[call-overload]
+    draft.replace(path)
+    return decision, False

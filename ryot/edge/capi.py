@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.engine import Engine, EngineUnavailable
+from ryot.edge.pages import release_code
 from ryot.errors import BundleError
 
 if TYPE_CHECKING:
@@ -196,8 +197,10 @@ class CapiDecoder(Engine):
         self._handles: list[tuple[str, ctypes.c_void_p]] = []
         # At exit the process takes everything with it, faster than by giving it back.
         weakref.finalize(self, _release_all, library, self._handles).atexit = False
+        release_code()
         self._decode = self._load("decode")
         self._prefill = self._decode if bundle.one_session else self._load("prefill")
+        release_code()
 
         self._lengths = (ctypes.c_int32 * (batch_size + 1))()
         self._positions = (ctypes.c_int64 * batch_size)()

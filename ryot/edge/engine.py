@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.hugepages import MIN_WEIGHT_BYTES, move_to_huge_pages
+from ryot.edge.pages import MIN_WEIGHT_BYTES, move_to_huge_pages
 from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.engine import Engine
+from ryot.edge.pages import release_code
 from ryot.errors import BundleError
 
 #: What onnxruntime raises for a graph, or weights, that it cannot load or run.
@@ -54,6 +55,7 @@ class Decoder(Engine):
         self._prefill = (
             self._decode if bundle.one_session else _load_session(bundle.path / bundle.graphs["prefill"], threads)
         )
+        release_code()
         kv_shape = (batch_size, shape.num_kv_heads, self.max_len, shape.head_dim)
         self._kv = {
             f"{layer}.{part}": _aligned(kv_shape, np.dtype(bundle.kv_dtype))

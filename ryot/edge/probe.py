@@ -230,8 +230,9 @@ def calibrate_ms() -> float:
 
 
 def read_peak_rss_bytes(process: int | str) -> int | None:
-    """The largest resident size that a process ever had: VmHWM. None once it is gone.
+    """The largest resident size that a process had so far: VmHWM. None once it is gone.
 
+    Its end is not in it, for which some 4 MB of onnxruntime's code come back into memory.
     Not `ru_maxrss`: that survives fork and exec, so a child of a large parent would report its parent's size.
     """
     try:

@@ -78,8 +78,8 @@ def test_memory_is_the_process_own_peak_and_not_its_parents(result: MeasureResul
     assert result.peak_rss_bytes is not None and result.peak_rss_outside_bytes is not None
     # The peak covers an interpreter with numpy and onnxruntime; this test process holds several times as much.
     assert 30e6 < result.peak_rss_bytes < 150e6
-    # Between the readings the answer is written (a few hundred kB), and the kernel's count lags by some pages a core.
-    assert result.peak_rss_outside_bytes == pytest.approx(result.peak_rss_bytes, rel=0.02)
+    # Between the readings the answer is written, which takes 1 MB, and the kernel's count lags by some pages a core.
+    assert result.peak_rss_outside_bytes == pytest.approx(result.peak_rss_bytes, abs=2e6)
 
 
 def test_peak_memory_is_what_the_kernel_accounts_to_the_same_command(llama: Bundle) -> None:
@@ -99,7 +99,9 @@ def test_peak_memory_is_what_the_kernel_accounts_to_the_same_command(llama: Bund
         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
     answer, max_rss_kb = run.stdout.splitlines()
-    assert json.loads(answer)["peak_rss_bytes"] == pytest.approx(int(max_rss_kb) * 1024, rel=0.02)
+    peak, lifetime_peak = json.loads(answer)["peak_rss_bytes"], int(max_rss_kb) * 1024
+    # The kernel's figure has the end of the process in it, too.
+    assert 0.98 * peak <= lifetime_peak <= 1.02 * peak + 4.5e6
 
 
 def test_a_batch_is_timed_as_one(llama: Bundle) -> None:

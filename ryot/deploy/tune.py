@@ -49,6 +49,8 @@ MIN_PAIR_GAIN = 1.10
 #: Turns of each candidate, at least, and seconds after which no further turn begins.
 MIN_TURNS, MAX_TURNS, TURNS_S = 4, 16, 3.0
 DECODE_STEPS = 24
+#: All scores of a full prompt at once take at most this; above it only `flash`, which needs no such room, is tried.
+MAX_SCORE_BYTES = 32_000_000
 #: Precision, block size, and how the graph attends.
 _Format = tuple[str, int, GraphAttention]
 #: Parameters inside the layers that are timed, at most: more than the caches hold at 8 bits, and quick to make.
@@ -113,7 +115,9 @@ def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecisio
     cpu = describe_cpu()
     layers = min(cfg.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(cfg)))
     timed = replace(cfg, num_layers=layers)
-    formats: list[_Format] = [("fp32", 0, "flash"), ("int8-dyn", 0, "flash"), ("int8-dyn", 0, "full")]
+    formats: list[_Format] = [("fp32", 0, "flash"), ("int8-dyn", 0, "flash")]
+    if 4 * cfg.num_heads * cfg.max_seq_len**2 <= MAX_SCORE_BYTES:
+        formats.append(("int8-dyn", 0, "full"))
     formats += [(precision, size, "flash") for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
     with scratch_folder("tune") as scratch:
         decoders = []
@@ -162,8 +166,8 @@ def decide(
 
     single = min(quick, key=lambda c: request_ms(c, c))
     dynamic = best["int8-dyn"]
-    full = next(c for c in candidates if c.attention == "full")
-    if full.prefill_ms * MIN_GAIN < dynamic.prefill_ms:
+    full = next((c for c in candidates if c.attention == "full"), None)
+    if full and full.prefill_ms * MIN_GAIN < dynamic.prefill_ms:
         dynamic = full
     partner = min((best["int8"], best["int4"]), key=lambda c: c.decode_ms)
     pair_pays = request_ms(dynamic, partner) * MIN_PAIR_GAIN < request_ms(single, single)

@@ -66,6 +66,15 @@ def test_a_pairs_prompt_takes_the_faster_attention_and_what_decodes_too_keeps_fl
     assert choose(**one, int8dyn_full=(1.0, 1.0)).latency == "int8-dyn+int8"
 
 
+def test_scores_that_would_take_much_memory_are_not_tried_at_once(tmp_path, monkeypatch):
+    # 4 heads of 48 by 48 floats.
+    for limit, tried in ((4 * 4 * 48 * 48, True), (4 * 4 * 48 * 48 - 1, False)):
+        monkeypatch.setattr("ryot.deploy.tune.MAX_SCORE_BYTES", limit)
+        decision = choose_inference(CONFIGS["llama"], tmp_path / str(tried))
+        assert any(c.attention == "full" for c in decision.candidates) == tried
+    assert decision.quantize.prefill_attention == "flash"
+
+
 def test_dynamic_weights_have_seven_bits_where_the_cpu_saturates():
     times = dict.fromkeys(("fp32", "int8dyn", "int8dyn_full", "int8_64", "int4_64"), (1.0, 1.0))
     assert choose(**times).quantize.dynamic_bits == 7

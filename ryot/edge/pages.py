@@ -41,7 +41,7 @@ def release_code() -> int:
         if code.kind != "r-xp" or "onnxruntime" not in code.name:
             continue
         present = [entry for entry in _pages(code.start, code.end) if entry & PRESENT]
-        if all(entry & FROM_FILE for entry in present) and _advise(code.start, code.end, MADV_DONTNEED):
+        if present and all(entry & FROM_FILE for entry in present) and _advise(code.start, code.end, MADV_DONTNEED):
             released += len(present) * page
     return released
 
@@ -62,14 +62,14 @@ def move_to_huge_pages() -> int:
             continue
         for start in range(-(-memory.start // huge) * huge, memory.end - huge + 1, huge):
             entries = _pages(start, start + huge)
+            if time.monotonic() > deadline or not entries:
+                return moved
             if sum(entry & PRESENT != 0 for entry in entries) < MIN_RESIDENT * len(entries):
                 continue
             if _advise(start, start + huge, MADV_COLLAPSE):
                 moved += huge
             elif ctypes.get_errno() == errno.EINVAL and not moved:
                 return 0  # not known here, or switched off
-            if time.monotonic() > deadline:
-                return moved
     return moved
 
 
@@ -96,11 +96,14 @@ def _mappings() -> Iterator[_Mapping]:
 
 
 def _pages(start: int, end: int) -> memoryview:
-    """An entry for each page of these addresses."""
+    """An entry for each page of these addresses; none where the system does not tell."""
     page = os.sysconf("SC_PAGE_SIZE")
-    with PAGEMAP.open("rb", buffering=0) as file:
-        file.seek(start // page * 8)
-        return memoryview(file.read((end - start) // page * 8)).cast("Q")
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(start // page * 8)
+            return memoryview(file.read((end - start) // page * 8)).cast("Q")
+    except OSError:  # refused when opened, or no file can be opened any more
+        return memoryview(b"").cast("Q")
 
 
 def _advise(start: int, end: int, advice: int) -> bool:

@@ -36,8 +36,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peer_models import CHECK_TOKENS, FORMS, GENAI_BLOCK, KV8, PROMPT_TOKENS, SIZES, draw_prompt
-from peer_verdicts import judge, render
+from peer_models import CHECK_TOKENS, FORMS, GENAI_BLOCK, PROMPT_TOKENS, SIZES, draw_prompt
+from peer_verdicts import KV8, judge, render
 from peer_worker import SPAWNED_VARIABLE
 from record import RESULTS, describe_setting, write_result
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_verdicts import KV8
 from tokenizers import Tokenizer, models
 
 from ryot.config import ModelConfig
@@ -79,9 +80,8 @@ PROMPT_TOKENS = 128
 CHECK_TOKENS = 32
 #: onnxruntime-genai's own model builder quantizes in blocks of 32 unless told otherwise.
 GENAI_BLOCK = 32
-#: Our quantized forms, and what the name of one with an int8 cache ends with.
+#: Our quantized forms.
 FORMS = ("int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
-KV8 = " kv8"
 #: Random prompts, as long as the context, that the range of keys and values is taken from.
 KV_PROMPTS = 4
 #: Standard deviation of the untied tables' values; a head of 1.5 spreads the logits.
@@ -144,6 +144,8 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: Quantize
 
     def export(name: str, quantize: QuantizeOptions, cache: CacheForm = FLOAT_CACHE) -> None:
         tag = f"{quantize.int8_block_size}-{quantize.int4_block_size}-{quantize.dynamic_bits}"
+        if "+" in name:
+            tag += f"-{quantize.prefill_attention}"
         target = folder / f"{name.replace(' ', '-')}-{tag}"
         if not target.exists():
             _tell(size, name)

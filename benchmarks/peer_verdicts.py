@@ -7,11 +7,9 @@ side, the verdict says so. Rows without a figure asked are there for the whole p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from peer_models import KV8
 
 from ryot.report.stats import median_of_rounds, ratio_interval, value_interval
 
@@ -22,6 +20,8 @@ MB = 1e6
 BINDING_MB = 20
 #: A bare Python where the figures asked were taken.
 BARE_ASKED_MB = 8.6
+#: What the name of a form of ours with an int8 cache ends with.
+KV8 = " kv8"
 ONE_SESSION = ("fp32", *(form + cache for form in ("int8-dyn", "int8", "int4") for cache in ("", KV8)))
 
 
@@ -54,78 +54,43 @@ def _genai(precision: str, block: int | None) -> Callable[[Mapping[str, Any], Ma
     return fits
 
 
-def _both_caches(ratio: Ratio) -> tuple[Ratio, Ratio]:
-    """The row, and what it would be with a float32 cache."""
-    title = f"{ratio.title}, our cache float32"
-    return ratio, replace(ratio, title=title, float_cache=True, asked={})
-
-
 INT8, INT4 = ("int8", "int8-dyn+int8"), ("int4", "int8-dyn+int4")
-RATIOS = (
-    Ratio(title="TTFT, genai", metric="ttft_ms", theirs=_family("genai"), asked={"S": 2.2, "M": 2.0, "L": 2.4}),
-    Ratio(
-        title="TTFT, genai, default block",
-        metric="ttft_ms",
-        theirs=lambda arm, _: arm["family"] == "genai" and arm["form"].endswith("block 32"),
-    ),
-    Ratio(
-        title="TTFT, llama.cpp's best",
-        metric="ttft_ms",
-        theirs=_family("llama.cpp"),
-        asked={"S": 1.6, "M": 2.0, "L": 2.1},
-    ),
-    Ratio(
-        title="decode, torch without cache",
-        metric="token_ms",
-        theirs=_family("torch", "fp32, no cache"),
-        asked={"S": 120, "M": 65, "L": 50},
-    ),
-    Ratio(title="decode, torch with KV cache", metric="token_ms", theirs=_family("torch", "fp32, KV cache")),
-    Ratio(
-        title="decode, plain export",
-        metric="token_ms",
-        theirs=_family("plain"),
-        asked={"S": 3.2, "M": 4.5, "L": 3.5},
-    ),
-    *_both_caches(
-        Ratio(
-            title="decode int8, genai default block",
-            metric="token_ms",
-            ours=INT8,
-            theirs=_genai("int8", 32),
-            asked={"S": 1.15, "M": 1.3, "L": 1.1},
-        )
-    ),
-    *_both_caches(
-        Ratio(
-            title="decode int8, genai our block",
-            metric="token_ms",
-            ours=INT8,
-            theirs=_genai("int8", None),
-            asked={"S": 1.05, "M": 1.0, "L": 1.0},
-        )
-    ),
-    Ratio(title="decode int4, genai default block", metric="token_ms", ours=INT4, theirs=_genai("int4", 32)),
-    Ratio(title="decode int4, genai our block", metric="token_ms", ours=INT4, theirs=_genai("int4", None)),
-    *_both_caches(
-        Ratio(
-            title="decode int8, llama.cpp Q8_0",
-            metric="token_ms",
-            ours=INT8,
-            theirs=_family("llama.cpp", "Q8_0"),
-            asked={"S": 1.5, "M": 1.2, "L": 1.05},
-        )
-    ),
-    *_both_caches(
-        Ratio(
-            title="decode int4, llama.cpp Q4_0",
-            metric="token_ms",
-            ours=INT4,
-            theirs=_family("llama.cpp", "Q4_0"),
-            asked={"S": 1.35, "M": 1.0, "L": 0.95},
-        )
-    ),
+_TTFT = (
+    ("TTFT, genai", _family("genai"), (2.2, 2.0, 2.4)),
+    ("TTFT, genai, default block", lambda arm, _: arm["family"] == "genai" and arm["form"].endswith("block 32"), ()),
+    ("TTFT, llama.cpp's best", _family("llama.cpp"), (1.6, 2.0, 2.1)),
 )
+_DECODE = (
+    ("torch without cache", (), _family("torch", "fp32, no cache"), (120, 65, 50)),
+    ("torch with KV cache", (), _family("torch", "fp32, KV cache"), ()),
+    ("plain export", (), _family("plain"), (3.2, 4.5, 3.5)),
+    ("int8, genai default block", INT8, _genai("int8", 32), (1.15, 1.3, 1.1)),
+    ("int8, genai our block", INT8, _genai("int8", None), (1.05, 1.0, 1.0)),
+    ("int4, genai default block", INT4, _genai("int4", 32), ()),
+    ("int4, genai our block", INT4, _genai("int4", None), ()),
+    ("int8, llama.cpp Q8_0", INT8, _family("llama.cpp", "Q8_0"), (1.5, 1.2, 1.05)),
+    ("int4, llama.cpp Q4_0", INT4, _family("llama.cpp", "Q4_0"), (1.35, 1.0, 0.95)),
+)
+
+
+def _list_ratios() -> Iterator[Ratio]:
+    """Every row of a ratio; one of a weight format comes with either cache, and again with a float32 cache alone."""
+    for title, theirs, asked in _TTFT:
+        yield Ratio(title=title, metric="ttft_ms", theirs=theirs, asked=dict(zip("SML", asked)))
+    for title, ours, theirs, asked in _DECODE:
+        ratio = Ratio(
+            title=f"decode, {title}" if not ours else f"decode {title}",
+            metric="token_ms",
+            ours=ours,
+            theirs=theirs,
+            asked=dict(zip("SML", asked)),
+        )
+        yield ratio
+        if ours:
+            yield replace(ratio, title=f"{ratio.title}, our cache float32", float_cache=True)
+
+
+RATIOS = tuple(_list_ratios())
 RSS_MB, COLD_MS = {"S": 48, "M": 105, "L": 245}, {"S": 70, "M": 170, "L": 480}
 #: Batch 16 against batch 1, and decode time at depth 480 against 32 with a float and an int8 cache.
 BATCH, DEPTH = {"S": 1.9, "M": 3.0}, {"": 1.5, KV8: 1.25}

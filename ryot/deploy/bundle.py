@@ -164,7 +164,7 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 
 
-def graph_entries(cfg: ModelConfig, precision: str, kv_dtype: str) -> dict[str, Any]:
+def graph_entries(cfg: ModelConfig, precision: str, kv_dtype: str, *, prompt_by_row: bool = False) -> dict[str, Any]:
     """What the manifest says about the model and how its graphs are fed."""
     model = {
         "architecture": cfg.architecture,
@@ -185,6 +185,7 @@ def graph_entries(cfg: ModelConfig, precision: str, kv_dtype: str) -> dict[str, 
         "graphs": graph_files(precision),
         "position_ids": cfg.architecture == "opt",
         "kv_dtype": kv_dtype,
+        "prompt_by_row": prompt_by_row,
     }
 
 

@@ -256,7 +256,13 @@ def _manifest_values(
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
-        **bundle.graph_entries(cfg, precision, cache.dtype),
+        **bundle.graph_entries(
+            cfg,
+            precision,
+            cache.dtype,
+            # All scores at once take so much memory a row, and rows together are no faster.
+            prompt_by_row="+" in precision and options.quantize.prefill_attention == "full",
+        ),
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,

@@ -7,8 +7,8 @@ smallest of these that stays within the limit, on the validation split:
     error-aware  every matrix 4 bits, rounded so that outputs change least (rounding.py)
     mixed        error-aware, and the matrices that hurt most for their size at 8 bits, as few as suffice
 
-An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, unless
-that takes more than a small part of the loss allowed: then each channel has its own.
+An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
+that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32.
 """
 
 from __future__ import annotations

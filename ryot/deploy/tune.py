@@ -49,7 +49,8 @@ MIN_PAIR_GAIN = 1.10
 #: Turns of each candidate, at least, and seconds after which no further turn begins.
 MIN_TURNS, MAX_TURNS, TURNS_S = 4, 16, 3.0
 DECODE_STEPS = 24
-#: All scores of a full prompt at once take at most this; above it only `flash`, which needs no such room, is tried.
+#: All scores of a full prompt, one row, at once take at most this; above it only `flash`, which needs no such room, is
+#: tried. The rows of a batch go through such a graph one after the other.
 MAX_SCORE_BYTES = 32_000_000
 #: Precision, block size, and how the graph attends.
 _Format = tuple[str, int, GraphAttention]

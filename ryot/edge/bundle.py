@@ -83,6 +83,8 @@ class Bundle(NamedTuple):
     position_ids: bool
     """Whether the graphs take `position_ids`."""
     kv_dtype: str
+    prompt_by_row: bool
+    """Whether the prompt graph is to be given one row a call, however many there are."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int
     onnxruntime_min: str
@@ -229,6 +231,7 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
         graphs=graphs,
         position_ids=_typed(manifest["position_ids"], "bool", "position_ids"),
         kv_dtype=manifest["kv_dtype"],
+        prompt_by_row=_typed(manifest.get("prompt_by_row", False), "bool", "prompt_by_row"),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
         bos_token_id=_typed(manifest["bos_token_id"], "int", "bos_token_id"),
         onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),

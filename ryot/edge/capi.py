@@ -197,7 +197,7 @@ class CapiDecoder(Engine):
         self._handles: list[tuple[str, ctypes.c_void_p]] = []
         # At exit the process takes everything with it, faster than by giving it back.
         weakref.finalize(self, _release_all, library, self._handles).atexit = False
-        release_code()
+        release_code()  # now, so that the peak while loading is lower, and once more when all is loaded
         self._decode = self._load("decode")
         self._prefill = self._decode if bundle.one_session else self._load("prefill")
         release_code()

@@ -76,15 +76,16 @@ class Engine(ABC):
     def prefill(self, ids_BS: Sequence[Ids] | np.ndarray) -> None:
         """Start over with one prompt a row, each of at least one token.
 
-        Prompts of one length go through the graph together, prompts of several lengths one after the other. Before the
-        second prompt large weights are moved to huge pages, once, for a fraction of a second.
+        Prompts of one length go through the graph together, prompts of several lengths one after the other, and so do
+        those of a graph that the bundle marks. Before an engine's second prompt, where its weights are large, the
+        process's memory is moved to huge pages, once, in about half a second at most.
         Raises `ContextError` for a prompt longer than `max_len`, `BundleError` for an id outside the vocabulary.
         """
         assert len(ids_BS) == self.batch_size, f"{len(ids_BS)} prompts for {self.batch_size} rows"
         rows = [self._checked(ids) for ids in ids_BS]
         lengths = [len(ids) for ids in rows]
         self._count_prompt()
-        if min(lengths) == max(lengths):
+        if min(lengths) == max(lengths) and not (self.bundle.prompt_by_row and len(rows) > 1):
             self._set_lengths(lengths)
             self._run_prompt(rows, None)
         else:

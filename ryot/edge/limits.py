@@ -21,7 +21,8 @@ class MemoryCgroup:
     """A control group with a memory limit; a context manager that removes it at the end.
 
     The child enters it before it executes Python (see `wrap`), so all that it ever allocates is counted. Files that
-    others have read before, such as shared libraries in the page cache, are not; so the peak is compared as well.
+    others have read before, such as shared libraries in the page cache, are not; so the peak is compared as well, in
+    which they count for as long as they are mapped.
     """
 
     def __init__(self, folder: Path, version: int, limit_bytes: int):

@@ -1,10 +1,10 @@
 """Which pages a process keeps in memory, and how large they are. On Linux; elsewhere nothing happens.
 
-Two calls, each worth a tenth. `release_code` gives back the part of onnxruntime's code that only loading needed.
-`move_to_huge_pages` shortens steps over large weights: a step reads every weight once, and 33 MB of them lie in 8,000
-pages of 4 KB, of which a processor remembers the addresses of one or two thousand; for the others it walks through
-tables. Linux copies what is in use to pages of 2 MB when asked (MADV_COLLAPSE, since 6.1, where transparent huge pages
-are not switched off).
+`release_code` gives back the part of onnxruntime's code that only loading needed: pages that the system could take back
+by itself, but counts as the process's until it does. `move_to_huge_pages` shortens steps over large weights: a step
+reads every weight once, and 33 MB of them lie in 8,000 pages of 4 KB, of which a processor remembers the addresses of
+one or two thousand; for the others it walks through tables. Linux copies what is in use to pages of 2 MB when asked
+(MADV_COLLAPSE, since 6.1, where transparent huge pages are not switched off).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 #: Below this the processor's own table holds all addresses: nothing to gain from huge pages.
 MIN_WEIGHT_BYTES = 8_000_000
+#: Where pages of 16 or 64 KB make a huge page of 32 MB and more, the table reaches further and copying takes much room.
+MAX_HUGE_PAGE = 4 << 20
 #: Finding room for a huge page takes long when memory is in pieces; the rest is then left as it is.
 BUDGET_S = 0.5
 #: Share of a huge page that must be in use already: what is not would take memory that nobody needs.
@@ -27,7 +29,7 @@ MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 MADV_DONTNEED, MADV_COLLAPSE = 4, 25
 #: Bits of a pagemap entry, see Documentation/admin-guide/mm/pagemap.rst of Linux.
-PRESENT, FROM_FILE = 1 << 63, 1 << 61
+PRESENT, SWAPPED, FROM_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 def release_code() -> int:
@@ -36,25 +38,29 @@ def release_code() -> int:
     They stay in the system's file cache, and what runs next comes back from there, some 9 MB, in a fraction of a
     millisecond; what ends the process is some 4 MB more. Code that someone has written into, as a debugger does, stays.
     """
-    page, released = os.sysconf("SC_PAGE_SIZE"), 0
+    released = 0
     for code in _mappings():
-        if code.kind != "r-xp" or "onnxruntime" not in code.name:
+        if code.kind != "r-xp" or "onnxruntime" not in code.name.rpartition("/")[2]:
             continue
-        present = [entry for entry in _pages(code.start, code.end) if entry & PRESENT]
-        if present and all(entry & FROM_FILE for entry in present) and _advise(code.start, code.end, MADV_DONTNEED):
-            released += len(present) * page
+        entries = _pages(code.start, code.end)
+        present = sum(entry & PRESENT != 0 for entry in entries)
+        as_it_was = all(entry & FROM_FILE if entry & PRESENT else not entry & SWAPPED for entry in entries)
+        if present and as_it_was and _advise(code.start, code.end, MADV_DONTNEED):
+            released += (code.end - code.start) // len(entries) * present
     return released
 
 
 def move_to_huge_pages() -> int:
-    """Move this process's anonymous memory, one huge page after the other; returns the bytes moved.
+    """Move this process's anonymous memory, one huge page after the other; returns the bytes that lie there then.
 
-    It takes some 1 to 2 ms a MB, in which other threads may have to wait for new memory, and one huge page of memory
-    more than before while a page is copied.
+    It takes some 1 to 2 ms a MB, at most about `BUDGET_S`, in which other threads may have to wait for new memory, and
+    one huge page of memory more than before while a page is copied.
     """
     try:
         huge = int(HUGE_PAGE_SIZE.read_text())
     except (OSError, ValueError):  # another system, or a kernel without huge pages
+        return 0
+    if huge > MAX_HUGE_PAGE:
         return 0
     moved, deadline = 0, time.monotonic() + BUDGET_S
     for memory in _mappings():
@@ -62,7 +68,7 @@ def move_to_huge_pages() -> int:
             continue
         for start in range(-(-memory.start // huge) * huge, memory.end - huge + 1, huge):
             entries = _pages(start, start + huge)
-            if time.monotonic() > deadline or not entries:
+            if not entries or time.monotonic() > deadline:
                 return moved
             if sum(entry & PRESENT != 0 for entry in entries) < MIN_RESIDENT * len(entries):
                 continue
@@ -86,9 +92,10 @@ class _Mapping(NamedTuple):
 
 def _mappings() -> Iterator[_Mapping]:
     """What this process has in its address space; nothing on a system that does not tell."""
-    if not os.access(MAPS, os.R_OK) or not os.access(PAGEMAP, os.R_OK):
+    try:
+        lines = MAPS.read_text(errors="replace").splitlines()
+    except OSError:
         return
-    lines = MAPS.read_text(errors="replace").splitlines()
     for line in lines:
         addresses, kind, *rest = line.split(maxsplit=5)
         start, _, end = addresses.partition("-")
@@ -102,7 +109,7 @@ def _pages(start: int, end: int) -> memoryview:
         with PAGEMAP.open("rb", buffering=0) as file:
             file.seek(start // page * 8)
             return memoryview(file.read((end - start) // page * 8)).cast("Q")
-    except OSError:  # refused when opened, or no file can be opened any more
+    except OSError:  # not there, refused when opened, or no file can be opened any more
         return memoryview(b"").cast("Q")
 
 

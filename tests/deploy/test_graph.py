@@ -186,3 +186,16 @@ def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkp
     with_sink = [path.name for path in graphs if b"no_head_sink" in path.read_bytes()]
     assert len(graphs) == 5
     assert with_sink == ["prefill.onnx"]
+    assert [load_bundle(tmp_path / p).prompt_by_row for p in ("int8-dyn", "int8-dyn+int8")] == [False, True]
+
+
+def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alone(checkpoint, ids, tmp_path):
+    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    prompts = np.zeros((1, CONTEXT), np.int64)
+    bundle = load_bundle(export_form(checkpoint, "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts))
+    together, alone = Decoder(bundle, batch_size=len(ids)), Decoder(bundle)
+    together.prefill(ids)
+    for row, logits in zip(ids, together.logits):
+        alone.prefill(row[None])
+        # Dynamic int8 has one scale a call: rows that share a call have other logits.
+        np.testing.assert_array_equal(logits, alone.logits[0])

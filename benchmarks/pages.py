@@ -4,9 +4,9 @@
 
 Takes the bundles that `edge_vs_peers.py --prepare` made in DIR. Of each form, processes with and without the calls take
 turns on one core, in an order drawn anew each round; nothing else differs. A process loads, answers a prompt of 128
-tokens and decodes 100 (that far goes its peak memory), then answers more prompts and decodes 48 tokens after each. Before
-the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times a token, without to
-with, paired by round.
+tokens and decodes 100 (that far goes its peak memory), then answers more prompts and decodes 48 tokens after each.
+Before the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times a token,
+without to with, paired by round.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def render(values: dict[str, Any]) -> str:
         f"# Huge pages and code given back, {values['environment']['cpu']['model']}, commit {values['commit']}",
         "",
         f"`{values['command']}` on core {values['core']}, {values['rounds']} rounds; kernel "
-        f"{values['environment']['kernel']}. Ratios are without the calls to with them, with the 98 % interval over rounds; "
-        "times and memory are medians of processes.",
+        f"{values['environment']['kernel']}. Ratios are without the calls to with them, with the 98 % interval "
+        "over rounds; times and memory are medians of processes.",
         "",
-        "| form | a token, ratio | 98 % | second prompt longer by, ms | load longer by, ms | peak RSS, MB, without | with |",
+        "| form | a token, ratio | 98 % | second prompt longer, ms | load longer, ms | peak RSS, MB, without | with |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for name, arms in values["results"].items():
@@ -104,9 +104,10 @@ def render(values: dict[str, Any]) -> str:
         price = {arm: statistics.median(r["prompt_ms"][1] for r in runs) for arm, runs in arms.items()}
         load = {arm: statistics.median(r["load_ms"] for r in runs) for arm, runs in arms.items()}
         peak = {arm: statistics.median(r["peak_rss_bytes"] for r in runs) / MB for arm, runs in arms.items()}
+        longer = [price["with"] - price["without"], load["with"] - load["without"]]
         lines.append(
-            f"| {name} | {found.value:.3f} | {found.low:.3f} to {found.high:.3f} | {price['with'] - price['without']:.0f} | "
-            f"{load['with'] - load['without']:.1f} | {peak['without']:.1f} | {peak['with']:.1f} |"
+            f"| {name} | {found.value:.3f} | {found.low:.3f} to {found.high:.3f} | {longer[0]:.0f} | {longer[1]:.1f} | "
+            f"{peak['without']:.1f} | {peak['with']:.1f} |"
         )
     return "\n".join(lines)
 

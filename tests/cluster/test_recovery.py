@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def test_a_run_that_is_killed_stopped_and_stopped_at_once_learns_what_an_undistu
         assert record["attempt"] == 1 or record["step"] > older
 
 
+def wait_for_attempt(driver: subprocess.Popen[str], attempt: int) -> None:
+    """Read the program's events until a training has begun its attempt of this number or a later one."""
+    while True:
+        event = wait_for_event(driver, "stage")
+        if event["status"] == "begin" and int(event["detail"].rpartition("attempt ")[2]) >= attempt:
+            return
+
+
 def newest_steps(run_dir: Path) -> dict[str, int]:
     """The step of the newest accepted checkpoint of each training."""
     return {r["key"]: r["step"] for r in records(run_dir, "checkpoint")}
@@ -118,7 +127,8 @@ def test_ray_itself_may_die_twice_under_a_running_driver(
     before = cluster_folders()
     folders = set()
     with train_program(tmp_path / "run", dataset, "--steps", str(STEPS)) as driver:
-        for program in ("raylet", "gcs_server"):
+        for attempt, program in enumerate(("raylet", "gcs_server"), start=1):
+            wait_for_attempt(driver, attempt)
             wait_for_event(driver, "checkpoint", count=2)
             [folder] = cluster_folders() - before
             folders.add(folder)

@@ -22,7 +22,7 @@ from tests.cluster.conftest import (
     wait_for_event,
 )
 
-STEPS = 120
+STEPS = 240
 
 
 @pytest.fixture(scope="module")

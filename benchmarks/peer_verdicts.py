@@ -119,7 +119,9 @@ def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> lis
             continue
         ours = [n for n, a in arms.items() if a["family"] == "ryot" and _allowed(a["form"], ratio, form)]
         theirs = [n for n, a in arms.items() if ratio.theirs(a, result["decision"])]
-        row = _row(size, group, ratio.title, ratio.asked.get(size), "x")
+        # What was asked of forms of one weight format says nothing of a form of another.
+        asked = None if form and not _is_of(ratio, form) else ratio.asked.get(size)
+        row = _row(size, group, ratio.title, asked, "x")
         if ours and theirs:
             mine, other = _fastest(arms, ours, ratio.metric), _fastest(arms, theirs, ratio.metric)
             samples = [_samples(arms[name], ratio.metric) for name in (other, mine)]
@@ -218,6 +220,11 @@ def _allowed(form: str, ratio: Ratio, only: str | None) -> bool:
         return form == only
     if ratio.float_cache and form.endswith(KV8):
         return False
+    return _is_of(ratio, form)
+
+
+def _is_of(ratio: Ratio, form: str) -> bool:
+    """Whether a form has the weights that a row is about."""
     return not ratio.ours or form.removesuffix(KV8) in ratio.ours
 
 

@@ -14,7 +14,7 @@ that takes a small part of the loss allowed; elsewhere that or a scale a channel
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +89,12 @@ def round_to_nearest(weights: DecoderWeights, precision: str, options: QuantizeO
     return Quantized(matrices=matrices, record={"method": method, "bytes": num_bytes(matrices)})
 
 
+def closest_within(candidates: Iterable[dict[str, Any]], max_bpb_ratio: float) -> dict[str, Any] | None:
+    """Of the candidates within the limit the one closest to float32, by KL; None when none is within it."""
+    within = [c for c in candidates if c["bpb_ratio"] <= max_bpb_ratio]
+    return min(within, key=lambda c: c["kl"], default=None)
+
+
 class Quantizer:
     """Quantizes one decoder; calibration and the float32 reference graph are made once, when first needed."""
 
@@ -151,9 +157,10 @@ class Quantizer:
         nearest = {name: self._nearest(name, 4) for name in float_matrices(self._weights)}
         aware = {name: self._error_aware(name, 4) for name in nearest}
         candidates = [self._score("nearest", nearest, []), self._score("error-aware", aware, [])]
-        best = min(candidates, key=lambda c: c["kl"])
-        chosen: Matrices = nearest if best["method"] == "nearest" else aware
-        if best["bpb_ratio"] > self._limit:
+        best = closest_within(candidates, self._limit)
+        if best:
+            chosen: Matrices = nearest if best["method"] == "nearest" else aware
+        else:
             best, chosen = self._choose_mixed(aware, candidates)
         log.info("int4: %s of %d candidates chosen", best["method"], len(candidates))
         record = {"method": best["method"], "bytes": best["bytes"], "eight_bit": best["eight_bit"]}

@@ -57,8 +57,6 @@ PLACES = {
 #: ONNXTensorElementDataType.
 FLOAT, INT8, INT32, INT64 = 1, 3, 6, 7
 LOG_ERRORS_ONLY = 3
-#: Calls kept for prompt lengths already seen.
-MAX_PROMPT_CALLS = 8
 ALIGNMENT_BYTES = 64
 
 pointer = ctypes.c_void_p
@@ -207,9 +205,10 @@ class CapiDecoder(Engine):
         self._token = (ctypes.c_int64 * batch_size)()
         self._logits = (ctypes.c_float * (batch_size * shape.vocab_size))()
         self._row_bytes = shape.num_kv_heads * self.max_len * shape.head_dim * (1 if bundle.kv_dtype == "int8" else 4)
-        # Anonymous pages: zero, aligned, and no memory before they are touched.
+        # Anonymous pages: zero, aligned, no memory before they are touched, and a forked process has its own.
         self._kv_stride = -(-self._row_bytes * batch_size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self._kv = mmap.mmap(-1, 2 * shape.num_layers * self._kv_stride)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._kv = mmap.mmap(-1, 2 * shape.num_layers * self._kv_stride, flags=flags)
         self._kv_address = ctypes.addressof(ctypes.c_char.from_buffer(self._kv))
 
         count = ctypes.c_size_t
@@ -241,7 +240,7 @@ class CapiDecoder(Engine):
         length = len(rows[0])
         call = self._prompts.get((row, length))
         if call is None:
-            if len(self._prompts) >= MAX_PROMPT_CALLS:
+            if len(self._prompts) >= self._kept_prompts:
                 self._prompts.clear()
             ids = (ctypes.c_int64 * (len(rows) * length))()
             positions = (ctypes.c_int64 * len(ids))(*list(range(length)) * len(rows))

@@ -21,6 +21,10 @@ Ids = Sequence[int] | Any
 """Token ids of one sequence: any sequence of integers, a numpy array included."""
 
 
+#: Prompts of as many lengths stay bound to the graph; a service with more lengths binds them anew.
+KEPT_PROMPTS = 8
+
+
 class EngineUnavailable(BundleError):
     """This engine cannot run here; another one may."""
 
@@ -32,7 +36,8 @@ class Engine(ABC):
     views of the runtime's own buffers. Writing into `next_token` before `step` replaces the greedy choice.
 
     A dynamic-int8 graph takes one scale for all rows of a call, so there a row's logits depend, within the
-    quantization's error, on its neighbours. Other precisions compute each row by itself.
+    quantization's error, on its neighbours, except where a bundle has the rows of a prompt computed alone. Other
+    precisions compute each row by itself.
     """
 
     #: Version of the library that runs the graphs.
@@ -58,6 +63,8 @@ class Engine(ABC):
             raise ConfigError(f"max_len: got {max_len}, expected at most the context of {context} tokens")
         bundle.check_graph_files("prefill", "decode")
         self._num_prompts = 0
+        # Rows that are computed alone are bound one by one.
+        self._kept_prompts = max(KEPT_PROMPTS, batch_size)
         self.bundle = bundle
         self.threads = threads
         self.batch_size = batch_size

@@ -29,7 +29,7 @@ MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 MADV_DONTNEED, MADV_COLLAPSE = 4, 25
 #: Bits of a pagemap entry, see Documentation/admin-guide/mm/pagemap.rst of Linux.
-PRESENT, SWAPPED, FROM_FILE = 1 << 63, 1 << 62, 1 << 61
+PRESENT, SWAPPED, FROM_FILE, OURS_ALONE = 1 << 63, 1 << 62, 1 << 61, 1 << 56
 
 
 def release_code() -> int:
@@ -53,8 +53,9 @@ def release_code() -> int:
 def move_to_huge_pages() -> int:
     """Move this process's anonymous memory, one huge page after the other; returns the bytes that lie there then.
 
-    It takes some 1 to 2 ms a MB, at most about `BUDGET_S`, in which other threads may have to wait for new memory, and
-    one huge page of memory more than before while a page is copied.
+    Memory that a forked process still shares stays where it is: to move it is to have it twice. The call takes up to
+    4 ms a MB, at most about `BUDGET_S`, in which other threads may have to wait for new memory, and one huge page of
+    memory more than before while a page is copied.
     """
     try:
         huge = int(HUGE_PAGE_SIZE.read_text())
@@ -62,7 +63,7 @@ def move_to_huge_pages() -> int:
         return 0
     if huge > MAX_HUGE_PAGE:
         return 0
-    moved, deadline = 0, time.monotonic() + BUDGET_S
+    moved, in_use, deadline = 0, PRESENT | OURS_ALONE, time.monotonic() + BUDGET_S
     for memory in _mappings():
         if memory.kind != "rw-p" or memory.name not in ("", "[heap]"):
             continue
@@ -70,7 +71,7 @@ def move_to_huge_pages() -> int:
             entries = _pages(start, start + huge)
             if not entries or time.monotonic() > deadline:
                 return moved
-            if sum(entry & PRESENT != 0 for entry in entries) < MIN_RESIDENT * len(entries):
+            if sum(entry & in_use == in_use for entry in entries) < MIN_RESIDENT * len(entries):
                 continue
             if _advise(start, start + huge, MADV_COLLAPSE):
                 moved += huge
@@ -93,11 +94,12 @@ class _Mapping(NamedTuple):
 def _mappings() -> Iterator[_Mapping]:
     """What this process has in its address space; nothing on a system that does not tell."""
     try:
-        lines = MAPS.read_text(errors="replace").splitlines()
+        lines = MAPS.read_bytes().split(b"\n")
     except OSError:
         return
-    for line in lines:
-        addresses, kind, *rest = line.split(maxsplit=5)
+    # The system writes a file's name as it is, but for its line ends.
+    for line in filter(None, lines):
+        addresses, kind, *rest = line.decode(errors="replace").split(maxsplit=5)
         start, _, end = addresses.partition("-")
         yield _Mapping(int(start, 16), int(end, 16), kind, rest[3] if len(rest) > 3 else "")
 

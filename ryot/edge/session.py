@@ -33,8 +33,6 @@ ORT_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-#: Bindings kept for prompt lengths already seen; a service with many lengths makes them anew.
-MAX_PROMPT_BINDINGS = 8
 #: Buffers start on cache-line boundaries, which numpy does not promise.
 ALIGNMENT_BYTES = 64
 
@@ -89,7 +87,7 @@ class Decoder(Engine):
         ids[:] = rows
         binding = self._prompt_bindings.get((row, length))
         if binding is None:
-            if len(self._prompt_bindings) >= MAX_PROMPT_BINDINGS:
+            if len(self._prompt_bindings) >= self._kept_prompts:
                 self._prompt_bindings.clear()
             positions = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
             which = slice(None) if row is None else slice(row, row + 1)

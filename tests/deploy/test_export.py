@@ -19,7 +19,7 @@ from ryot.deploy.bundle import finish_bundle, runtime_modules
 from ryot.deploy.export import ExportOptions, export_variant
 from ryot.deploy.forms import QuantizeOptions
 from ryot.deploy.quality import evaluate_bundle, quality_windows, worst
-from ryot.deploy.quantize import Quantizer
+from ryot.deploy.quantize import Quantizer, closest_within
 from ryot.deploy.verify import check_parity, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import load_bundle
@@ -110,6 +110,14 @@ def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, t
     assert four["bytes"] < record["bytes"] < forms["int8"].size_bytes
     one_less = [c for c in record["candidates"] if len(c["eight_bit"]) == len(record["eight_bit"]) - 1]
     assert all(c["bpb_ratio"] > limit for c in one_less)
+
+
+def test_the_closest_form_is_taken_of_those_within_the_limit_and_not_of_all():
+    closer = {"method": "nearest", "kl": 0.010, "bpb_ratio": 1.011}
+    within = {"method": "error-aware", "kl": 0.011, "bpb_ratio": 1.009}
+    assert closest_within([closer, within], 1.012) == closer
+    assert closest_within([closer, within], 1.010) == within
+    assert closest_within([closer, within], 1.008) is None
 
 
 def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(trained, data, tmp_path):

@@ -20,16 +20,21 @@ def can_collapse() -> bool:
 needs_huge_pages = pytest.mark.skipif(not can_collapse(), reason="this kernel moves nothing to huge pages")
 
 READ = """
+import ctypes
 def rollup(field):
     for line in open("/proc/self/smaps_rollup"):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
+def switch_huge_pages(on):
+    # PR_SET_THP_DISABLE: where the system gives huge pages unasked, memory touched meanwhile has small ones.
+    assert ctypes.CDLL(None).prctl(41, 0 if on else 1, 0, 0, 0) == 0
 """
 MOVE = (
     READ
     + """
 import mmap
 from ryot.edge.pages import move_to_huge_pages
+switch_huge_pages(False)
 private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 used, sparse = mmap.mmap(-1, 16 << 20, flags=private), mmap.mmap(-1, 64 << 20, flags=private)
 pattern = bytes(range(256))
@@ -37,6 +42,7 @@ for start in range(0, len(used), 256):
     used[start : start + 256] = pattern
 for start in range(0, len(sparse), 64 << 10):
     sparse[start] = 1
+switch_huge_pages(True)
 huge, resident = rollup("AnonHugePages"), rollup("Rss")
 moved = move_to_huge_pages()
 same = all(used[start : start + 256] == pattern for start in range(0, len(used), 256))
@@ -53,7 +59,9 @@ from ryot.edge.engines import open_decoder
 if sys.argv[2] == "large":
     ryot.edge.engine.MIN_WEIGHT_BYTES = 0
 decoder = open_decoder(load_bundle(sys.argv[1]), engine=sys.argv[3])
+switch_huge_pages(False)
 memory = bytearray(b"x") * (16 << 20)
+switch_huge_pages(True)
 before = rollup("AnonHugePages")
 for _ in range(3):
     decoder.prefill([[5, 6, 7]])
@@ -75,6 +83,24 @@ def test_what_is_in_use_moves_keeps_its_bytes_and_takes_no_more_memory():
     assert int(huge) >= 14 << 20
     # A page of each 64 KB of the sparse 64 MB is in use; to fill them would take 60.
     assert int(grown) < 8 << 20
+    assert same == "True"
+
+
+@needs_huge_pages
+def test_memory_that_a_forked_process_shares_is_not_copied():
+    program = MOVE.replace(
+        "huge, resident =",
+        """
+import os, sys
+if os.fork():
+    _, status = os.wait()
+    sys.exit(status >> 8)
+huge, resident =""",
+    )
+    moved, huge, _, same = run(program)
+    # What the child has for itself, such as Python's objects that it has touched, may move.
+    assert int(moved) < 8 << 20
+    assert int(huge) < 8 << 20
     assert same == "True"
 
 
@@ -108,6 +134,23 @@ open_decoder(load_bundle(sys.argv[1])).prefill([[5, 6, 7]])
 print(pages.move_to_huge_pages())
 """
     assert run(program, llama_path) == ["0"]
+
+
+def test_a_file_whose_name_breaks_lines_stops_nothing(llama_path, tmp_path):
+    program = r"""
+import mmap, os, sys
+from ryot.edge.bundle import load_bundle
+from ryot.edge.engines import open_decoder
+path = os.path.join(sys.argv[2], "a\u2028b\x0bc\nd\re\x85")
+with open(path, "wb") as file:
+    file.write(bytes(4096))
+with open(path, "rb") as file:
+    region = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ)
+decoder = open_decoder(load_bundle(sys.argv[1]))
+decoder.prefill([[5, 6, 7]])
+print(decoder.position)
+"""
+    assert run(program, llama_path, tmp_path) == ["3"]
 
 
 LOAD = (

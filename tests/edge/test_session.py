@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -66,6 +70,31 @@ def test_greedy_tokens_are_fed_back_by_the_runtime(Decoder: type[Engine], bundle
         decoder.step()
     expected = full_logits(bundle, np.array(ids)).argmax(-1)
     assert ids[10:] == expected[9:29].tolist()
+
+
+@pytest.mark.parametrize("engine", ["capi", "python"])
+def test_a_forked_process_has_keys_and_values_of_its_own(llama_path: Path, engine: str) -> None:
+    program = """
+import os, sys
+from ryot.edge.bundle import load_bundle
+from ryot.edge.engines import open_decoder
+decoder = open_decoder(load_bundle(sys.argv[1]), engine=sys.argv[2])
+def tokens(count):
+    for _ in range(count):
+        decoder.step()
+        yield int(decoder.next_token[0])
+decoder.prefill([[5, 6, 7, 8]])
+expected = list(tokens(6))
+decoder.prefill([[5, 6, 7, 8]])
+found = list(tokens(3))
+if not os.fork():
+    decoder.prefill([[9, 3, 9, 3, 9, 3, 9, 3, 9]])
+    os._exit(0)
+os.wait()
+print(found + list(tokens(3)) == expected)
+"""
+    command = [sys.executable, "-c", program, str(llama_path), engine]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "True\n"
 
 
 def test_a_new_prompt_forgets_the_old_one(Decoder: type[Engine], bundle: Bundle) -> None:

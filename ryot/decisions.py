@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ryot.drafts import write_atomically
 from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,5 @@ def recall(path: Path, build: Callable[[Mapping[str, Any]], T], measure: Callabl
         log.info("%s: measured again, what was kept there cannot be read (%s)", path, error)
     decision = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(dataclasses.asdict(decision), indent=1), encoding="utf-8")  # type: ignore[call-overload]
-    draft.replace(path)
+    write_atomically(path, json.dumps(dataclasses.asdict(decision), indent=1))  # type: ignore[call-overload]
     return decision, False

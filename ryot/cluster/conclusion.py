@@ -11,6 +11,7 @@ from typing import Any
 from ryot.cluster.jobs import TrainResult
 from ryot.config import PRECISIONS, to_mapping
 from ryot.deploy.bundle import finish_bundle
+from ryot.drafts import write_atomically
 from ryot.edge.bundle import TOKENIZER_NAME, hash_file
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import EXIT_FAILED, EXIT_QUALITY, worst_exit_code
@@ -19,7 +20,7 @@ from ryot.plan import RunPlan
 from ryot.report.build import FormFacts, build_report, curves_from_events
 from ryot.report.html import render_html
 from ryot.report.markdown import render_markdown
-from ryot.report.rows import Report, VariantRow, build_record, report_to_dict, save_report, write_atomically
+from ryot.report.rows import Report, VariantRow, build_record, report_to_dict, save_report
 from ryot.report.targets import Target
 from ryot.train.dataset import Dataset
 

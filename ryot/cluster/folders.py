@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
-from ryot.cluster.journal import fsync_folder
+from ryot.drafts import draft_folder
 from ryot.errors import ClusterError
 
 
@@ -25,25 +22,11 @@ def pack_folder(folder: Path) -> bytes:
 def unpack_folder(packed: bytes, folder: Path) -> None:
     """Write what `pack_folder` gave, so that `folder` is there whole or not at all. Raises `ClusterError`."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ClusterError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        with draft_folder(folder) as draft, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
             archive.extractall(draft, filter="data")
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        draft.chmod(0o755)
-        draft.replace(folder)
-        fsync_folder(folder.parent)
     except tarfile.TarError as error:
         raise ClusterError(f"{folder}: what came is no folder that can be trusted ({error})") from error
     except OSError as error:
         raise ClusterError(
             f"{folder}: cannot be written ({error.strerror})", hint="make room, then resume the run"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

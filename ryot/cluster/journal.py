@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ryot
+from ryot.drafts import fsync
 from ryot.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Journal:
         self._by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
             self._by_key[record.get("key", "")].append(record)
-        fsync_folder(run_dir)
+        fsync(run_dir)
 
     def append(self, record: str, **fields: Any) -> None:
         """Write one fact; it is on disk when this returns. Threads may call it at once.
@@ -215,12 +216,3 @@ def is_held(run_dir: Path) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-def fsync_folder(path: Path) -> None:
-    """Put the names in a folder on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

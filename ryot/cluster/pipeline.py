@@ -40,6 +40,7 @@ from ryot.config import KernelPlan, digest, replace
 from ryot.deploy.remeasure import QUICK_SPEC, spec_under, threads_under
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
+from ryot.drafts import write_atomically
 from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult
@@ -56,7 +57,6 @@ from ryot.report.build import FormFacts
 from ryot.report.rows import (
     Report,
     arm_name,
-    write_atomically,
 )
 from ryot.report.targets import Target
 from ryot.train.corpus import load_corpus

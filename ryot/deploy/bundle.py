@@ -10,7 +10,6 @@ import ast
 import functools
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import ryot
 from ryot.config import ModelConfig
 from ryot.deploy.forms import STANDARD_GRAPH, graph_files
+from ryot.drafts import draft_folder
 from ryot.edge import bundle as edge_bundle
 from ryot.errors import ExportError
 
@@ -38,20 +38,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
     if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
         raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise ExportError(f"{target.parent}: cannot be written to ({error.strerror})") from error
-    try:
-        stage.chmod(0o755)
-        yield stage
-        if target.exists():
-            shutil.rmtree(target)
-        stage.replace(target)
+        with draft_folder(target, replace=True) as draft:
+            yield draft
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ryot.drafts import write_atomically
 from ryot.errors import ConfigError
 
 SCHEMA = 1
@@ -286,21 +285,6 @@ def find_report(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{path}: no such file", hint="give a run folder, a bundle or a report file")
     return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it, fsynced before it takes the name."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:  # an interrupt, too, leaves no draft behind
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def build_record(report: Report, row: FormRow) -> Report:

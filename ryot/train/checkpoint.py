@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ryot.config import ModelConfig
+from ryot.drafts import draft_folder
 from ryot.errors import CheckpointError
 from ryot.train.hf import END_OF_TEXT_ID, config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from ryot.train.model import Decoder
@@ -64,25 +62,14 @@ def save_checkpoint(
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
         files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
-    draft = None
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        for name, data in files.items():
-            path = draft / name
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        draft.chmod(0o755)
-        draft.replace(directory)
-        _fsync_folder(directory.parent)
+        with draft_folder(directory) as draft:
+            for name, data in files.items():
+                path = draft / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(data)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
-    finally:
-        if draft:
-            shutil.rmtree(draft, ignore_errors=True)
     return checkpoint_digest(directory)
 
 
@@ -173,11 +160,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object")
     return values
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ryot.config import digest
+from ryot.drafts import draft_folder
 from ryot.errors import DataError
 from ryot.train.corpus import SPLITS, Corpus
 from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, encode_texts, train_tokenizer
@@ -174,30 +173,24 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
                 hint="give more text with --data",
             )
     tokenizer = train_tokenizer(texts["train"], vocab_size)
-    draft = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=path.parent))
     try:
-        tokenizer.save(str(draft / "tokenizer.json"))
-        num_tokens = {}
-        for split, parts in texts.items():
-            shard = encode_texts(tokenizer, parts).astype(_token_dtype(vocab_size))
-            shard.tofile(draft / f"{split}.bin")
-            num_tokens[split] = len(shard)
-        meta = {
-            "schema": _SCHEMA,
-            "name": corpus.name,
-            "corpus_sha256": corpus.sha256,
-            "vocab_size": vocab_size,
-            "num_tokens": num_tokens,
-        }
-        (draft / "meta.json").write_text(json.dumps(meta, indent=1))
-        draft.chmod(0o755)
-        draft.replace(path)
+        with draft_folder(path) as draft:
+            tokenizer.save(str(draft / "tokenizer.json"))
+            num_tokens = {}
+            for split, parts in texts.items():
+                shard = encode_texts(tokenizer, parts).astype(_token_dtype(vocab_size))
+                shard.tofile(draft / f"{split}.bin")
+                num_tokens[split] = len(shard)
+            meta = {
+                "schema": _SCHEMA,
+                "name": corpus.name,
+                "corpus_sha256": corpus.sha256,
+                "vocab_size": vocab_size,
+                "num_tokens": num_tokens,
+            }
+            (draft / "meta.json").write_text(json.dumps(meta, indent=1))
     except OSError:
         # Another run may have finished the same folder first: its content is the same.
-        shutil.rmtree(draft, ignore_errors=True)
         if not path.exists():
             raise
-    except BaseException:  # an interrupt, too, leaves no draft behind
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return load_dataset(path), False

@@ -16,7 +16,6 @@ from ryot.report.rows import (
     load_schema,
     report_to_dict,
     save_report,
-    write_atomically,
 )
 
 from .synthetic import make_facts, make_report
@@ -88,15 +87,6 @@ def test_a_path_without_a_report_is_named(tmp_path):
         find_report(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         find_report(tmp_path / "nothing.json")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

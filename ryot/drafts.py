@@ -1,0 +1,55 @@
+"""Files and folders that appear whole and on disk, or not at all: made under another name beside their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whose folder is there; what was at `path` stays until all of the new text is on disk."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(draft).chmod(0o644)
+        Path(draft).replace(path)
+    except BaseException:  # an interrupt, too, leaves no draft behind
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder that takes the name `target` when the block ends well, all of it on disk, and else vanishes.
+
+    A folder with something in it that is at `target` by then is removed with `replace`, and an `OSError` without.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        for path in (*draft.rglob("*"), draft):
+            fsync(path)
+        if replace and target.exists():
+            shutil.rmtree(target)
+        draft.replace(target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Put the content of a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -4,9 +4,9 @@
 
 Takes the bundles that `edge_vs_peers.py --prepare` made in DIR. Of each form, processes with and without the calls take
 turns on one core, in an order drawn anew each round; nothing else differs. A process loads, answers a prompt of 128
-tokens and decodes 100 (that far goes its peak memory), then answers more prompts and decodes 48 tokens after each.
-Before the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times a token,
-without to with, paired by round.
+tokens and decodes 100 (so far goes its first peak), then answers more prompts and decodes 48 tokens after each. Before
+the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times a token, without
+to with, paired by round.
 """
 
 from __future__ import annotations
@@ -26,41 +26,10 @@ from record import RESULTS, describe_setting, write_result
 from ryot.report.stats import ratio_interval
 
 FORMS = ("fp32", "int8", "int4")
-TURNS, STEPS = {"S": 20, "M": 6, "L": 3}, 48
+TURNS = {"S": 20, "M": 6, "L": 3}
+WORKER = Path(__file__).with_name("pages_worker.py")
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MB = 1e6
-
-
-def measure(bundle: str, calls: bool, turns: int) -> dict[str, Any]:
-    """The figures of this process, which should be fresh."""
-    import time
-
-    import ryot.edge.capi as capi
-    import ryot.edge.engine as engine
-    from ryot.edge.bundle import load_bundle
-    from ryot.edge.probe import read_peak_rss_bytes
-
-    if not calls:
-        capi.release_code = lambda: 0
-        engine.move_to_huge_pages = lambda: 0
-    begin = time.perf_counter()
-    decoder = capi.CapiDecoder(load_bundle(bundle, verify=False))
-    load_ms = (time.perf_counter() - begin) * 1e3
-    draw = random.Random(0)
-    peak, prompt_ms, token_ms = 0, [], []
-    for turn in range(turns + 1):
-        ids = [[draw.randrange(1, decoder.bundle.model.vocab_size) for _ in range(128)]]
-        begin = time.perf_counter()
-        decoder.prefill(ids)
-        answered = time.perf_counter()
-        steps = STEPS if turn else 100
-        for _ in range(steps):
-            decoder.step()
-        prompt_ms.append((answered - begin) * 1e3)
-        if turn:
-            token_ms.append((time.perf_counter() - answered) / steps * 1e3)
-        else:
-            peak = read_peak_rss_bytes("self") or 0
-    return {"load_ms": load_ms, "peak_rss_bytes": peak, "prompt_ms": prompt_ms, "token_ms": token_ms}
 
 
 def main() -> None:
@@ -77,11 +46,12 @@ def main() -> None:
                     runs[calls].append(_spawn(bundles[form], calls, TURNS[size], options.core))
             results[f"{size} {form}"] = {"with": runs[True], "without": runs[False]}
     values = {**describe_setting(), "core": options.core, "rounds": options.rounds, "results": results}
+    values["huge_pages"] = ENABLED.read_text().strip() if ENABLED.is_file() else "none"
     print(write_result("pages", values, render(values), options.output).read_text())
 
 
 def _spawn(bundle: str, calls: bool, turns: int, core: int) -> dict[str, Any]:
-    command = ["taskset", "-c", str(core), sys.executable, __file__, "--child", bundle, str(int(calls)), str(turns)]
+    command = ["taskset", "-c", str(core), sys.executable, str(WORKER), bundle, str(int(calls)), str(turns)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
@@ -92,23 +62,28 @@ def render(values: dict[str, Any]) -> str:
         f"# Huge pages and code given back, {values['environment']['cpu']['model']}, commit {values['commit']}",
         "",
         f"`{values['command']}` on core {values['core']}, {values['rounds']} rounds; kernel "
-        f"{values['environment']['kernel']}. Ratios are without the calls to with them, with the 98 % interval "
-        "over rounds; times and memory are medians of processes.",
+        f"{values['environment']['kernel']}, transparent huge pages {values['huge_pages']}. Ratios are without the "
+        "calls to with them, with the 98 % interval over rounds; times and peaks of resident memory are medians of "
+        "processes, without and with the calls; the first peak is before memory is moved.",
         "",
-        "| form | a token, ratio | 98 % | second prompt longer, ms | load longer, ms | peak RSS, MB, without | with |",
+        "| form | a token, ratio | 98 % | second prompt, ms | load, ms | first peak, MB | peak at the end, MB |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for name, arms in values["results"].items():
         found = ratio_interval([r["token_ms"] for r in arms["without"]], [r["token_ms"] for r in arms["with"]])
         assert found is not None
-        price = {arm: statistics.median(r["prompt_ms"][1] for r in runs) for arm, runs in arms.items()}
-        load = {arm: statistics.median(r["load_ms"] for r in runs) for arm, runs in arms.items()}
-        peak = {arm: statistics.median(r["peak_rss_bytes"] for r in runs) / MB for arm, runs in arms.items()}
-        longer = [price["with"] - price["without"], load["with"] - load["without"]]
-        lines.append(
-            f"| {name} | {found.value:.3f} | {found.low:.3f} to {found.high:.3f} | {longer[0]:.0f} | {longer[1]:.1f} | "
-            f"{peak['without']:.1f} | {peak['with']:.1f} |"
-        )
+        pairs = [
+            " and ".join(
+                f"{statistics.median(get(run) for run in arms[arm]):.{digits}f}" for arm in ("without", "with")
+            )
+            for get, digits in (
+                (lambda run: run["prompt_ms"][1], 1),
+                (lambda run: run["load_ms"], 1),
+                (lambda run: run["first_peak_rss_bytes"] / MB, 1),
+                (lambda run: run["peak_rss_bytes"] / MB, 1),
+            )
+        ]
+        lines.append(f"| {name} | {found.value:.3f} | {found.low:.3f} to {found.high:.3f} | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
 
@@ -131,7 +106,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(measure(sys.argv[2], sys.argv[3] == "1", int(sys.argv[4]))))
-    else:
-        main()
+    main()

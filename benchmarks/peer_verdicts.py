@@ -2,7 +2,8 @@
 
 A row compares the best of our forms with the best of theirs, both by the median over rounds, each named. The ratio is
 the median of the rounds' ratios. `PASS` says that it reaches what was asked; where its interval reaches to the other
-side, the verdict says so. Rows without a figure asked are there for the whole picture.
+side, the verdict says so. Rows without a figure asked are there for the whole picture, as are those of a chosen form of
+4 bits against peers of 8: what was asked there was asked of 8 bits.
 """
 
 from __future__ import annotations

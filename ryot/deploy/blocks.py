@@ -184,32 +184,29 @@ def add_layer_norm(
 def attention(
     g: GraphBuilder,
     qkv: str,
-    layer: int,
+    name: str,
+    past: Sequence[str],
+    present: Sequence[str],
     *,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     rotary: tuple[str, str] | None,
     lengths: tuple[str, str],
-    kv_scales: tuple[str, str] | None,
-    per_channel: bool,
     kernel: GraphAttention,
+    kv_scales: tuple[str, str] | None = None,
+    per_channel: bool = False,
 ) -> str:
-    """Causal attention over packed queries, keys and values, with the cache of one layer as graph input and output.
+    """Causal attention over packed queries, keys and values and the keys and values of the `past`; makes the `present`.
 
-    Past and present may be bound to one buffer of the full context, which is then written in place. Keys are stored
-    rotated. `lengths` are seqlens_k (total length of each row, minus 1) and the total length. With `kv_scales` the
-    cache holds int8, scaled by one value for all or `per_channel`.
+    Past and present may be bound to one buffer of the full context, which is then written in place; names of the past
+    that are empty stand for an empty past. Keys are stored rotated. `lengths` are seqlens_k (total length of each row,
+    minus 1) and the total length. With `kv_scales` the cache holds int8, scaled by one value for all or `per_channel`.
 
     The operator has two kernels and no attribute to choose: it works in tiles (`flash`) unless it is given something
     that its tiles cannot do. A head sink is such a thing, and one this small takes no weight from any key. All scores
     at once (`full`) take [B, heads, S, T] floats and, for prompts of some hundred tokens, less time.
     """
-    past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
-    present = [f"present.{layer}.key", f"present.{layer}.value"]
-    cache_type = TensorProto.FLOAT if kv_scales is None else TensorProto.INT8
-    for name in past:
-        g.input(name, cache_type, ["batch", num_kv_heads, "past_length", head_dim])
     attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": head_dim**-0.5}
     if rotary is not None:
         attributes["do_rotary"] = 1
@@ -222,10 +219,29 @@ def attention(
     if kv_scales is not None:
         kind = "PER_CHANNEL" if per_channel else "PER_TENSOR"
         attributes |= {"kv_cache_bit_width": 8, "k_quant_type": kind, "v_quant_type": kind}
-    out = g.node("GroupQueryAttention", inputs, [f"layers.{layer}.attn.mix", *present], domain=MS, **attributes)
-    for name in present:
-        g.output(name, cache_type, ["batch", num_kv_heads, "total_length", head_dim])
-    return out
+    return g.node("GroupQueryAttention", inputs, [f"{name}.mix", *present], domain=MS, **attributes)
+
+
+def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unused: str, out: str) -> str:
+    """Keys or values [B, K, S, H] in float32 to an int8 cache [B, K, S + U, H]; `unused` comes of `unused_positions`.
+
+    `scales` are one [1] or one a channel [K * H].
+    """
+    scale, zero = np.array(1, np.float32), g.constant("zero_point", np.array(0, np.int8))
+    if len(scales) == 1:
+        scale = scales[0]
+    else:
+        x = g.node("Div", [x, g.constant(f"{out}.scales", scales.reshape(1, -1, 1, head_dim))], [f"{out}.scaled"])
+    codes = g.node("QuantizeLinear", [x, g.constant(f"{out}.scale", np.asarray(scale)), zero], [f"{out}.codes"])
+    return g.node("Pad", [codes, unused, "", g.constant("cache_axis", np.array([2], np.int64))], [out])
+
+
+def unused_positions(g: GraphBuilder, cache: str, ids: str) -> str:
+    """[2] a zero, and how many positions U of the `cache` [B, K, T, H] the prompt `ids` [B, S] leaves; for `Pad`."""
+    room = g.node("Shape", [cache], ["cache.room"], start=2, end=3)
+    new = g.node("Shape", [ids], ["prompt.length"], start=1, end=2)
+    left = g.node("Sub", [room, new], ["cache.left"])
+    return g.node("Concat", [g.constant("no_pad", np.array([0], np.int64)), left], ["cache.unused"], axis=0)
 
 
 def swiglu(g: GraphBuilder, gate_up: str, name: str) -> str:

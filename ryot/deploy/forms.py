@@ -147,7 +147,7 @@ def build_graphs(
     # Decode's weights come first in the file: they are read at every token.
     graphs = {files["decode"]: build("step" if matrices.is_pair else "fast", matrices.decode)}
     if matrices.is_pair:
-        graphs[files["prefill"]] = build("fast", matrices.prefill, prefill_attention)
+        graphs[files["prefill"]] = build("prompt", matrices.prefill, prefill_attention)
     graphs[files["standard"]] = build("standard", matrices.decode)
     return graphs
 

@@ -1,9 +1,10 @@
 """Builds the onnxruntime graphs of a decoder straight from its weights.
 
-Three graphs, made of the same blocks and the same bytes:
+Four graphs, made of the same blocks and the same bytes:
 
     standard   what other runtimes expect: attention_mask in, logits of all positions out
     fast       lengths in, the next token and the logits of the last position out; any number of new tokens
+    prompt     `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
     step       `fast` for exactly one new token
 
 Requires: arrays of the shapes that `weights.expected_shapes` gives, all finite, and a form for each matrix.
@@ -14,6 +15,7 @@ does not know the fused operators; onnxruntime's, which checks them when it load
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +32,7 @@ from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.weights import DecoderWeights, FloatArray
 from ryot.train.model import OPT_POSITION_OFFSET
 
-GraphKind = Literal["standard", "fast", "step"]
+GraphKind = Literal["standard", "fast", "prompt", "step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class _DecoderGraph:
 
     def build(self) -> onnx.ModelProto:
         new = 1 if self.kind == "step" else "sequence_length"
-        ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
+        self.ids = ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
         self.lengths = self._lengths()
         if self.cfg.architecture == "llama":
             x = self._llama_trunk(blocks.embed(self.g, ids, "embedding", self.matrices["embedding"]))
@@ -164,7 +166,7 @@ class _DecoderGraph:
 
     def _drop_positions(self, x: str) -> str:
         # In the last layer only attention looks at other positions; what follows it is needed for one token.
-        return blocks.last_position(self.g, x) if self.kind == "fast" else x
+        return blocks.last_position(self.g, x) if self.kind in ("fast", "prompt") else x
 
     def _linear(self, x: str, name: str, *, bias: bool = False, out: str = "") -> str:
         if self.taps:
@@ -175,25 +177,42 @@ class _DecoderGraph:
         return blocks.linear(self.g, x, name, self.matrices[name], vector, out)
 
     def _attention(self, qkv: str, layer: int, rotary: tuple[str, str] | None) -> str:
-        scales = None
-        if self.kv_scales is not None:
-            scales = (
-                self.g.constant(f"layers.{layer}.key_scales", self.kv_scales.keys[layer]),
-                self.g.constant(f"layers.{layer}.value_scales", self.kv_scales.values[layer]),
-            )
-        return blocks.attention(
-            self.g,
+        g, cfg, name = self.g, self.cfg, f"layers.{layer}"
+        past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+        present = [f"present.{layer}.key", f"present.{layer}.value"]
+        cache_type = TensorProto.FLOAT if self.kv_scales is None else TensorProto.INT8
+        for cache in past:
+            g.input(cache, cache_type, ["batch", cfg.num_kv_heads, "past_length", cfg.head_dim])
+        attend = functools.partial(
+            blocks.attention,
+            g,
             qkv,
-            layer,
-            num_heads=self.cfg.num_heads,
-            num_kv_heads=self.cfg.num_kv_heads,
-            head_dim=self.cfg.head_dim,
+            f"{name}.attn",
+            num_heads=cfg.num_heads,
+            num_kv_heads=cfg.num_kv_heads,
+            head_dim=cfg.head_dim,
             rotary=rotary,
             lengths=self.lengths,
-            kv_scales=scales,
-            per_channel=self.kv_scales is not None and self.kv_scales.per_channel,
             kernel=self.attention,
         )
+        if self.kv_scales is None:
+            mixed = attend(past, present)
+        elif self.kind == "prompt":
+            exact = [f"{name}.keys", f"{name}.values"]
+            mixed = attend(["", ""], exact)
+            if layer == 0:
+                self.unused = blocks.unused_positions(g, past[0], self.ids)
+            for x, of_layers, cache in zip(exact, (self.kv_scales.keys, self.kv_scales.values), present):
+                blocks.store_int8(g, x, of_layers[layer], cfg.head_dim, self.unused, cache)
+        else:
+            scales = (
+                g.constant(f"{name}.key_scales", self.kv_scales.keys[layer]),
+                g.constant(f"{name}.value_scales", self.kv_scales.values[layer]),
+            )
+            mixed = attend(past, present, kv_scales=scales, per_channel=self.kv_scales.per_channel)
+        for cache in present:
+            g.output(cache, cache_type, ["batch", cfg.num_kv_heads, "total_length", cfg.head_dim])
+        return mixed
 
     def _head(self, x: str) -> None:
         logits = self._linear(x, self.weights.head, out="logits")

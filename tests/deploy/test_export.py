@@ -157,9 +157,10 @@ def test_a_form_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_pat
     assert form.reason == f"bits per byte {form.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
 
 
-def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "int8-dyn+int8"])
+def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision):
     options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8"))
-    [form] = export_variant(trained, tmp_path, ["fp32"], data, options=options)
+    [form] = export_variant(trained, tmp_path, [precision], data, options=options)
     assert form.passed
     assert form.quality.kl > 0
     bundle = load_bundle(form.path)

@@ -12,10 +12,11 @@ from ryot.deploy.datafile import DataFile
 from ryot.deploy.export import ExportOptions, export_form
 from ryot.deploy.forms import QuantizeOptions, serialize
 from ryot.deploy.graph import build_graph, float_matrices
-from ryot.deploy.quantize import observe_kv_scales
+from ryot.deploy.quantize import CacheForm, observe_kv_scales
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.edge.capi import CapiDecoder
 from ryot.edge.session import Decoder
 from ryot.train.checkpoint import load_model
 
@@ -124,6 +125,78 @@ def test_both_ways_to_attend_read_an_int8_cache_alike(form, checkpoint, ids, tmp
         np.testing.assert_allclose(*both, atol=LOGIT_TOLERANCE, rtol=0)
         # Rounding to 1 part in 127 is there to be seen, and small.
         assert 10 * LOGIT_TOLERANCE < np.abs(both[0] - exact).max() < 0.2 * np.abs(exact).max()
+
+
+def run_prompt(checkpoint, folder, ids, kind, **options):
+    """Logits [B, V] of a prompt's last position, and the cache of CONTEXT positions that it leaves."""
+    weights = load_decoder_weights(checkpoint)
+    folder.mkdir()
+    with DataFile(folder / DATA_NAME) as data:
+        model = build_graph(kind, weights, float_matrices(weights), data, **options)
+    (folder / "graph.onnx").write_bytes(serialize(model))
+    session = ort.InferenceSession(folder / "graph.onnx")
+    batch, length = ids.shape
+    dtypes = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+    past = {
+        # Codes that no graph may take over: the past is empty.
+        i.name: np.full((batch, i.shape[1], CONTEXT, i.shape[3]), 7, dtypes[i.type])
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values")
+    }
+    feed = {"input_ids": ids, "total_sequence_length": np.array(length, np.int32), **past}
+    feed["seqlens_k"] = np.full(batch, length - 1, np.int32)
+    if any(i.name == "position_ids" for i in session.get_inputs()):
+        feed["position_ids"] = np.tile(np.arange(length), (batch, 1))
+    names = [o.name for o in session.get_outputs()]
+    out = dict(zip(names, session.run(names, feed)))
+    return out["logits"][:, 0], {name: value for name, value in out.items() if name.startswith("present")}
+
+
+@pytest.mark.parametrize("attention", ["flash", "full"])
+@pytest.mark.parametrize("length", [1, 20, CONTEXT])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_prompt_attends_in_float32_and_leaves_the_int8_cache_that_steps_read(
+    form, checkpoint, tmp_path, attention, length, per_channel
+):
+    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, length))
+    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    kv_scales = observed if per_channel else observed.per_tensor()
+    exact, _ = run_prompt(checkpoint, tmp_path / "float32", ids, "fast")
+    _, expected = run_prompt(checkpoint, tmp_path / "int8", ids, "fast", kv_scales=kv_scales)
+    logits, cache = run_prompt(checkpoint, tmp_path / "prompt", ids, "prompt", kv_scales=kv_scales, attention=attention)
+    np.testing.assert_allclose(logits, exact, atol=LOGIT_TOLERANCE, rtol=0)
+    for name, codes in cache.items():
+        assert codes.dtype == np.int8 and codes.shape[2] == CONTEXT
+        assert not codes[:, :, length:].any()
+        # The first layer sees the same keys in both; behind it the operator has attended to rounded ones.
+        off = np.abs(codes[:, :, :length].astype(int) - expected[name][:, :, :length])
+        assert off.max() <= (1 if name.startswith("present.0.") else 6)
+        assert np.abs(codes).max() >= 126
+
+
+@pytest.mark.parametrize("attention", ["flash", "full"])
+@pytest.mark.parametrize("max_len", [CONTEXT, 32])
+def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
+    form, checkpoint, ids, tmp_path, attention, max_len
+):
+    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8", prefill_attention=attention))
+    path = export_form(
+        checkpoint,
+        "int8-dyn+int8",
+        tmp_path / "pair",
+        options=options,
+        prompts=np.zeros((1, CONTEXT), np.int64),
+        cache=CacheForm(scales=observed, record={"method": "per-channel"}),
+    )
+    engines = [E(load_bundle(path), batch_size=len(ids), max_len=max_len) for E in (Decoder, CapiDecoder)]
+    for prompts in (ids[:, :20], ids[:, 5:12]):
+        for engine in engines:
+            engine.prefill(prompts)
+        for _ in range(8):
+            np.testing.assert_array_equal(engines[0].logits, engines[1].logits)
+            for engine in engines:
+                engine.step()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -4,7 +4,8 @@
 
 In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle a form, with a float32 and with an int8 cache, bundles in
 genai's default blocks, `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool would
-choose for this CPU, and how many bytes of weights a decode step of each form reads. What is there is not made again.
+choose for this CPU, and how many bytes of weights a decode step of each form reads. What is there is not made again,
+but for bundles of another decision of the tool, or made by other code.
 
 Random weights have the speed of trained ones and none of their quality. Their spread keeps greedy decoding from
 running in circles, and the row of the head that belongs to end-of-text is 0, so that no engine ever stops early.
@@ -17,6 +18,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +29,8 @@ import torch
 from peer_verdicts import KV8
 from tokenizers import Tokenizer, models
 
-from ryot.config import ModelConfig
+import ryot.deploy
+from ryot.config import ModelConfig, digest
 from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_form
 from ryot.deploy.forms import STANDARD_GRAPH, QuantizeOptions, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
@@ -139,16 +142,15 @@ def draw_state(cfg: ModelConfig) -> dict[str, torch.Tensor]:
 def _export_bundles(size: str, checkpoint: Path, folder: Path, options: QuantizeOptions) -> dict[str, str]:
     """Bundles by name: a form, `genai FORM` in genai's blocks, `FORM kv8` with an int8 cache."""
     cfg = SIZES[size]
+    code = [path.read_text() for path in sorted(Path(ryot.deploy.__file__).parent.glob("*.py"))]
     prompts = np.asarray([draw_prompt(cfg, i, cfg.max_seq_len) for i in range(KV_PROMPTS)], dtype=np.int64)
     made: dict[str, str] = {}
 
     def export(name: str, quantize: QuantizeOptions, cache: CacheForm = FLOAT_CACHE) -> None:
-        tag = f"{quantize.int8_block_size}-{quantize.int4_block_size}-{quantize.dynamic_bits}"
-        if "+" in name:
-            tag += f"-{quantize.prefill_attention}"
-        target = folder / f"{name.replace(' ', '-')}-{tag}"
+        target = folder / "bundles" / name.replace(" ", "-") / digest(quantize, code)[:16]
         if not target.exists():
             _tell(size, name)
+            shutil.rmtree(target.parent, ignore_errors=True)  # made under another decision, or by another version
             precision = name.removeprefix("genai ").removesuffix(KV8)
             what = ExportOptions(quantize=quantize)
             export_form(checkpoint, precision, target, options=what, prompts=prompts[:1], cache=cache)

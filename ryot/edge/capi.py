@@ -1,7 +1,7 @@
 """The engine over onnxruntime's C library, called with ctypes: no Python binding, no numpy unless logits are read.
 
-It saves the memory and the import time of both (about 19 MB and over 40 % of the time to the first token for a model of two
-million parameters) and some 10 % of a step of 0.1 ms, nothing of long ones. The library is the onnxruntime package's.
+It saves the memory and the import time of both (for a model of two million parameters about 19 MB and over 40 % of the
+time to the first token) and some 10 % of a step of 0.1 ms, nothing of long ones. The library is the onnxruntime package's.
 
 C functions are reached by their place in a table, `OrtApi`. The table only ever grows at its end (onnxruntime asserts
 that when it is compiled), so a place holds for every later version; the places used here are those of API version 5

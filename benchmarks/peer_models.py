@@ -5,7 +5,7 @@
 In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle a form, with a float32 and with an int8 cache, bundles in
 genai's default blocks, `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool would
 choose for this CPU, and how many bytes of weights a decode step of each form reads. What is there is not made again,
-but for bundles of another decision of the tool, or made by other code.
+but for bundles of another checkpoint or decision of the tool, or made by another version of `ryot/deploy`.
 
 Random weights have the speed of trained ones and none of their quality. Their spread keeps greedy decoding from
 running in circles, and the row of the head that belongs to end-of-text is 0, so that no engine ever stops early.
@@ -39,7 +39,7 @@ from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
 from ryot.deploy.weights import load_decoder_weights
-from ryot.train.checkpoint import load_model, load_weights, save_checkpoint
+from ryot.train.checkpoint import checkpoint_digest, load_model, load_weights, save_checkpoint
 from ryot.train.hf import END_OF_TEXT, END_OF_TEXT_ID
 from ryot.train.model import Decoder
 
@@ -143,11 +143,12 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: Quantize
     """Bundles by name: a form, `genai FORM` in genai's blocks, `FORM kv8` with an int8 cache."""
     cfg = SIZES[size]
     code = [path.read_text() for path in sorted(Path(ryot.deploy.__file__).parent.glob("*.py"))]
+    origin = [checkpoint_digest(checkpoint), *code]
     prompts = np.asarray([draw_prompt(cfg, i, cfg.max_seq_len) for i in range(KV_PROMPTS)], dtype=np.int64)
     made: dict[str, str] = {}
 
     def export(name: str, quantize: QuantizeOptions, cache: CacheForm = FLOAT_CACHE) -> None:
-        target = folder / "bundles" / name.replace(" ", "-") / digest(quantize, code)[:16]
+        target = folder / "bundles" / name.replace(" ", "-") / digest(quantize, origin)[:16]
         if not target.exists():
             _tell(size, name)
             shutil.rmtree(target.parent, ignore_errors=True)  # made under another decision, or by another version

@@ -3,7 +3,7 @@
 A row compares the best of our forms with the best of theirs, both by the median over rounds, each named. The ratio is
 the median of the rounds' ratios. `PASS` says that it reaches what was asked; where its interval reaches to the other
 side, the verdict says so. Rows without a figure asked are there for the whole picture, as are those of a chosen form of
-4 bits against peers of 8: what was asked there was asked of 8 bits.
+4 bits against peers of 8 or the other way round: what was asked there was asked of equal bits.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> lis
             continue
         ours = [n for n, a in arms.items() if a["family"] == "ryot" and _allowed(a["form"], ratio, form)]
         theirs = [n for n, a in arms.items() if ratio.theirs(a, result["decision"])]
-        # What was asked of forms of one weight format says nothing of a form of another.
-        asked = None if form and not _is_of(ratio, form) else ratio.asked.get(size)
+        # What was asked of forms of 8 bits says nothing of a form of 4, and the other way round.
+        other_bits = form is not None and ratio.ours and ("int4" in form) != (ratio.ours == INT4)
+        asked = None if other_bits else ratio.asked.get(size)
         row = _row(size, group, ratio.title, asked, "x")
         if ours and theirs:
             mine, other = _fastest(arms, ours, ratio.metric), _fastest(arms, theirs, ratio.metric)
@@ -221,11 +222,6 @@ def _allowed(form: str, ratio: Ratio, only: str | None) -> bool:
         return form == only
     if ratio.float_cache and form.endswith(KV8):
         return False
-    return _is_of(ratio, form)
-
-
-def _is_of(ratio: Ratio, form: str) -> bool:
-    """Whether a form has the weights that a row is about."""
     return not ratio.ours or form.removesuffix(KV8) in ratio.ours
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -39,17 +40,35 @@ def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         for path in (*draft.rglob("*"), draft):
             fsync(path)
         if replace and target.exists():
-            shutil.rmtree(target)
-        draft.replace(target)
+            _swap(draft, target)
+        else:
+            draft.replace(target)
         fsync(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
-    """Put the content of a file, or the names in a folder, on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Put the content of a file, or the names in a folder, on disk; folders where the file system can."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # Some shared file systems know no fsync of a folder, and a folder may be writable without being readable.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Give the draft the name of a folder that is there; the folder comes back if that fails, and goes if not."""
+    old = draft.with_name(f"{draft.name}-old")
+    target.replace(old)
+    try:
+        draft.replace(target)
+    except BaseException:  # an interrupt, too, leaves the folder that was there
+        old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

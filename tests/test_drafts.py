@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from ryot.drafts import draft_folder, write_atomically
+from ryot.drafts import _swap, draft_folder, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -46,4 +46,14 @@ def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
     with pytest.raises(OSError), draft_folder(target) as draft:
         (draft / "third").touch()
     assert [path.name for path in target.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_was_there_stays_when_it_cannot_be_replaced(tmp_path):
+    target = tmp_path / "folder"
+    with draft_folder(target) as draft:
+        (draft / "first").touch()
+    with pytest.raises(FileNotFoundError):
+        _swap(tmp_path / "no draft", target)
+    assert [path.name for path in target.iterdir()] == ["first"]
     assert list(tmp_path.iterdir()) == [target]

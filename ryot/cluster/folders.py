@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tarfile
 from pathlib import Path
@@ -27,6 +28,6 @@ def unpack_folder(packed: bytes, folder: Path) -> None:
     except tarfile.TarError as error:
         raise ClusterError(f"{folder}: what came is no folder that can be trusted ({error})") from error
     except OSError as error:
-        raise ClusterError(
-            f"{folder}: cannot be written ({error.strerror})", hint="make room, then resume the run"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room, then resume the run" if full else None
+        raise ClusterError(f"{folder}: cannot be written ({error.strerror})", hint=hint) from error

@@ -237,11 +237,15 @@ def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unuse
 
 
 def unused_positions(g: GraphBuilder, cache: str, ids: str) -> str:
-    """[2] a zero, and how many positions U of the `cache` [B, K, T, H] the prompt `ids` [B, S] leaves; for `Pad`."""
+    """[2] a zero, and how many positions U of the `cache` [B, K, T, H] the prompt `ids` [B, S] leaves; for `Pad`.
+
+    None of a cache that grows. What such a cache holds is not looked at: the prompt is the beginning of the text.
+    """
     room = g.node("Shape", [cache], ["cache.room"], start=2, end=3)
     new = g.node("Shape", [ids], ["prompt.length"], start=1, end=2)
     left = g.node("Sub", [room, new], ["cache.left"])
-    return g.node("Concat", [g.constant("no_pad", np.array([0], np.int64)), left], ["cache.unused"], axis=0)
+    zero = g.constant("no_pad", np.array([0], np.int64))
+    return g.node("Concat", [zero, g.node("Max", [left, zero], ["cache.rest"])], ["cache.unused"], axis=0)
 
 
 def swiglu(g: GraphBuilder, gate_up: str, name: str) -> str:

@@ -34,14 +34,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     A folder that is already at `target` is replaced if it is a bundle; anything else raises `ExportError`.
     """
-    is_bundle = (target / edge_bundle.MANIFEST_NAME).is_file()
-    if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
-        raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
+    _check_replaceable(target)
     try:
         with draft_folder(target, replace=True) as draft:
             yield draft
+            _check_replaceable(target)  # again: making it may have taken minutes
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error
+
+
+def _check_replaceable(target: Path) -> None:
+    is_bundle = (target / edge_bundle.MANIFEST_NAME).is_file()
+    if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
+        raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -122,9 +122,11 @@ def test_both_ways_to_attend_read_an_int8_cache_alike(form, checkpoint, ids, tmp
             run_fast(checkpoint, tmp_path / f"{a}-{kv_scales.per_channel}", ids, 20, attention=a, kv_scales=kv_scales)
             for a in ("flash", "full")
         ]
-        np.testing.assert_allclose(*both, atol=LOGIT_TOLERANCE, rtol=0)
         # Rounding to 1 part in 127 is there to be seen, and small.
-        assert 10 * LOGIT_TOLERANCE < np.abs(both[0] - exact).max() < 0.2 * np.abs(exact).max()
+        error = np.abs(both[0] - exact).max()
+        assert 10 * LOGIT_TOLERANCE < error < 0.2 * np.abs(exact).max()
+        # The sums of the two differ in their last digits, so that now and then a key is rounded to the next code.
+        assert np.abs(both[0] - both[1]).max() < 0.5 * error
 
 
 def run_prompt(checkpoint, folder, ids, kind, **options):
@@ -189,12 +191,15 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
         prompts=np.zeros((1, CONTEXT), np.int64),
         cache=CacheForm(scales=observed, record={"method": "per-channel"}),
     )
-    engines = [E(load_bundle(path), batch_size=len(ids), max_len=max_len) for E in (Decoder, CapiDecoder)]
+    bundle = load_bundle(path)
+    engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (Decoder, CapiDecoder)]
+    engines.append(Decoder(bundle, batch_size=len(ids)))
     for prompts in (ids[:, :20], ids[:, 5:12]):
         for engine in engines:
             engine.prefill(prompts)
         for _ in range(8):
-            np.testing.assert_array_equal(engines[0].logits, engines[1].logits)
+            for engine in engines[1:]:
+                np.testing.assert_array_equal(engines[0].logits, engine.logits)
             for engine in engines:
                 engine.step()
 

@@ -90,7 +90,7 @@ found = list(tokens(3))
 if not os.fork():
     decoder.prefill([[9, 3, 9, 3, 9, 3, 9, 3, 9]])
     os._exit(0)
-os.wait()
+assert os.wait()[1] == 0
 print(found + list(tokens(3)) == expected)
 """
     command = [sys.executable, "-c", program, str(llama_path), engine]

@@ -21,9 +21,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(draft).chmod(0o644)
         Path(draft).replace(path)
-    except BaseException:  # an interrupt, too, leaves no draft behind
+    finally:
         Path(draft).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -65,10 +64,10 @@ def fsync(path: Path) -> None:
 def _swap(draft: Path, target: Path) -> None:
     """Give the draft the name of a folder that is there; the folder comes back if that fails, and goes if not."""
     old = draft.with_name(f"{draft.name}-old")
-    target.replace(old)
     try:
+        target.replace(old)
         draft.replace(target)
-    except BaseException:  # an interrupt, too, leaves the folder that was there
-        old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        shutil.rmtree(old, ignore_errors=True)

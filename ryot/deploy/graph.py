@@ -101,8 +101,11 @@ class _DecoderGraph:
 
     def build(self) -> onnx.ModelProto:
         new = 1 if self.kind == "step" else "sequence_length"
-        self.ids = ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
+        ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
         self.lengths = self._lengths()
+        self.past = [self._past(i) for i in range(self.cfg.num_layers)]
+        if self.kind == "prompt" and self.kv_scales is not None:
+            self.unused = blocks.unused_positions(self.g, self.past[0][0], ids)
         if self.cfg.architecture == "llama":
             x = self._llama_trunk(blocks.embed(self.g, ids, "embedding", self.matrices["embedding"]))
         else:
@@ -119,6 +122,14 @@ class _DecoderGraph:
             self.g.input("seqlens_k", TensorProto.INT32, ["batch"]),
             self.g.input("total_sequence_length", TensorProto.INT32, []),
         )
+
+    @property
+    def _cache_type(self) -> int:
+        return TensorProto.FLOAT if self.kv_scales is None else TensorProto.INT8
+
+    def _past(self, layer: int) -> list[str]:
+        shape = ["batch", self.cfg.num_kv_heads, "past_length", self.cfg.head_dim]
+        return [self.g.input(f"past_key_values.{layer}.{part}", self._cache_type, shape) for part in ("key", "value")]
 
     def _llama_trunk(self, x: str) -> str:
         g, cfg, w = self.g, self.cfg, self.weights
@@ -178,11 +189,7 @@ class _DecoderGraph:
 
     def _attention(self, qkv: str, layer: int, rotary: tuple[str, str] | None) -> str:
         g, cfg, name = self.g, self.cfg, f"layers.{layer}"
-        past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
-        present = [f"present.{layer}.key", f"present.{layer}.value"]
-        cache_type = TensorProto.FLOAT if self.kv_scales is None else TensorProto.INT8
-        for cache in past:
-            g.input(cache, cache_type, ["batch", cfg.num_kv_heads, "past_length", cfg.head_dim])
+        past, present = self.past[layer], [f"present.{layer}.key", f"present.{layer}.value"]
         attend = functools.partial(
             blocks.attention,
             g,
@@ -200,8 +207,6 @@ class _DecoderGraph:
         elif self.kind == "prompt":
             exact = [f"{name}.keys", f"{name}.values"]
             mixed = attend(["", ""], exact)
-            if layer == 0:
-                self.unused = blocks.unused_positions(g, past[0], self.ids)
             for x, of_layers, cache in zip(exact, (self.kv_scales.keys, self.kv_scales.values), present):
                 blocks.store_int8(g, x, of_layers[layer], cfg.head_dim, self.unused, cache)
         else:
@@ -211,7 +216,7 @@ class _DecoderGraph:
             )
             mixed = attend(past, present, kv_scales=scales, per_channel=self.kv_scales.per_channel)
         for cache in present:
-            g.output(cache, cache_type, ["batch", cfg.num_kv_heads, "total_length", cfg.head_dim])
+            g.output(cache, self._cache_type, ["batch", cfg.num_kv_heads, "total_length", cfg.head_dim])
         return mixed
 
     def _head(self, x: str) -> None:

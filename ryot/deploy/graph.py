@@ -128,7 +128,7 @@ class _DecoderGraph:
         return TensorProto.FLOAT if self.kv_scales is None else TensorProto.INT8
 
     def _past(self, layer: int) -> list[str]:
-        shape = ["batch", self.cfg.num_kv_heads, "past_length", self.cfg.head_dim]
+        shape: list[int | str] = ["batch", self.cfg.num_kv_heads, "past_length", self.cfg.head_dim]
         return [self.g.input(f"past_key_values.{layer}.{part}", self._cache_type, shape) for part in ("key", "value")]
 
     def _llama_trunk(self, x: str) -> str:

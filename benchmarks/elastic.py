@@ -19,7 +19,7 @@ from record import describe_setting, write_result
 from tabulate import tabulate
 
 from ryot.cli.options import cache_dir
-from ryot.config import narrow_config, replace, resolve_variant
+from ryot.config import narrow_spec, replace, resolve_variant
 from ryot.optimize.compression import slice_checkpoint
 from ryot.train.checkpoint import load_model
 from ryot.train.corpus import load_corpus
@@ -54,7 +54,7 @@ def main() -> None:
                 if width < recipe.model.dim:
                     cut = Path(scratch) / str(width)
                     slice_checkpoint(full, width, cut)
-                shape = recipe.model if width == recipe.model.dim else narrow_config(recipe.model, width)
+                shape = recipe.model if width == recipe.model.dim else narrow_spec(recipe.model, width)
                 plain = replace(recipe, model=shape, train=replace(recipe.train, elastic_widths=()))
                 alone = Trainer(TrainJob(variant=plain, seed=seed, dataset_dir=str(dataset.path)), recipe.kernels)
                 alone.run_slice(float("inf"))

@@ -53,13 +53,13 @@ class FactorizedDecoder(Decoder):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.embedding = nn.Embedding(self.cfg.vocab_size, self.rank)
+        self.embedding = nn.Embedding(self.spec.vocab_size, self.rank)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.projection = nn.Linear(self.rank, self.cfg.dim, bias=False)
+        self.projection = nn.Linear(self.rank, self.spec.dim, bias=False)
         nn.init.orthogonal_(self.projection.weight)
 
-    def trunk(self, ids_BT: Tensor, table_VD: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        x_BTD, presents = self.projection(F.embedding(ids_BT, table_VD)), []
+    def trunk(self, ids_BT: Tensor, table_VE: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        x_BTD, presents = self.projection(F.embedding(ids_BT, table_VE)), []
         for layer in self.layers:
             x_BTD, present = layer(x_BTD, self.rotary, None)
             presents.append(present)

@@ -135,7 +135,7 @@ def draw_state(cfg: ModelConfig) -> dict[str, torch.Tensor]:
         if not cfg.tie_embeddings:
             scale = {"embedding.weight": EMBEDDING_SPREAD, "head.weight": HEAD_SPREAD * scale}.get(name, scale)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    model.head_weight_VD(model.table_VD)[END_OF_TEXT_ID] = 0.0
+    model.head_weight_VE(model.table_VE)[END_OF_TEXT_ID] = 0.0
     return model.state_dict()
 
 

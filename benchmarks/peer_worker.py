@@ -71,10 +71,10 @@ class Torch:
         return self._next(self._ids)
 
     def _next(self, ids: Any) -> int:
-        x, past = self._model.trunk(ids, self._model.table_VD, self._past)
+        x, past = self._model.trunk(ids, self._model.table_VE, self._past)
         if self._cached:
             self._past = past
-        self._token = self._linear(x[:, -1], self._model.head_weight_VD(self._model.table_VD)).argmax(
+        self._token = self._linear(x[:, -1], self._model.head_weight_VE(self._model.table_VE)).argmax(
             dim=-1, keepdim=True
         )
         return int(self._token[0, 0])

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ryot.errors import ConfigError
+from ryot.models.registry import trained_spec
+from ryot.models.spec import DecoderSpec, Sizes, narrow_spec
 
 PACKAGE = Path(__file__).parent
 T = TypeVar("T")
 
-Architecture = Literal["opt", "llama"]
 Schedule = Literal["cosine", "linear-decay"]
 Attention = Literal["explicit", "sdpa"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -47,85 +48,27 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The shape of one decoder."""
+class ModelConfig(Sizes):
+    """The decoder that a recipe trains: a family's usual structure at these sizes."""
 
-    architecture: Architecture
-    """`opt`: learned positions, post-norm, GELU; `llama`: RoPE, pre-RMSNorm, SwiGLU, grouped-query attention."""
-    vocab_size: int
-    """Number of tokens."""
-    dim: int
-    """Width of the residual stream."""
-    num_layers: int
-    """Number of decoder layers."""
-    num_heads: int
-    """Number of query heads."""
-    num_kv_heads: int
-    """Number of key and value heads; divides `num_heads`."""
-    ff_dim: int
-    """Width of the feed-forward layer."""
-    max_seq_len: int
-    """Context in tokens, prompt and generated together."""
-    tie_embeddings: bool
-    """Whether the output head is the embedding table."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies (llama only)."""
-    norm_eps: float = 1e-5
-    """Added to the variance before the root."""
+    architecture: str
+    """A family that recipes train: `ryot.models.families`, those with a `trained_spec`."""
 
     def __post_init__(self) -> None:
-        _require(self.architecture in typing.get_args(Architecture), "architecture", self.architecture, "opt or llama")
-        for name in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ff_dim", "max_seq_len"):
+        for name in ("dim", "num_heads", "num_kv_heads"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads {self.num_heads}",
-        )
-        multiple = 16 if self.architecture == "llama" else 8
-        _require(
-            self.head_dim % multiple == 0,
-            "num_heads",
-            self.num_heads,
-            f"heads of a multiple of {multiple} (dim {self.dim} gives {self.head_dim}), as the fused operator takes",
-        )
-        if self.architecture == "opt":
-            _require(self.num_kv_heads == self.num_heads, "num_kv_heads", self.num_kv_heads, "num_heads (opt)")
+        assert self.spec  # raises for sizes that contradict each other
 
     @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        """Width of all key (or value) heads together."""
-        return self.head_dim * self.num_kv_heads
+    def spec(self) -> DecoderSpec:
+        """What the decoder is made of."""
+        return trained_spec(self.architecture, self)
 
     @property
     def num_parameters(self) -> int:
         """Number of trained values, a tied head counted once."""
-        embedding = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
-        if self.architecture == "llama":
-            layer = attention + 3 * self.dim * self.ff_dim + 2 * self.dim
-            return embedding + self.num_layers * layer + self.dim
-        biases = 4 * self.dim + self.ff_dim + self.dim
-        layer = attention + 2 * self.dim * self.ff_dim + biases + 4 * self.dim
-        return embedding + (self.max_seq_len + 2) * self.dim + self.num_layers * layer
-
-
-def narrow_config(cfg: ModelConfig, width: int) -> ModelConfig:
-    """The shape that `cfg` is cut to at `dim` = `width`: heads, kv heads and `ff_dim` in proportion.
-
-    Raises `ConfigError` for a width that is not narrower or leaves no whole heads.
-    """
-    counts = {name: getattr(cfg, name) * width for name in ("num_heads", "num_kv_heads", "ff_dim")}
-    possible = [w for w in range(1, cfg.dim) if not any(getattr(cfg, name) * w % cfg.dim for name in counts)]
-    _require(width in possible, "width", width, f"one of {possible}" if possible else f"none (of {cfg.dim})")
-    return replace(cfg, dim=width, **{name: count // cfg.dim for name, count in counts.items()})
+        return self.spec.num_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +190,7 @@ class VariantConfig:
             f"a budget longer than the warm-up of {self.warmup_steps} steps of {self.step_tokens} tokens ({self.name})",
         )
         for width in self.train.elastic_widths:
-            narrow_config(self.model, width)
+            narrow_spec(self.model.spec, width)
 
     @property
     def warmup_steps(self) -> int:

@@ -38,13 +38,13 @@ def export_plain(model: Decoder, path: Path) -> Path:
     Inputs `input_ids` int64 [B, T] and `past_key_values.N.key|value` float32 [B, K, P, H], P from 0; outputs `logits`
     [B, T, V] and `present.N.key|value`.
     """
-    cfg = model.cfg
-    plain = Decoder(cfg, attention="explicit").eval()
+    spec = model.spec
+    plain = Decoder(spec, attention="explicit").eval()
     plain.load_state_dict(model.state_dict())
-    names = [f"{layer}.{part}" for layer in range(cfg.num_layers) for part in ("key", "value")]
+    names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
     # Lengths above 1 in the example: torch.export takes 0 and 1 for fixed sizes.
     ids = torch.zeros((2, 3), dtype=torch.int64)
-    past = [torch.zeros((2, cfg.num_kv_heads, 5, cfg.head_dim)) for _ in names]
+    past = [torch.zeros((2, spec.num_kv_heads, 5, spec.head_dim)) for _ in names]
     batch, new, old = (torch.export.Dim.DYNAMIC for _ in range(3))
     with _quiet(), torch.no_grad():
         torch.onnx.export(

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from ryot.config import ModelConfig, narrow_config
 from ryot.errors import ConfigError
+from ryot.models.spec import DecoderSpec, narrow_spec
 from ryot.train.checkpoint import load_model, load_tokenizer, load_training_state, save_checkpoint
 from ryot.train.elastic import slice_state
 
 
-def slice_checkpoint(checkpoint: Path, width: int, output: Path) -> ModelConfig:
+def slice_checkpoint(checkpoint: Path, width: int, output: Path) -> DecoderSpec:
     """Write the model of `width` inside `checkpoint` as a checkpoint of its own; returns its shape.
 
     It has no training state: it is to be exported, not trained further. Raises `ConfigError` for a width that the
@@ -32,11 +32,11 @@ def slice_checkpoint(checkpoint: Path, width: int, output: Path) -> ModelConfig:
             f"width: got {width}, expected {can_be}", hint="train with elastic_widths, as variants/elastic.toml does"
         )
     model = load_model(checkpoint)
-    narrow = narrow_config(model.cfg, width)
-    state = slice_state(model.cfg, narrow, {name: p.detach() for name, p in model.named_parameters()})
+    narrow = narrow_spec(model.spec, width)
+    state = slice_state(model.spec, narrow, {name: p.detach() for name, p in model.named_parameters()})
     if recipe["normalize_embedding"]:
         state["embedding.weight"] = F.rms_norm(state["embedding.weight"], (width,))
     save_checkpoint(
-        output, cfg=narrow, state=state, tokenizer_json=load_tokenizer(checkpoint).to_str(pretty=True).encode()
+        output, spec=narrow, state=state, tokenizer_json=load_tokenizer(checkpoint).to_str(pretty=True).encode()
     )
     return narrow

@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ryot.config import ModelConfig
 from ryot.drafts import draft_folder
 from ryot.errors import CheckpointError
-from ryot.train.hf import END_OF_TEXT_ID, config_from_hf, config_to_hf, state_from_hf, state_to_hf
-from ryot.train.model import Decoder
-from ryot.train.tokenizer import tokenizer_config
+from ryot.models.registry import read_spec, tensor_maps, unused_tensors, write_config
+from ryot.models.spec import DecoderSpec
+from ryot.models.tensors import FloatArray, check_names, hf_tensors, load_arrays
+from ryot.train.model import Decoder, RotaryTables
+from ryot.train.tokenizer import END_OF_TEXT_ID, tokenizer_config
 
 SCHEMA = 1
 _WEIGHTS = "model.safetensors"
@@ -37,7 +38,7 @@ _STATE_TENSORS = "training/state.safetensors"
 def save_checkpoint(
     directory: Path,
     *,
-    cfg: ModelConfig,
+    spec: DecoderSpec,
     state: Mapping[str, Tensor],
     tokenizer_json: bytes,
     training: Mapping[str, Any] | None = None,
@@ -50,14 +51,17 @@ def save_checkpoint(
     """
     if directory.exists():
         raise CheckpointError(f"checkpoint {directory}: exists already; checkpoints are never overwritten")
+    token_ids = {f"{name}_token_id": END_OF_TEXT_ID for name in ("bos", "eos", "pad")}
+    arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
+    weights = {name: torch.from_numpy(array) for name, array in hf_tensors(spec, tensor_maps(spec), arrays).items()}
     files: dict[str, bytes] = {
-        "config.json": _json(config_to_hf(cfg)),
+        "config.json": _json({**write_config(spec), **token_ids, "dtype": "float32"}),
         "generation_config.json": _json(
             {"eos_token_id": END_OF_TEXT_ID, "bos_token_id": END_OF_TEXT_ID, "do_sample": False}
         ),
         "tokenizer.json": tokenizer_json,
-        "tokenizer_config.json": _json(tokenizer_config(cfg.max_seq_len)),
-        _WEIGHTS: safetensors.torch.save(state_to_hf(cfg, state), metadata={"format": "pt"}),
+        "tokenizer_config.json": _json(tokenizer_config(spec.max_seq_len)),
+        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
     }
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
@@ -82,14 +86,14 @@ def checkpoint_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """The shape of a checkpoint. Raises `CheckpointError` when it is no checkpoint or of a kind that cannot be run."""
+def read_checkpoint_spec(directory: Path) -> DecoderSpec:
+    """What the decoder of a checkpoint is made of. Raises `CheckpointError` when it is no checkpoint or of a kind that cannot be run."""
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(
             f"checkpoint {directory}: config.json is missing", hint="give the folder of one checkpoint"
         )
-    return config_from_hf(_read_json(path), str(path))
+    return read_spec(_read_json(path), str(path))
 
 
 def load_weights(directory: Path) -> dict[str, np.ndarray]:
@@ -98,6 +102,17 @@ def load_weights(directory: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(directory / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory}: {_WEIGHTS} cannot be read ({error})") from error
+
+
+def load_decoder_arrays(directory: Path, spec: DecoderSpec) -> dict[str, FloatArray]:
+    """The float32 arrays of a checkpoint's decoder under the names of `Decoder.state_dict()`.
+
+    Raises `CheckpointError` for a tensor that is missing, not known, of another shape than the config says, or not
+    finite.
+    """
+    tensors, maps = load_weights(directory), tensor_maps(spec)
+    check_names(maps, tensors, unused_tensors(spec), str(directory))
+    return dict(load_arrays(spec, maps, lambda name: tensors[name].astype(np.float32, copy=False), str(directory)))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -113,11 +128,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def load_model(directory: Path) -> Decoder:
     """The decoder of a checkpoint, in evaluation mode."""
-    cfg = read_model_config(directory)
-    tensors = {name: torch.from_numpy(array) for name, array in load_weights(directory).items()}
-    model = Decoder(cfg)
-    _load_state(model, state_from_hf(cfg, tensors, str(directory)), directory)
-    return model.eval()
+    spec = read_checkpoint_spec(directory)
+    return build_decoder(spec, load_decoder_arrays(directory, spec))
+
+
+def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray]) -> Decoder:
+    """A torch decoder over these arrays, which it shares and does not copy, in evaluation mode."""
+    with torch.device("meta"):
+        model = Decoder(spec)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
+    model.rotary = RotaryTables(spec)
+    return model.eval().requires_grad_(False)
 
 
 def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,16 +157,6 @@ def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tens
         return training, safetensors.torch.load_file(directory / _STATE_TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory}: {_STATE_TENSORS} cannot be read ({error})") from error
-
-
-def _load_state(model: Decoder, state: dict[str, Tensor], directory: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if state[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"checkpoint {directory}: {name} has shape {tuple(state[name].shape)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-    model.load_state_dict(state)
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

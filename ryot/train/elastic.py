@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ryot.config import Attention, ModelConfig, narrow_config
+from ryot.config import Attention
+from ryot.models.spec import DecoderSpec, narrow_spec
 from ryot.train.model import Decoder
 
 
@@ -23,32 +24,32 @@ class NarrowModel:
     """The model of `width` inside a decoder: it computes with slices of the decoder's weights, not with copies."""
 
     def __init__(self, model: Decoder, width: int, attention: Attention):
-        self.cfg = narrow_config(model.cfg, width)
+        self.spec = narrow_spec(model.spec, width)
         self._model = model
         # Only the computation is taken from it; its own weights are replaced in every call.
-        self._shell = Decoder(self.cfg, attention).to(model.embedding.weight.device).train()
+        self._shell = Decoder(self.spec, attention).to(model.embedding.weight.device).train()
         self._shell.normalize_embedding = model.normalize_embedding
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V]; gradients go to the decoder that holds the weights."""
-        weights = slice_state(self._model.cfg, self.cfg, dict(self._model.named_parameters()))
+        weights = slice_state(self._model.spec, self.spec, dict(self._model.named_parameters()))
         logits: Tensor = torch.func.functional_call(self._shell, weights, (ids_BT,))
         return logits
 
 
-def slice_state(cfg: ModelConfig, narrow: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a decoder of shape `cfg`, cut to shape `narrow` (see `narrow_config`)."""
-    return {name: _cut(cfg, narrow, name, tensor) for name, tensor in state.items()}
+def slice_state(spec: DecoderSpec, narrow: DecoderSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a decoder of shape `spec`, cut to shape `narrow` (see `narrow_spec`)."""
+    return {name: _cut(spec, narrow, name, tensor) for name, tensor in state.items()}
 
 
-def _cut(cfg: ModelConfig, narrow: ModelConfig, name: str, tensor: Tensor) -> Tensor:
+def _cut(spec: DecoderSpec, narrow: DecoderSpec, name: str, tensor: Tensor) -> Tensor:
     d, f = narrow.dim, narrow.ff_dim
     layer = name.rpartition(".")[0]
     if layer.endswith("attn.qkv"):
-        q, k, v = tensor.split((cfg.dim, cfg.kv_dim, cfg.kv_dim))
+        q, k, v = tensor.split((spec.q_dim, spec.kv_dim, spec.kv_dim))
         rows = torch.cat((q[:d], k[: narrow.kv_dim], v[: narrow.kv_dim]))
     elif layer.endswith("gate_up"):
-        gate, up = tensor.split((cfg.ff_dim, cfg.ff_dim))
+        gate, up = tensor.split((spec.ff_dim, spec.ff_dim))
         rows = torch.cat((gate[:f], up[:f]))
     elif layer in ("embedding", "positions", "head"):
         rows = tensor

@@ -38,7 +38,7 @@ def evaluate(
 ) -> HeldOut:
     """The loss over evenly spread sequences of a split, in fp32, with the model's mode kept."""
     device = model.embedding.weight.device
-    ids = torch.from_numpy(dataset.windows(split, windows, model.cfg.max_seq_len))
+    ids = torch.from_numpy(dataset.windows(split, windows, model.spec.max_seq_len))
     training = model.training
     model.eval()
     total = 0.0

@@ -24,12 +24,11 @@ from torch import Tensor
 from ryot.config import KernelPlan, VariantConfig, to_mapping
 from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
-from ryot.train.checkpoint import load_training_state, load_weights, save_checkpoint
+from ryot.train.checkpoint import load_decoder_arrays, load_training_state, save_checkpoint
 from ryot.train.dataset import Batches, Dataset, load_dataset
 from ryot.train.elastic import NarrowModel
 from ryot.train.evaluate import FULL_WINDOWS, QUICK_WINDOWS, evaluate
 from ryot.train.gates import check_step
-from ryot.train.hf import state_from_hf
 from ryot.train.loss import cross_entropy
 from ryot.train.model import Decoder
 from ryot.train.optimizer import build_optimizer, schedule_factor
@@ -64,7 +63,7 @@ class TrainStep:
     def __init__(self, variant: VariantConfig, plan: KernelPlan):
         self.variant, self.plan = variant, plan
         train = variant.train
-        self.model = model = Decoder(variant.model, plan.attention).to(plan.device).train()
+        self.model = model = Decoder(variant.model.spec, plan.attention).to(plan.device).train()
         model.start_final_norm(train.final_norm_init, alternate=train.alternate_final_norm)
         model.checkpoint_activations = train.checkpoint_activations
         model.normalize_embedding = train.normalize_embedding
@@ -77,10 +76,10 @@ class TrainStep:
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss in nats per token, under the plan's autocast."""
         with self._cast():
-            table_VD = self.model.table_VD
-            h_BTD, _ = self._trunk(inputs_BT, table_VD)
-            head_VD = self.model.head_weight_VD(table_VD)
-            return cross_entropy(h_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), self.plan.loss_chunk)
+            table_VE = self.model.table_VE
+            h_BTD, _ = self._trunk(inputs_BT, table_VE)
+            head_VE = self.model.head_weight_VE(table_VE)
+            return cross_entropy(h_BTD.flatten(0, 1), head_VE, targets_BT.flatten(), self.plan.loss_chunk)
 
     def narrow_loss(self, narrow: NarrowModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The same of a narrower model inside this one."""
@@ -178,8 +177,8 @@ class Trainer:
                     f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
                     hint="resume with the options of the first run, or start a new run",
                 )
-        weights = {k: torch.from_numpy(v) for k, v in load_weights(checkpoint).items()}
-        model_state = state_from_hf(job.variant.model, weights, str(checkpoint))
+        arrays = load_decoder_arrays(checkpoint, job.variant.model.spec)
+        model_state = {name: torch.from_numpy(array) for name, array in arrays.items()}
         trainer.model.load_state_dict({**model_state, _TABLE: tensors[_TABLE]})
         trainer._load_optimizer(tensors)
         trainer.step = state["step"]
@@ -251,8 +250,8 @@ class Trainer:
         }
         return save_checkpoint(
             directory,
-            cfg=self.job.variant.model,
-            state={**self.model.state_dict(), _TABLE: self.model.table_VD.detach()},
+            spec=self.job.variant.model.spec,
+            state={**self.model.state_dict(), _TABLE: self.model.table_VE.detach()},
             tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
             training={
                 "step": self.step,

@@ -1,12 +1,10 @@
-"""The decoder in torch, both architectures: what is trained, and what every exported graph is checked against.
+"""The decoder in torch: what is trained, and what every exported graph is checked against.
 
-    # B batch, T new tokens, P past tokens, S = P + T, N query heads, K kv heads, G = N / K, H head dim,
-    # D model dim, F feed-forward dim, V vocabulary
+    # B batch, T new tokens, P past tokens, S = P + T, N query heads, K kv heads, G = N / K, H head dim
+    # D model dim, E embedding dim, F feed-forward dim, V vocabulary
 
-`opt` is the historical SimpleTransformerModel made causal: learned positions, post-norm layers, GELU (erf), biases,
-no norm after the last layer, which is OPT with `do_layer_norm_before=False`. `llama` has RoPE (half rotation),
-pre-RMSNorm, SwiGLU and grouped-query heads, no biases. Query, key and value are one matrix, gate and up are one
-matrix; `hf.py` takes them apart.
+What it computes is said by a `DecoderSpec` alone. Query, key and value are one matrix, gate and up are one matrix;
+`ryot.models.tensors` takes them apart. Names of parameters are those of `ryot.models.spec.parameter_shapes`.
 """
 
 from __future__ import annotations
@@ -17,156 +15,212 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ryot.config import Attention, ModelConfig
+from ryot.config import Attention
+from ryot.models.spec import DecoderSpec
 from ryot.train.functions import RMSNorm, rms_norm, rotate, swiglu
-
-#: OPT's position table starts with two rows that no position uses (transformers, modeling_opt.py).
-OPT_POSITION_OFFSET = 2
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [B, K, S, H]; keys rotated already."""
 
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
-class Rotary(nn.Module):
-    """Cosines and sines of the rotary angles, [max_seq_len, H/2] each, not stored in checkpoints."""
 
-    cos: Tensor
-    sin: Tensor
+class RotaryTables(nn.Module):
+    """Cosines and sines of the rotary angles of each kind, [max_seq_len, dim / 2], not stored in checkpoints."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, spec: DecoderSpec):
         super().__init__()
-        half = cfg.head_dim // 2
-        frequencies = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.outer(torch.arange(cfg.max_seq_len, dtype=torch.float64), frequencies)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self._dims = [rotary.dim for rotary in spec.rotaries]
+        for i, rotary in enumerate(spec.rotaries):
+            cos, sin = rotary.tables(spec.max_seq_len)
+            self.register_buffer(f"cos_{i}", torch.from_numpy(cos), persistent=False)
+            self.register_buffer(f"sin_{i}", torch.from_numpy(sin), persistent=False)
 
-    def rotate(self, x_BNTH: Tensor, start: int) -> Tensor:
-        """Rotate by position `start`, `start + 1`, …; the first half of H is paired with the second."""
-        T = x_BNTH.shape[2]
-        return rotate(x_BNTH, self.cos[start : start + T], self.sin[start : start + T])
+    def rotate(self, x_BNTH: Tensor, kind: int, start: int) -> Tensor:
+        """Rotate the first channels of each head by position `start`, `start + 1`, …; half of them with the other half."""
+        T, dim = x_BNTH.shape[2], self._dims[kind]
+        cos = self.get_buffer(f"cos_{kind}")[start : start + T]
+        sin = self.get_buffer(f"sin_{kind}")[start : start + T]
+        if dim == x_BNTH.shape[-1]:
+            return rotate(x_BNTH, cos, sin)
+        return torch.cat((rotate(x_BNTH[..., :dim], cos, sin), x_BNTH[..., dim:]), dim=-1)
+
+
+def causal_mask(T: int, P: int, window: int, x: Tensor) -> Tensor:
+    """[T, P + T] of 0 where a new token attends and minus infinity where it does not, in x's type and place."""
+    rows = torch.arange(P, P + T, device=x.device)[:, None]
+    columns = torch.arange(P + T, device=x.device)
+    hidden = columns > rows
+    if window:
+        hidden |= columns <= rows - window
+    return torch.zeros((T, P + T), dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.inf)
 
 
 class SelfAttention(nn.Module):
     """Causal attention with packed projections; `attention` says how it is computed, not what."""
 
-    mask_TT: Tensor
-
-    def __init__(self, cfg: ModelConfig, attention: Attention):
+    def __init__(self, spec: DecoderSpec, layer: int, attention: Attention):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.kv_dim, self.attention = cfg.kv_dim, attention
-        bias = cfg.architecture == "opt"
-        self.qkv = nn.Linear(cfg.dim, cfg.dim + 2 * cfg.kv_dim, bias=bias)
-        self.out = nn.Linear(cfg.dim, cfg.dim, bias=bias)
-        T = cfg.max_seq_len
-        self.register_buffer("mask_TT", torch.full((T, T), -torch.inf).triu(1), persistent=False)
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.q_dim, self.kv_dim, self.scale = spec.q_dim, spec.kv_dim, spec.scale
+        self.window, self.attention = spec.window(layer), attention
+        self.rotary_kind = spec.layer_rotaries[layer] if spec.layer_rotaries else (0 if spec.rotaries else -1)
+        self.qkv = nn.Linear(spec.dim, spec.q_dim + 2 * spec.kv_dim, bias=spec.qkv_bias)
+        self.out = nn.Linear(spec.q_dim, spec.dim, bias=spec.out_bias)
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm != "none":
+            widths = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (spec.q_dim, spec.kv_dim)
+            self.q_norm, self.k_norm = (RMSNorm(width, eps=spec.norm_eps) for width in widths)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary | None, past: tuple[Tensor, Tensor] | None
+        self, x_BTD: Tensor, rotary: RotaryTables, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         P = 0 if past is None else past[0].shape[2]
         N, K = self.num_heads, self.num_kv_heads
         # Queries and keys, X = N + K heads, are rotated as one.
-        qk, v = self.qkv(x_BTD).split((D + self.kv_dim, self.kv_dim), dim=-1)
+        qk, v = self.qkv(x_BTD).split((self.q_dim + self.kv_dim, self.kv_dim), dim=-1)
+        if self.qk_norm != "none":
+            qk = self._normed(qk)
         qk_BXTH = qk.view(B, T, N + K, self.head_dim).transpose(1, 2)
         v_BKSH = v.view(B, T, K, self.head_dim).transpose(1, 2)
-        if rotary is not None:
-            qk_BXTH = rotary.rotate(qk_BXTH, P)
+        if self.rotary_kind >= 0:
+            qk_BXTH = rotary.rotate(qk_BXTH, self.rotary_kind, P)
         q_BNTH, k_BKSH = qk_BXTH.split((N, K), dim=1)
         if past is not None:
             k_BKSH, v_BKSH = torch.cat((past[0], k_BKSH), dim=2), torch.cat((past[1], v_BKSH), dim=2)
         y_BNTH = self._attend(q_BNTH, k_BKSH, v_BKSH)
-        return self.out(y_BNTH.transpose(1, 2).reshape(B, T, D)), (k_BKSH, v_BKSH)
+        return self.out(y_BNTH.transpose(1, 2).reshape(B, T, self.q_dim)), (k_BKSH, v_BKSH)
+
+    def _normed(self, qk: Tensor) -> Tensor:
+        q, k = qk.split((self.q_dim, self.kv_dim), dim=-1)
+        if self.qk_norm == "all":
+            return torch.cat((self.q_norm(q), self.k_norm(k)), dim=-1)
+        heads = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k))
+        return torch.cat([norm(x).flatten(-2) for norm, x in zip((self.q_norm, self.k_norm), heads)], dim=-1)
 
     def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
         B, N, T, H = q_BNTH.shape
         K, S = k_BKSH.shape[1], k_BKSH.shape[2]
-        mask_TS = self.mask_TT[S - T : S, :S]
         if self.attention == "sdpa":
-            if T == S:
-                return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=K != N)
+            # Without a past and a window that hides something, the kernel needs no mask in memory.
+            plain = T == S and not 0 < self.window < S
+            mask_TS = None if plain else causal_mask(T, S - T, self.window, q_BNTH)
             return F.scaled_dot_product_attention(
-                q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS.to(q_BNTH.dtype), enable_gqa=K != N
+                q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, is_causal=plain, scale=self.scale, enable_gqa=K != N
             )
         # The G query heads of one kv head are stacked along T, so no key or value is copied.
-        q_BKGTH = q_BNTH.reshape(B, K, (N // K) * T, H) * H**-0.5
+        q_BKGTH = q_BNTH.reshape(B, K, (N // K) * T, H) * self.scale
         scores_BNTS = (q_BKGTH @ k_BKSH.transpose(-1, -2)).view(B, N, T, S)
         # In bf16 too: torch's softmax sums in fp32, and both sides of it are operands of products in bf16.
-        weights = (scores_BNTS + mask_TS.to(scores_BNTS.dtype)).softmax(dim=-1)
+        weights = (scores_BNTS + causal_mask(T, S - T, self.window, scores_BNTS)).softmax(dim=-1)
         return (weights.view(B, K, (N // K) * T, S) @ v_BKSH).view(B, N, T, H)
 
 
-class OptLayer(nn.Module):
-    """Post-norm layer of the historical model."""
+class Layer(nn.Module):
+    """One layer: attention and feed-forward, with norms where the spec places them."""
 
-    def __init__(self, cfg: ModelConfig, attention: Attention):
+    def __init__(self, spec: DecoderSpec, index: int, attention: Attention):
         super().__init__()
-        self.attn = SelfAttention(cfg, attention)
-        self.attn_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.up = nn.Linear(cfg.dim, cfg.ff_dim)
-        self.down = nn.Linear(cfg.ff_dim, cfg.dim)
-        self.ff_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.place, self.parallel, self.multiplier = spec.norm_place, spec.parallel_residual, spec.residual_multiplier
+        self.gated, self.activation = spec.gated, spec.activation
+        self.attn = SelfAttention(spec, index, attention)
+        self.attn_norm = build_norm(spec)
+        if spec.gated:
+            self.gate_up = nn.Linear(spec.dim, 2 * spec.ff_dim, bias=spec.ff_bias)
+        else:
+            self.up = nn.Linear(spec.dim, spec.ff_dim, bias=spec.ff_bias)
+        self.down = nn.Linear(spec.ff_dim, spec.dim, bias=spec.ff_bias)
+        self.ff_norm = build_norm(spec)
+        if spec.norm_place == "sandwich":
+            self.attn_post_norm, self.ff_post_norm = build_norm(spec), build_norm(spec)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary | None, past: tuple[Tensor, Tensor] | None
+        self, x_BTD: Tensor, rotary: RotaryTables, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y_BTD, present = self.attn(x_BTD, rotary, past)
-        x_BTD = self.attn_norm(x_BTD + y_BTD)
-        return self.ff_norm(x_BTD + self.down(F.gelu(self.up(x_BTD)))), present
+        before = self.place in ("pre", "sandwich")
+        y_BTD, present = self.attn(self.attn_norm(x_BTD) if before else x_BTD, rotary, past)
+        if self.parallel:
+            return x_BTD + y_BTD + self._feed_forward(self.ff_norm(x_BTD)), present
+        x_BTD = self._add(x_BTD, y_BTD, "attn")
+        y_BTD = self._feed_forward(self.ff_norm(x_BTD) if before else x_BTD)
+        return self._add(x_BTD, y_BTD, "ff"), present
+
+    def _add(self, x_BTD: Tensor, y_BTD: Tensor, branch: str) -> Tensor:
+        match self.place:
+            case "post":
+                normed: Tensor = self.get_submodule(f"{branch}_norm")(x_BTD + y_BTD)
+                return normed
+            case "output":
+                y_BTD = self.get_submodule(f"{branch}_norm")(y_BTD)
+            case "sandwich":
+                y_BTD = self.get_submodule(f"{branch}_post_norm")(y_BTD)
+        return x_BTD + (y_BTD if self.multiplier == 1 else y_BTD * self.multiplier)
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        activate = _ACTIVATIONS[self.activation]
+        if not self.gated:
+            y: Tensor = self.down(activate(self.up(x_BTD)))
+        elif self.activation == "silu":
+            y = self.down(swiglu(self.gate_up(x_BTD)))
+        else:
+            gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+            y = self.down(activate(gate) * up)
+        return y
 
 
-class LlamaLayer(nn.Module):
-    """Pre-norm layer with SwiGLU."""
-
-    def __init__(self, cfg: ModelConfig, attention: Attention):
-        super().__init__()
-        self.attn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.attn = SelfAttention(cfg, attention)
-        self.ff_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.gate_up = nn.Linear(cfg.dim, 2 * cfg.ff_dim, bias=False)
-        self.down = nn.Linear(cfg.ff_dim, cfg.dim, bias=False)
-
-    def forward(
-        self, x_BTD: Tensor, rotary: Rotary | None, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y_BTD, present = self.attn(self.attn_norm(x_BTD), rotary, past)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.down(swiglu(self.gate_up(self.ff_norm(x_BTD)))), present
+def build_norm(spec: DecoderSpec) -> nn.Module:
+    """The norm of the residual stream's width that the spec names."""
+    return RMSNorm(spec.dim, eps=spec.norm_eps) if spec.norm == "rms" else nn.LayerNorm(spec.dim, eps=spec.norm_eps)
 
 
 class Decoder(nn.Module):
-    """A causal language model of either architecture."""
+    """A causal language model of any family."""
 
-    def __init__(self, cfg: ModelConfig, attention: Attention = "sdpa"):
+    def __init__(self, spec: DecoderSpec, attention: Attention = "sdpa"):
         super().__init__()
-        self.cfg = cfg
-        layer = OptLayer if cfg.architecture == "opt" else LlamaLayer
-        self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.table_dim)
         self.positions = (
-            nn.Embedding(cfg.max_seq_len + OPT_POSITION_OFFSET, cfg.dim) if cfg.architecture == "opt" else None
+            nn.Embedding(spec.max_seq_len + spec.position_offset, spec.dim) if spec.learned_positions else None
         )
-        self.rotary = Rotary(cfg) if cfg.architecture == "llama" else None
-        self.layers = nn.ModuleList(layer(cfg, attention) for _ in range(cfg.num_layers))
-        self.final_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps) if cfg.architecture == "llama" else None
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.project_in = nn.Linear(spec.embed_dim, spec.dim, bias=False) if spec.embed_dim else None
+        self.rotary = RotaryTables(spec)
+        self.layers = nn.ModuleList(Layer(spec, i, attention) for i in range(spec.num_layers))
+        self.final_norm = build_norm(spec) if spec.final_norm else None
+        self.project_out = nn.Linear(spec.dim, spec.embed_dim, bias=False) if spec.embed_dim else None
+        self.head = None
+        if not spec.tie_embeddings:
+            self.head = nn.Linear(spec.table_dim, spec.vocab_size, bias=spec.head_bias)
         self.checkpoint_activations = False
         self.normalize_embedding = False
         self._initialize()
 
     @property
-    def table_VD(self) -> Tensor:
+    def table_VE(self) -> Tensor:
         """The embedding table as it is used: its rows scaled to a root mean square of 1 while trained so."""
         weight = self.embedding.weight
         return rms_norm(weight) if self.normalize_embedding else weight
 
-    def trunk(self, ids_BT: Tensor, table_VD: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Everything before the output matrix: [B, T] ids to [B, T, D], and the cache grown by T."""
-        P = 0 if past is None else past[0][0].shape[2]
-        x_BTD = F.embedding(ids_BT, table_VD)
+    def embed(self, ids_BT: Tensor, table_VE: Tensor, start: int) -> Tensor:
+        """[B, T] ids at position `start` and on to the residual stream [B, T, D]."""
+        x = F.embedding(ids_BT, table_VE)
+        if self.spec.embedding_multiplier != 1:
+            x = x * self.spec.embedding_multiplier
+        if self.project_in is not None:
+            x = self.project_in(x)
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[OPT_POSITION_OFFSET + P :][: ids_BT.shape[1]]
+            x = x + self.positions.weight[self.spec.position_offset + start :][: ids_BT.shape[1]]
+        return x
+
+    def trunk(self, ids_BT: Tensor, table_VE: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Everything before the output matrix: [B, T] ids to [B, T, E], and the cache grown by T."""
+        x_BTD = self.embed(ids_BT, table_VE, 0 if past is None else past[0][0].shape[2])
         presents: Cache = []
         for i, layer in enumerate(self.layers):
             args = (x_BTD, self.rotary, None if past is None else past[i])
@@ -175,13 +229,19 @@ class Decoder(nn.Module):
             else:
                 x_BTD, present = layer(*args)
             presents.append(present)
+        return self.finish(x_BTD), presents
+
+    def finish(self, x_BTD: Tensor) -> Tensor:
+        """What stands between the last layer and the output matrix, [B, T, E]; logits are products with it."""
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
-        return x_BTD, presents
+        if self.project_out is not None:
+            x_BTD = self.project_out(x_BTD)
+        return x_BTD if self.spec.logit_multiplier == 1 else x_BTD * self.spec.logit_multiplier
 
-    def head_weight_VD(self, table_VD: Tensor) -> Tensor:
+    def head_weight_VE(self, table_VE: Tensor) -> Tensor:
         """The output matrix, which is the embedding table when tied."""
-        return table_VD if self.head is None else self.head.weight
+        return table_VE if self.head is None else self.head.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token that follows each position."""
@@ -189,36 +249,39 @@ class Decoder(nn.Module):
 
     def forward_cached(self, ids_BT: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
         """Logits [B, T, V] and the cache grown by T; `past` is None or what the last call returned."""
-        table_VD = self.table_VD
-        x_BTD, presents = self.trunk(ids_BT, table_VD, past)
-        return F.linear(x_BTD, self.head_weight_VD(table_VD)), presents
+        table_VE = self.table_VE
+        x_BTE, presents = self.trunk(ids_BT, table_VE, past)
+        bias = None if self.head is None else self.head.bias
+        return F.linear(x_BTE, self.head_weight_VE(table_VE), bias), presents
 
     @torch.no_grad()
     def start_final_norm(self, size: float, *, alternate: bool) -> None:
         """Set the first weights of the norm before the head, every second one negative if `alternate`."""
         last = self.layers[-1]
-        assert isinstance(last, (OptLayer, LlamaLayer))
-        # `opt` has none of its own: its last layer ends with one.
-        weight = (self.final_norm or last.ff_norm).weight
-        weight.fill_(size)
+        assert isinstance(last, Layer)
+        # Where there is none, the last layer ends with one.
+        norm = self.final_norm or last.ff_norm
+        assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+        norm.weight.fill_(size)
         if alternate:
-            weight[::2].neg_()
+            norm.weight[::2].neg_()
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        cfg = self.cfg
-        if cfg.architecture == "opt":
+        spec = self.spec
+        if spec.norm_place == "post":
             # torch's own defaults for nn.Embedding, nn.TransformerEncoderLayer and nn.Linear: the historical model's.
             for layer in self.layers:
-                assert isinstance(layer, OptLayer)
+                assert isinstance(layer, Layer)
                 nn.init.xavier_uniform_(layer.attn.qkv.weight)
-                nn.init.zeros_(layer.attn.qkv.bias)
-                nn.init.zeros_(layer.attn.out.bias)
+                for linear in (layer.attn.qkv, layer.attn.out):
+                    if linear.bias is not None:
+                        nn.init.zeros_(linear.bias)
             return
         for layer in self.layers:
-            assert isinstance(layer, LlamaLayer)
-            for matrix in (layer.attn.qkv.weight, layer.gate_up.weight):
-                nn.init.normal_(matrix, std=math.sqrt(1 / (3 * cfg.dim)))
+            assert isinstance(layer, Layer)
+            for matrix in (layer.attn.qkv.weight, (layer.gate_up if spec.gated else layer.up).weight):
+                nn.init.normal_(matrix, std=math.sqrt(1 / (3 * spec.dim)))
             # Each layer starts as the identity.
             nn.init.zeros_(layer.attn.out.weight)
             nn.init.zeros_(layer.down.weight)

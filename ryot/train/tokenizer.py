@@ -9,7 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ryot.errors import ConfigError
-from ryot.train.hf import END_OF_TEXT, END_OF_TEXT_ID
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
 
 #: Every byte has a token of its own, and the end of a text has one.
 MIN_VOCAB_SIZE = 257

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ryot.config import ModelConfig
+from ryot.models.spec import DecoderSpec
 from ryot.train.checkpoint import save_checkpoint
 from ryot.train.model import Decoder
 from ryot.train.tokenizer import byte_lengths, train_tokenizer
@@ -28,7 +29,7 @@ CONFIGS = {
         ff_dim=96,
         max_seq_len=CONTEXT,
         tie_embeddings=False,
-    ),
+    ).spec,
     "llama": ModelConfig(
         architecture="llama",
         vocab_size=VOCAB_SIZE,
@@ -39,14 +40,14 @@ CONFIGS = {
         ff_dim=96,
         max_seq_len=CONTEXT,
         tie_embeddings=True,
-    ),
+    ).spec,
 }
 
 
-def random_decoder(cfg: ModelConfig, seed: int = 0) -> Decoder:
+def random_decoder(spec: DecoderSpec, seed: int = 0) -> Decoder:
     """A decoder in which no parameter is left at an initial value (zero, one) that would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
-    model = Decoder(cfg).eval()
+    model = Decoder(spec).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -99,7 +100,7 @@ def checkpoint(request, tmp_path_factory, tokenizer) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp(request.param) / "checkpoint", CONFIGS[request.param], tokenizer)
 
 
-def make_checkpoint(path: Path, cfg: ModelConfig, tokenizer, seed: int = 0) -> Path:
-    state = random_decoder(cfg, seed).state_dict()
-    save_checkpoint(path, cfg=cfg, state=state, tokenizer_json=tokenizer.to_str().encode())
+def make_checkpoint(path: Path, spec: DecoderSpec, tokenizer, seed: int = 0) -> Path:
+    state = random_decoder(spec, seed).state_dict()
+    save_checkpoint(path, spec=spec, state=state, tokenizer_json=tokenizer.to_str().encode())
     return path

@@ -53,7 +53,7 @@ def train_briefly(cfg: ModelConfig, data) -> Decoder:
 def trained(request, tmp_path_factory, tokenizer, data):
     path = tmp_path_factory.mktemp("trained") / request.param
     model = train_briefly(CONFIGS[request.param], data)
-    save_checkpoint(path, cfg=model.cfg, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
+    save_checkpoint(path, spec=model.spec, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
     return path
 
 
@@ -66,7 +66,7 @@ def forms(trained, data, tmp_path_factory):
 
 def test_scores_of_fp32_are_torchs_own(trained, forms, data):
     model, quality = load_model(trained), forms["fp32"].quality
-    windows = torch.from_numpy(data.windows("test", -(-20_000 // model.cfg.max_seq_len), model.cfg.max_seq_len))
+    windows = torch.from_numpy(data.windows("test", -(-20_000 // model.spec.max_seq_len), model.spec.max_seq_len))
     with torch.no_grad():
         nats = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
     assert quality.tokens == windows[:, 1:].numel() >= 20_000
@@ -171,7 +171,7 @@ def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision)
 
 def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(trained, data, tmp_path):
     model = load_model(trained)
-    cfg = model.cfg
+    cfg = model.spec
     with torch.no_grad():
         for layer in model.layers:
             # One channel of the first values 100 times larger, and read 100 times smaller: the same function.
@@ -194,7 +194,7 @@ def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(train
 
 def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, forms, data):
     model = load_model(trained)
-    windows = data.windows("test", 4, model.cfg.max_seq_len)
+    windows = data.windows("test", 4, model.spec.max_seq_len)
     assert check_parity(model, forms["fp32"].path, windows).max_difference > 0
     with torch.no_grad():
         # One weight of 6144, by a third of its size.

@@ -226,7 +226,7 @@ def test_equal_bytes_are_stored_once(checkpoint, precision, tmp_path):
         checkpoint, precision, tmp_path / "b", options=ExportOptions(), prompts=np.zeros((1, CONTEXT), np.int64)
     )
     model = load_model(checkpoint)
-    cfg = model.cfg
+    cfg = model.spec
     tables = cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
     inner = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers"))
     # Bytes a value of the matrices inside the layers and of the tables; a pair has one set of tables.

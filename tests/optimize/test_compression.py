@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ryot.config import narrow_config, replace
+from ryot.config import narrow_spec, replace
 from ryot.errors import CheckpointError, ConfigError
 from ryot.optimize.compression import slice_checkpoint
-from ryot.train.checkpoint import load_model, read_model_config
+from ryot.train.checkpoint import load_model, read_checkpoint_spec
 from ryot.train.dataset import Dataset
 from ryot.train.elastic import NarrowModel
 from ryot.train.loop import Trainer, TrainJob
@@ -32,10 +32,10 @@ def train(dataset: Dataset, path: Path, *widths: int) -> Trainer:
 
 def test_a_checkpoint_is_cut_to_each_width_that_was_trained(dataset: Dataset, tmp_path: Path) -> None:
     full = train(dataset, tmp_path / "full", *WIDTHS).model
-    ids = torch.randint(full.cfg.vocab_size, (2, 9))
+    ids = torch.randint(full.spec.vocab_size, (2, 9))
     for width in WIDTHS:
         cfg = slice_checkpoint(tmp_path / "full", width, tmp_path / f"{width}")
-        assert read_model_config(tmp_path / f"{width}") == cfg == narrow_config(full.cfg, width)
+        assert read_checkpoint_spec(tmp_path / f"{width}") == cfg == narrow_spec(full.spec, width)
         cut = load_model(tmp_path / f"{width}")
         with torch.no_grad():
             # Rows of the table are scaled once in training and twice in the cut: fp32 rounding.

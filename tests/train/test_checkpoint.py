@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ryot.errors import CheckpointError
-from ryot.train.checkpoint import checkpoint_digest, load_model, load_training_state, load_weights, read_model_config
+from ryot.train.checkpoint import checkpoint_digest, load_model, load_training_state, load_weights, read_checkpoint_spec
 from ryot.train.dataset import Dataset
 
 #: transformers computes the same sums in another order: a few ulp of logits of order 10.
@@ -58,12 +58,12 @@ def test_an_unknown_architecture_is_refused(trained: Path, tmp_path: Path) -> No
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(CheckpointError, match="model_type is 'mamba', expected 'llama' or 'opt'"):
-        read_model_config(path)
+        read_checkpoint_spec(path)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        read_model_config(tmp_path)
+        read_checkpoint_spec(tmp_path)
 
 
 def test_the_digest_sees_every_byte(trained: Path, tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ def test_a_view_computes_what_the_model_cut_out_computes(name: str) -> None:
     ids = torch.randint(variant.model.vocab_size, (2, 9))
     for width in widths_of(variant.model):
         view = NarrowModel(full, width, "explicit")
-        alone = Decoder(view.cfg)
-        alone.load_state_dict(slice_state(full.cfg, view.cfg, dict(full.named_parameters())))
+        alone = Decoder(view.spec)
+        alone.load_state_dict(slice_state(full.spec, view.spec, dict(full.named_parameters())))
         # Two orders of the same sums in fp32, some 100 terms of size 1.
         torch.testing.assert_close(view(ids), alone(ids), atol=1e-4, rtol=1e-4)
-        assert alone.cfg.head_dim == full.cfg.head_dim
+        assert alone.spec.head_dim == full.spec.head_dim
 
 
 @pytest.mark.parametrize("name", ["baseline", "optimized"])

@@ -12,7 +12,7 @@ TOLERANCE = 1e-4
 
 def build(name: str, attention: str = "sdpa") -> Decoder:
     torch.manual_seed(1)
-    model = Decoder(tiny_variant(name).model, attention).eval()  # type: ignore[arg-type]
+    model = Decoder(tiny_variant(name).model.spec, attention).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -28,9 +28,9 @@ def name(request: pytest.FixtureRequest) -> str:
 @torch.no_grad()
 def test_changing_a_later_token_changes_no_earlier_logit(name: str) -> None:
     model = build(name)
-    ids = torch.randint(0, model.cfg.vocab_size, (2, 20))
+    ids = torch.randint(0, model.spec.vocab_size, (2, 20))
     changed = ids.clone()
-    changed[:, 12] = (changed[:, 12] + 1) % model.cfg.vocab_size
+    changed[:, 12] = (changed[:, 12] + 1) % model.spec.vocab_size
     before, after = model(ids), model(changed)
     assert torch.equal(before[:, :12], after[:, :12])
     assert not torch.allclose(before[:, 12:], after[:, 12:])
@@ -40,7 +40,7 @@ def test_changing_a_later_token_changes_no_earlier_logit(name: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
 def test_cached_decoding_equals_full_recompute(name: str, attention: str) -> None:
     model = build(name, attention)
-    ids = torch.randint(0, model.cfg.vocab_size, (3, 24))
+    ids = torch.randint(0, model.spec.vocab_size, (3, 24))
     full = model(ids)
     past, parts = None, []
     for piece in ids.split([9, 1, 1, 13], dim=1):

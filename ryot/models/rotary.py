@@ -1,0 +1,196 @@
+"""Rotary positions: what a model says about them, and the angles that follow.
+
+Channel i of the first half of a head's rotated channels is paired with channel i of the second half and turned by
+`position * frequency[i]`. Scalings change the frequencies so that a model serves more positions than it was trained on:
+
+    linear    all frequencies divided by the factor
+    llama3    low frequencies divided, high ones kept, a blend between (Llama 3.1's `rope_scaling`)
+    yarn      a blend by dimension, and cosines and sines scaled (Peng et al. 2023, arXiv:2309.00071)
+    dynamic   nothing up to `max_position_embeddings`, which is as far as a context goes here
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ryot.errors import CheckpointError
+from ryot.models.hf_config import HFConfig
+
+Scaling = Literal["default", "linear", "llama3", "yarn", "dynamic"]
+
+#: Keys of `rope_parameters` that each scaling reads; those with a default may be missing.
+_SCALING_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+_BASE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rotary:
+    """The rotary positions of some layers."""
+
+    theta: float
+    """Base of the frequencies."""
+    dim: int
+    """Channels of a head that are rotated; the rest stay as they are."""
+    scaling: Scaling = "default"
+    factor: float = 1.0
+    original_max_seq_len: int = 0
+    """Context before scaling (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether yarn's limits are rounded to whole dimensions."""
+    magnitude: float = 1.0
+    """Factor on cosines and sines (yarn)."""
+
+    def frequencies(self) -> NDArray[np.float64]:
+        """Radians per position, [dim / 2]."""
+        half = self.dim // 2
+        plain = self.theta ** (-np.arange(half, dtype=np.float64) / half)
+        match self.scaling:
+            case "linear":
+                return plain / self.factor
+            case "llama3":
+                return self._llama3(plain)
+            case "yarn":
+                return self._yarn(plain)
+            case _:
+                return plain
+
+    def tables(self, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines [length, dim / 2] of the angles at positions 0 to `length` - 1."""
+        angles = np.outer(np.arange(length, dtype=np.float64), self.frequencies())
+        cos, sin = np.cos(angles), np.sin(angles)
+        if self.magnitude != 1.0:
+            cos, sin = cos * self.magnitude, sin * self.magnitude
+        return cos.astype(np.float32), sin.astype(np.float32)
+
+    def _llama3(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+        turns = self.original_max_seq_len * plain / (2 * math.pi)
+        blend = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return (1 - blend) * plain / self.factor + blend * plain
+
+    def _yarn(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+        def dimension(turns: float) -> float:
+            return self.dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        ramp = np.clip((np.arange(self.dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        return plain / self.factor * ramp + plain * (1 - ramp)
+
+
+def read_rotary(config: HFConfig, head_dim: int, *, theta: float = 10_000.0, fraction: float = 1.0) -> Rotary:
+    """The rotary positions of a `config.json`: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`.
+
+    `theta` and `fraction` (of a head's channels that are rotated) are the family's defaults. Raises `CheckpointError`
+    for a scaling, or a key of it, that is not known.
+    """
+    values = config.table("rope_scaling") or config.table("rope_parameters") or {}
+    outer = {"rope_theta": theta, "partial_rotary_factor": fraction}
+    outer |= {key: config.number(key, default) for key, default in outer.items() if key in config.values}
+    return build_rotary({**outer, **values}, config, head_dim)
+
+
+def build_rotary(values: dict[str, Any], config: HFConfig, head_dim: int) -> Rotary:
+    """The rotary positions that one table of parameters describes."""
+    parameters = HFConfig(values, f"{config.where}: rope_parameters")
+    scaling = parameters.text("rope_type", parameters.text("type", "default"))
+    if scaling not in get_args(Scaling):
+        raise CheckpointError(
+            f"{config.where}: rope_type is {scaling!r}, expected one of {', '.join(get_args(Scaling))}"
+        )
+    parameters.refuse_others(
+        (*_BASE_KEYS, *_SCALING_KEYS[scaling]), allow_if_default=("original_max_position_embeddings",)
+    )
+    context = config.integer("max_position_embeddings", 2048)
+    original = config.integer("original_max_position_embeddings", 0) or parameters.integer(
+        "original_max_position_embeddings", context
+    )
+    rotary = Rotary(
+        theta=parameters.number("rope_theta", 10_000.0),
+        dim=int(head_dim * parameters.number("partial_rotary_factor", 1.0)),
+        scaling=scaling,  # type: ignore[arg-type]
+    )
+    if scaling in ("default", "dynamic"):
+        return rotary
+    factor = parameters.number("factor", 0.0) or (context / original if scaling == "yarn" else 0.0)
+    if factor <= 0:
+        raise CheckpointError(f"{parameters.where}: factor is missing, expected a number above 0 for {scaling}")
+    rotary = dataclasses.replace(rotary, factor=factor)
+    if scaling == "linear":
+        return rotary
+    rotary = dataclasses.replace(rotary, original_max_seq_len=original)
+    if scaling == "llama3":
+        return dataclasses.replace(
+            rotary,
+            low_freq_factor=parameters.number("low_freq_factor", 1.0),
+            high_freq_factor=parameters.number("high_freq_factor", 4.0),
+        )
+    return dataclasses.replace(
+        rotary,
+        beta_fast=parameters.number("beta_fast", 32.0),
+        beta_slow=parameters.number("beta_slow", 1.0),
+        truncate=parameters.flag("truncate", True),
+        magnitude=_yarn_magnitude(parameters, factor),
+    )
+
+
+def write_rotary(rotary: Rotary, head_dim: int) -> dict[str, Any]:
+    """The keys of a `config.json` from which `read_rotary` makes the same again, here and in transformers 4 and 5."""
+    values: dict[str, Any] = {"rope_theta": rotary.theta}
+    if rotary.dim != head_dim:
+        values["partial_rotary_factor"] = rotary.dim / head_dim
+    if rotary.scaling != "default":
+        values["rope_scaling"] = scaling_table(rotary)
+    return values
+
+
+def scaling_table(rotary: Rotary) -> dict[str, Any]:
+    """The scaling as `rope_scaling` holds it."""
+    known = {
+        "factor": rotary.factor,
+        "original_max_position_embeddings": rotary.original_max_seq_len,
+        "low_freq_factor": rotary.low_freq_factor,
+        "high_freq_factor": rotary.high_freq_factor,
+        "beta_fast": rotary.beta_fast,
+        "beta_slow": rotary.beta_slow,
+        "truncate": rotary.truncate,
+        "attention_factor": rotary.magnitude,
+    }
+    return {"rope_type": rotary.scaling} | {key: known[key] for key in _SCALING_KEYS[rotary.scaling] if key in known}
+
+
+def _yarn_magnitude(parameters: HFConfig, factor: float) -> float:
+    if parameters.has("attention_factor"):
+        return parameters.number("attention_factor", 1.0)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    one, all_dims = parameters.number("mscale", 0.0), parameters.number("mscale_all_dim", 0.0)
+    return magnitude(one) / magnitude(all_dims) if one and all_dims else magnitude(1.0)

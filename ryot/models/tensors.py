@@ -1,0 +1,125 @@
+"""How a family's tensors, under Hugging Face's names, become the arrays of a decoder, and back.
+
+    # D model dim, N heads, H head dim
+
+Each array comes from one tensor or from several stacked by rows, after a change of layout that can be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ryot.errors import CheckpointError
+from ryot.models.spec import DecoderSpec, parameter_shapes
+
+FloatArray = NDArray[np.float32]
+
+#: `rows` as they are; `transposed` [in, out]; `heads` query, key and value of each head below each other, [N, 3, H, …];
+#: `plus_one` a norm's weight of which the family stores the difference from 1.
+Layout = Literal["rows", "transposed", "heads", "plus_one"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """One array of ours and the tensors that it comes from."""
+
+    name: str
+    """Its name in the torch decoder's `state_dict()`."""
+    tensors: tuple[str, ...]
+    """Hugging Face's names."""
+    rows: tuple[int, ...] = ()
+    """Rows of each tensor, where there are several."""
+    layout: Layout = "rows"
+
+
+def stacked(name: str, parts: Iterable[tuple[str, int]]) -> TensorMap:
+    """An array made of several tensors, given as (name, rows)."""
+    names, rows = zip(*parts)
+    return TensorMap(name, names, rows)
+
+
+def load_arrays(
+    spec: DecoderSpec, maps: Iterable[TensorMap], load: Callable[[str], FloatArray], where: str
+) -> Iterator[tuple[str, FloatArray]]:
+    """Each array of the decoder with its name, one at a time, in the order of `maps`.
+
+    `load` gives a float32 tensor by Hugging Face's name. Raises `CheckpointError` for a shape that contradicts the
+    config (both sides are said) and for values that are not finite.
+    """
+    shapes = parameter_shapes(spec)
+    for entry in maps:
+        parts = [load(name) for name in entry.tensors]
+        for name, part in zip(entry.tensors, parts):
+            _check_finite(name, part, where)
+        if entry.rows:
+            for name, part, rows in zip(entry.tensors, parts, entry.rows):
+                _check_shape(name, part.shape, (rows, *shapes[entry.name][1:]), where)
+        array = _read(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
+        _check_shape(" + ".join(entry.tensors), array.shape, shapes[entry.name], where)
+        yield entry.name, array
+
+
+def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """The tensors under Hugging Face's names, packed matrices taken apart; a tied head is left out."""
+    tensors: dict[str, FloatArray] = {}
+    for entry in maps:
+        array = _write(spec, entry.layout, arrays[entry.name])
+        starts = np.cumsum(entry.rows)[:-1].tolist() if entry.rows else []
+        parts = np.split(array, starts) if entry.rows else [array]
+        tensors |= {name: np.ascontiguousarray(part) for name, part in zip(entry.tensors, parts)}
+    return tensors
+
+
+def check_names(maps: Iterable[TensorMap], found: Iterable[str], optional: Iterable[str], where: str) -> None:
+    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there and are not read."""
+    known = {name for entry in maps for name in entry.tensors}
+    names = set(found)
+    if extra := sorted(names - known - set(optional)):
+        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of this model (config.json says what is)")
+    if missing := sorted(known - names):
+        raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
+
+
+def _read(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    match layout:
+        case "rows":
+            return array
+        case "transposed":
+            return np.ascontiguousarray(array.T)
+        case "plus_one":
+            return array + np.float32(1)
+        case "heads":
+            by_head = array.reshape(spec.num_heads, 3, spec.head_dim, *array.shape[1:])
+            return np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(array.shape)
+
+
+def _write(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    match layout:
+        case "rows":
+            return array
+        case "transposed":
+            return array.T
+        case "plus_one":
+            return array - np.float32(1)
+        case "heads":
+            by_kind = array.reshape(3, spec.num_heads, spec.head_dim, *array.shape[1:])
+            return by_kind.swapaxes(0, 1).reshape(array.shape)
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
+    if found != expected:
+        raise CheckpointError(f"{where}: {name} is {list(found)}, expected {list(expected)} by config.json")
+
+
+def _check_finite(name: str, array: FloatArray, where: str) -> None:
+    bad = int(array.size - np.isfinite(array).sum())
+    if bad:
+        raise CheckpointError(
+            f"{where}: {name} has {bad} values that are not finite (NaN or infinity) of {array.size}",
+            hint="go back to an earlier checkpoint",
+        )

@@ -19,13 +19,22 @@ from record import describe_setting, write_result
 from tabulate import tabulate
 
 from ryot.cli.options import cache_dir
-from ryot.config import narrow_spec, replace, resolve_variant
+from ryot.config import ModelConfig, replace, resolve_variant
+from ryot.models.spec import narrow_spec
 from ryot.optimize.compression import slice_checkpoint
 from ryot.train.checkpoint import load_model
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.evaluate import evaluate
 from ryot.train.loop import Trainer, TrainJob
+
+
+def narrow(model: ModelConfig, width: int) -> ModelConfig:
+    if width == model.dim:
+        return model
+    spec = narrow_spec(model.spec, width)
+    sizes = {name: getattr(spec, name) for name in ("dim", "num_heads", "num_kv_heads", "ff_dim")}
+    return replace(model, **sizes)
 
 
 def losses(checkpoint: Path, dataset: Dataset) -> dict[str, float]:
@@ -54,7 +63,7 @@ def main() -> None:
                 if width < recipe.model.dim:
                     cut = Path(scratch) / str(width)
                     slice_checkpoint(full, width, cut)
-                shape = recipe.model if width == recipe.model.dim else narrow_spec(recipe.model, width)
+                shape = narrow(recipe.model, width)
                 plain = replace(recipe, model=shape, train=replace(recipe.train, elastic_widths=()))
                 alone = Trainer(TrainJob(variant=plain, seed=seed, dataset_dir=str(dataset.path)), recipe.kernels)
                 alone.run_slice(float("inf"))

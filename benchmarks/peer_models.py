@@ -39,9 +39,10 @@ from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
 from ryot.deploy.weights import load_decoder_weights
+from ryot.models.spec import DecoderSpec
 from ryot.train.checkpoint import checkpoint_digest, load_model, load_weights, save_checkpoint
-from ryot.train.hf import END_OF_TEXT, END_OF_TEXT_ID
 from ryot.train.model import Decoder
+from ryot.train.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
 
 SIZES = {
     "S": ModelConfig(
@@ -54,7 +55,7 @@ SIZES = {
         ff_dim=512,
         max_seq_len=256,
         tie_embeddings=False,
-    ),
+    ).spec,
     "M": ModelConfig(
         architecture="llama",
         vocab_size=8192,
@@ -65,7 +66,7 @@ SIZES = {
         ff_dim=2048,
         max_seq_len=512,
         tie_embeddings=False,
-    ),
+    ).spec,
     "L": ModelConfig(
         architecture="llama",
         vocab_size=49_152,
@@ -76,7 +77,7 @@ SIZES = {
         ff_dim=1536,
         max_seq_len=512,
         tie_embeddings=True,
-    ),
+    ).spec,
 }
 PROMPT_TOKENS = 128
 #: Tokens that every fp32 form must make alike.
@@ -93,7 +94,7 @@ EMBEDDING_SPREAD, HEAD_SPREAD = 0.5, 1.5
 GGUF_TYPES = {"F32": ("F32", 0), "Q8_0": ("Q8_0", 7), "Q4_0": ("Q4_0", 2)}
 
 
-def draw_prompt(cfg: ModelConfig, number: int, length: int = PROMPT_TOKENS) -> list[int]:
+def draw_prompt(cfg: DecoderSpec, number: int, length: int = PROMPT_TOKENS) -> list[int]:
     """Prompt `number` of a size: uniform ids, never end-of-text."""
     return np.random.default_rng((7, number)).integers(1, cfg.vocab_size, length).tolist()
 
@@ -107,7 +108,7 @@ def main() -> None:
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         _tell(size, "checkpoint")
-        save_checkpoint(checkpoint, cfg=cfg, state=draw_state(cfg), tokenizer_json=_tokenizer(cfg.vocab_size))
+        save_checkpoint(checkpoint, spec=cfg, state=draw_state(cfg), tokenizer_json=_tokenizer(cfg.vocab_size))
     _tell(size, "tuning")
     decision = choose_inference(cfg, folder)
     made = {
@@ -123,7 +124,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def draw_state(cfg: ModelConfig) -> dict[str, torch.Tensor]:
+def draw_state(cfg: DecoderSpec) -> dict[str, torch.Tensor]:
     """Seeded weights for `Decoder`, matrices of a deviation of 1 / sqrt(inputs), norms of 1."""
     generator = torch.Generator().manual_seed(0)
     model = Decoder(cfg)
@@ -176,7 +177,7 @@ def _export_plain(checkpoint: Path, folder: Path) -> None:
     export_plain(load_model(checkpoint), folder / "plain.onnx")
 
 
-def _reference(cfg: ModelConfig, checkpoint: Path) -> dict[str, Any]:
+def _reference(cfg: DecoderSpec, checkpoint: Path) -> dict[str, Any]:
     """Torch's greedy tokens after prompt 0, its margins, and the margin below which a token decides nothing."""
     model = load_model(checkpoint)
     prompt = np.asarray([draw_prompt(cfg, 0)], dtype=np.int64)
@@ -185,7 +186,7 @@ def _reference(cfg: ModelConfig, checkpoint: Path) -> dict[str, Any]:
     return {"tokens": tokens[0].tolist(), "margins": margins[0].tolist(), "tolerance": SAFETY * error}
 
 
-def _read_bytes(cfg: ModelConfig, checkpoint: Path, options: QuantizeOptions) -> dict[str, int]:
+def _read_bytes(cfg: DecoderSpec, checkpoint: Path, options: QuantizeOptions) -> dict[str, int]:
     """Bytes of weights that one decode step reads: all matrices, of an embedding that is no head only a row."""
     weights = load_decoder_weights(checkpoint)
     found = {}
@@ -195,7 +196,7 @@ def _read_bytes(cfg: ModelConfig, checkpoint: Path, options: QuantizeOptions) ->
     return found
 
 
-def _write_ggufs(cfg: ModelConfig, checkpoint: Path, folder: Path) -> dict[str, str]:
+def _write_ggufs(cfg: DecoderSpec, checkpoint: Path, folder: Path) -> dict[str, str]:
     """GGUF files by type; none where the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
         return {}
@@ -206,7 +207,7 @@ def _write_ggufs(cfg: ModelConfig, checkpoint: Path, folder: Path) -> dict[str, 
     }
 
 
-def write_gguf(cfg: ModelConfig, tensors: Mapping[str, np.ndarray], kind: str, path: Path) -> None:
+def write_gguf(cfg: DecoderSpec, tensors: Mapping[str, np.ndarray], kind: str, path: Path) -> None:
     """A llama model for llama.cpp; every matrix in one type, as in our own forms, norms in float32.
 
     `tensors` have Hugging Face's names. llama.cpp pairs neighbouring rotary dimensions where Hugging Face pairs the
@@ -246,7 +247,7 @@ def write_gguf(cfg: ModelConfig, tensors: Mapping[str, np.ndarray], kind: str, p
     writer.close()
 
 
-def _gguf_tensors(cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+def _gguf_tensors(cfg: DecoderSpec, tensors: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
     def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
         return rows.reshape(heads, 2, cfg.head_dim // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 

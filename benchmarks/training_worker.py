@@ -112,7 +112,7 @@ class PlainLoop:
         torch.manual_seed(0)
         train = variant.train
         self.variant = variant
-        self.model = model = Decoder(variant.model, plan.attention).train()
+        self.model = model = Decoder(variant.model.spec, plan.attention).train()
         model.normalize_embedding = train.normalize_embedding
         model.start_final_norm(train.final_norm_init, alternate=train.alternate_final_norm)
         out = [p for n, p in model.named_parameters() if n.endswith(("attn.out.weight", "down.weight"))]

@@ -61,13 +61,13 @@ def command(
     from ryot.deploy.export import ExportOptions, export_variant
     from ryot.deploy.tune import choose_inference, format_decision
     from ryot.errors import EXIT_OK, EXIT_QUALITY
-    from ryot.train.checkpoint import load_tokenizer, read_model_config
+    from ryot.train.checkpoint import load_tokenizer, read_checkpoint_spec
     from ryot.train.corpus import load_corpus
     from ryot.train.dataset import HeldOutText
 
-    cfg = read_model_config(checkpoint)
+    spec = read_checkpoint_spec(checkpoint)
     text = HeldOutText(load_corpus(data), load_tokenizer(checkpoint))
-    decision = choose_inference(cfg, cache_dir())
+    decision = choose_inference(spec, cache_dir())
     log.info("%s", format_decision(decision))
     options = ExportOptions(
         name="ryot", variant=checkpoint.name, quantize=replace(decision.quantize, kv_dtype=kv_cache)

@@ -52,7 +52,7 @@ def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what
             from ryot.deploy.tune import choose_inference
             from ryot.deploy.tune import format_decision as format_inference
 
-            inference = choose_inference(recipe.model, found, threads=threads)
+            inference = choose_inference(recipe.model.spec, found, threads=threads)
             decisions["inference"] = dataclasses.asdict(inference)
             if fmt == "table":
                 click.echo(format_inference(inference))

@@ -293,7 +293,7 @@ class _Run:
                     kernels[variant.name] = replace(variant.kernels, threads=threads)
                     continue
                 training = tune_on_cluster(cluster, variant, dataset, cache_dir, threads=threads)
-                export = choose_inference(variant.model, cache_dir)
+                export = choose_inference(variant.model.spec, cache_dir)
                 kernels[variant.name] = training.plan
                 inference[variant.name] = InferencePlan(
                     int8_block_size=export.quantize.int8_block_size,

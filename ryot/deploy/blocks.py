@@ -10,6 +10,7 @@ Each block adds nodes to a `GraphBuilder` and returns the name of its result. Na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import ryot
 from ryot.config import GraphAttention
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.matrices import BlockMatrix, DynamicMatrix, FloatMatrix, Matrix
-from ryot.deploy.weights import FloatArray
+from ryot.models.spec import Activation, Norm
+from ryot.models.tensors import FloatArray
 
 MS = "com.microsoft"
 OPSET = 21
@@ -54,10 +56,12 @@ class GraphBuilder:
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
 
     def constant(self, name: str, array: NDArray[np.generic]) -> str:
-        """A constant; asked for twice under one name it is the same one."""
+        """A constant; asked for twice under one name with the same values it is the same one."""
+        tensor = self._data.tensor(name, array)
         if name not in self._constants:
-            self._constants[name] = self._data.tensor(name, array)
+            self._constants[name] = tensor
             self._known.add(name)
+        assert self._constants[name] == tensor, f"constant {name} is asked for with other values than before"
         return name
 
     def node(
@@ -140,65 +144,94 @@ def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
     )
 
 
-def rms_norm(g: GraphBuilder, x: str, name: str, weight: FloatArray, epsilon: float) -> str:
-    """RMSNorm over the last axis."""
-    inputs = [x, g.constant(f"{name}.weight", weight)]
-    return g.node("SimplifiedLayerNormalization", inputs, [f"{name}.out"], axis=-1, epsilon=epsilon, stash_type=1)
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """A norm over the last axis."""
+
+    kind: Norm
+    epsilon: float
+    weight: FloatArray
+    bias: FloatArray | None
+
+    def constants(self, g: GraphBuilder, name: str) -> list[str]:
+        """Names of its constants, in the order in which operators take them."""
+        names = [g.constant(f"{name}.weight", self.weight)]
+        return names if self.bias is None else [*names, g.constant(f"{name}.bias", self.bias)]
 
 
-def add_rms_norm(
-    g: GraphBuilder, x: str, residual: str, name: str, weight: FloatArray, epsilon: float
-) -> tuple[str, str]:
-    """(RMSNorm(x + residual), x + residual) in one node."""
-    total = f"{name}.residual"
-    normed = g.node(
-        "SkipSimplifiedLayerNormalization",
-        [residual, x, g.constant(f"{name}.weight", weight)],
-        [f"{name}.out", "", "", total],
-        domain=MS,
-        epsilon=epsilon,
+def norm(g: GraphBuilder, x: str, name: str, weights: NormWeights) -> str:
+    """RMSNorm or LayerNorm of x."""
+    inputs = [x, *weights.constants(g, name)]
+    if weights.kind == "layer":
+        return g.node("LayerNormalization", inputs, [f"{name}.out"], axis=-1, epsilon=weights.epsilon)
+    return g.node(
+        "SimplifiedLayerNormalization", inputs, [f"{name}.out"], axis=-1, epsilon=weights.epsilon, stash_type=1
     )
-    return normed, total
 
 
-def add_layer_norm(
+def add_norm(
     g: GraphBuilder,
     x: str,
     residual: str,
     name: str,
-    weights: tuple[FloatArray, FloatArray, FloatArray],
-    epsilon: float,
-) -> str:
-    """LayerNorm(x + bias of x + residual); `weights` are the norm's weight and bias, and the bias of x."""
-    weight, bias, x_bias = weights
-    inputs = [
-        residual,
-        x,
-        g.constant(f"{name}.weight", weight),
-        g.constant(f"{name}.bias", bias),
-        g.constant(f"{name}.input_bias", x_bias),
-    ]
-    return g.node("SkipLayerNormalization", inputs, [f"{name}.out"], domain=MS, epsilon=epsilon)
+    weights: NormWeights,
+    x_bias: FloatArray | None = None,
+    *,
+    keep_sum: bool = True,
+) -> tuple[str, str]:
+    """(norm(x + its bias + residual), the sum) in one node; without `keep_sum` the second name is empty."""
+    inputs = [residual, x, *weights.constants(g, name)]
+    if x_bias is not None:
+        inputs.append(g.constant(f"{name}.input_bias", x_bias))
+    total = f"{name}.residual" if keep_sum else ""
+    outputs = [f"{name}.out", "", "", total] if keep_sum else [f"{name}.out"]
+    op = "SkipSimplifiedLayerNormalization" if weights.kind == "rms" else "SkipLayerNormalization"
+    normed = g.node(op, inputs, outputs, domain=MS, epsilon=weights.epsilon)
+    return normed, total
+
+
+def head_norms(
+    g: GraphBuilder, qkv: Sequence[str], name: str, norms: Sequence[NormWeights], head_dim: int
+) -> tuple[str, str, str]:
+    """Queries, keys and values of which each head of the queries and of the keys is normed by itself."""
+    by_head = g.constant("by_head", np.array([0, 0, -1, head_dim], np.int64))
+    together = g.constant("heads_together", np.array([0, 0, -1], np.int64))
+    normed = []
+    for x, weights, part in zip(qkv, norms, ("q", "k")):
+        heads = g.node("Reshape", [x, by_head], [f"{name}.{part}_heads"])
+        heads = norm(g, heads, f"{name}.{part}_norm", weights)
+        normed.append(g.node("Reshape", [heads, together], [f"{name}.{part}_normed"]))
+    return normed[0], normed[1], qkv[2]
+
+
+def split_qkv(g: GraphBuilder, qkv: str, name: str, q_dim: int, kv_dim: int) -> tuple[str, str, str]:
+    """Queries, keys and values of packed ones."""
+    sizes = g.constant("qkv_sizes", np.array([q_dim, kv_dim, kv_dim], np.int64))
+    parts = (f"{name}.q", f"{name}.k", f"{name}.v")
+    g.node("Split", [qkv, sizes], parts, axis=-1)
+    return parts
 
 
 def attention(
     g: GraphBuilder,
-    qkv: str,
+    qkv: Sequence[str],
     name: str,
     past: Sequence[str],
     present: Sequence[str],
     *,
     num_heads: int,
     num_kv_heads: int,
-    head_dim: int,
+    scale: float,
+    window: int,
     rotary: tuple[str, str] | None,
     lengths: tuple[str, str],
     kernel: GraphAttention,
     kv_scales: tuple[str, str] | None = None,
     per_channel: bool = False,
 ) -> str:
-    """Causal attention over packed queries, keys and values and the keys and values of the `past`; makes the `present`.
+    """Causal attention over queries, keys and values and the keys and values of the `past`; makes the `present`.
 
+    `qkv` is one packed array or three. A token attends to the last `window` ones, itself included, or to all at 0.
     Past and present may be bound to one buffer of the full context, which is then written in place; names of the past
     that are empty stand for an empty past. Keys are stored rotated. `lengths` are seqlens_k (total length of each row,
     minus 1) and the total length. With `kv_scales` the cache holds int8, scaled by one value for all or `per_channel`.
@@ -207,7 +240,9 @@ def attention(
     that its tiles cannot do. A head sink is such a thing, and one this small takes no weight from any key. All scores
     at once (`full`) take [B, heads, S, T] floats and, for prompts of some hundred tokens, less time.
     """
-    attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": head_dim**-0.5}
+    attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": scale}
+    if window:
+        attributes["local_window_size"] = window
     if rotary is not None:
         attributes["do_rotary"] = 1
     sink = g.constant("no_head_sink", np.full(num_heads, -1e30, np.float32)) if kernel == "full" else ""
@@ -215,7 +250,7 @@ def attention(
     optional = [*(rotary or ("", "")), "", "", sink, *(kv_scales or ("", ""))]
     while optional and not optional[-1]:
         optional.pop()
-    inputs = [qkv, "", "", *past, *lengths, *optional]
+    inputs = [*qkv, *([""] * (3 - len(qkv))), *past, *lengths, *optional]
     if kv_scales is not None:
         kind = "PER_CHANNEL" if per_channel else "PER_TENSOR"
         attributes |= {"kv_cache_bit_width": 8, "k_quant_type": kind, "v_quant_type": kind}
@@ -248,18 +283,38 @@ def unused_positions(g: GraphBuilder, cache: str, ids: str) -> str:
     return g.node("Concat", [zero, g.node("Max", [left, zero], ["cache.rest"])], ["cache.unused"], axis=0)
 
 
-def swiglu(g: GraphBuilder, gate_up: str, name: str) -> str:
-    """`silu(gate) * up` of [B, S, 2F], gate first."""
+def activate(g: GraphBuilder, x: str, kind: Activation, out: str) -> str:
+    """The activation of x."""
+    match kind:
+        case "silu":
+            # QuickGelu(x) is x * sigmoid(alpha * x): SiLU at alpha 1.
+            return g.node("QuickGelu", [x], [out], domain=MS, alpha=1.0)
+        case "gelu":
+            return g.node("Gelu", [x], [out], domain=MS)
+        case "gelu_tanh":
+            return g.node("FastGelu", [x], [out], domain=MS)
+        case "relu":
+            return g.node("Relu", [x], [out])
+
+
+def gated(g: GraphBuilder, gate_up: str, name: str, activation: Activation) -> str:
+    """`activation(gate) * up` of [B, S, 2F], gate first."""
     gate, up = f"{name}.gate", f"{name}.up"
     g.node("Split", [gate_up], [gate, up], axis=-1, num_outputs=2)
-    # QuickGelu(x) is x * sigmoid(alpha * x): SiLU at alpha 1.
-    silu = g.node("QuickGelu", [gate], [f"{name}.silu"], domain=MS, alpha=1.0)
-    return g.node("Mul", [silu, up], [f"{name}.product_of_gate_and_up"])
+    active = activate(g, gate, activation, f"{name}.{activation}")
+    return g.node("Mul", [active, up], [f"{name}.product_of_gate_and_up"])
 
 
 def bias_gelu(g: GraphBuilder, x: str, name: str, bias: FloatArray) -> str:
     """Exact (erf) GELU of `x + bias`."""
     return g.node("BiasGelu", [x, g.constant(f"{name}.bias", bias)], [f"{name}.gelu"], domain=MS)
+
+
+def scaled(g: GraphBuilder, x: str, factor: float, out: str) -> str:
+    """x times a constant; x itself at 1."""
+    if factor == 1:
+        return x
+    return g.node("Mul", [x, g.constant(f"{out}.factor", np.array(factor, np.float32))], [out])
 
 
 def last_position(g: GraphBuilder, x: str) -> str:

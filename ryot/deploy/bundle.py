@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import ryot
-from ryot.config import ModelConfig
 from ryot.deploy.forms import STANDARD_GRAPH, graph_files
 from ryot.drafts import draft_folder
 from ryot.edge import bundle as edge_bundle
 from ryot.errors import ExportError
+from ryot.models.spec import DecoderSpec
 
 PACKAGE = Path(ryot.__file__).parent
 RUNTIME = "runtime"
@@ -110,10 +110,10 @@ def write_requirements(folder: Path, onnxruntime_min: str) -> None:
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_genai_config(folder: Path, cfg: ModelConfig, *, token_ids: Mapping[str, int], shared_buffer: bool) -> None:
+def write_genai_config(folder: Path, spec: DecoderSpec, *, token_ids: Mapping[str, int], shared_buffer: bool) -> None:
     """`genai_config.json`, with which onnxruntime-genai runs the standard graph.
 
-    Its type `llama` feeds no positions, `decoder` feeds what the graph has: the learned positions of opt.
+    Its type `llama` feeds no positions, `decoder` feeds what the graph has: learned positions.
     """
     inputs = {
         "input_ids": "input_ids",
@@ -121,16 +121,16 @@ def write_genai_config(folder: Path, cfg: ModelConfig, *, token_ids: Mapping[str
         "past_key_names": "past_key_values.%d.key",
         "past_value_names": "past_key_values.%d.value",
     }
-    if cfg.architecture == "opt":
+    if spec.learned_positions:
         inputs["position_ids"] = "position_ids"
     decoder = {
         "filename": STANDARD_GRAPH,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "head_size": cfg.head_dim,
-        "hidden_size": cfg.dim,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "num_hidden_layers": cfg.num_layers,
+        "head_size": spec.head_dim,
+        "hidden_size": spec.dim,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "num_hidden_layers": spec.num_layers,
         "inputs": inputs,
         "outputs": {
             "logits": "logits",
@@ -139,13 +139,13 @@ def write_genai_config(folder: Path, cfg: ModelConfig, *, token_ids: Mapping[str
         },
     }
     model = {
-        "type": "llama" if cfg.architecture == "llama" else "decoder",
-        "context_length": cfg.max_seq_len,
-        "vocab_size": cfg.vocab_size,
+        "type": "decoder" if spec.learned_positions else "llama",
+        "context_length": spec.max_seq_len,
+        "vocab_size": spec.vocab_size,
         "decoder": decoder,
         **token_ids,
     }
-    search = {"max_length": cfg.max_seq_len, "do_sample": False, "past_present_share_buffer": shared_buffer}
+    search = {"max_length": spec.max_seq_len, "do_sample": False, "past_present_share_buffer": shared_buffer}
     write_json(folder / "genai_config.json", {"model": model, "search": search})
 
 
@@ -159,26 +159,26 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 
 
-def graph_entries(cfg: ModelConfig, precision: str, kv_dtype: str, *, prompt_by_row: bool = False) -> dict[str, Any]:
+def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by_row: bool = False) -> dict[str, Any]:
     """What the manifest says about the model and how its graphs are fed."""
     model = {
-        "architecture": cfg.architecture,
-        "vocab_size": cfg.vocab_size,
-        "dim": cfg.dim,
-        "num_layers": cfg.num_layers,
-        "num_heads": cfg.num_heads,
-        "num_kv_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "ff_dim": cfg.ff_dim,
-        "context_length": cfg.max_seq_len,
-        "num_parameters": cfg.num_parameters,
-        "tie_embeddings": cfg.tie_embeddings,
+        "architecture": spec.family,
+        "vocab_size": spec.vocab_size,
+        "dim": spec.dim,
+        "num_layers": spec.num_layers,
+        "num_heads": spec.num_heads,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "ff_dim": spec.ff_dim,
+        "context_length": spec.max_seq_len,
+        "num_parameters": spec.num_parameters,
+        "tie_embeddings": spec.tie_embeddings,
     }
     return {
         "model": model,
         "precision": precision,
         "graphs": graph_files(precision),
-        "position_ids": cfg.architecture == "opt",
+        "position_ids": spec.learned_positions,
         "kv_dtype": kv_dtype,
         "prompt_by_row": prompt_by_row,
     }

@@ -37,7 +37,7 @@ from ryot.deploy.weights import DecoderWeights, load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import checkpoint_digest, load_model
-from ryot.train.hf import END_OF_TEXT_ID
+from ryot.train.tokenizer import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def export_variant(
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
     weights = load_decoder_weights(checkpoint)
-    context = weights.cfg.max_seq_len
+    context = weights.spec.max_seq_len
     windows = quality_windows(data, options.split, context)
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
     prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
@@ -229,7 +229,7 @@ def _export(
                 (stage / name).write_bytes(serialize(model))
         bundle.copy_checkpoint_files(identity.checkpoint, stage)
         bundle.write_requirements(stage, onnxruntime_min(identity.options.quantize))
-        bundle.write_genai_config(stage, weights.cfg, token_ids=_token_ids(), shared_buffer=True)
+        bundle.write_genai_config(stage, weights.spec, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
         values = _manifest_values(identity, precision, singles, cache, quality)
         bundle.write_manifest(stage, values)
@@ -254,13 +254,13 @@ def _manifest_values(
     quality: Quality | None,
 ) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
-    options, cfg = identity.options, identity.weights.cfg
+    options, spec = identity.options, identity.weights.spec
     return {
         "name": options.name,
         "variant": options.variant,
         "seed": options.seed,
         **bundle.graph_entries(
-            cfg,
+            spec,
             precision,
             cache.dtype,
             # All scores at once take so much memory a row, and rows together are no faster.

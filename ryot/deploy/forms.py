@@ -63,7 +63,7 @@ def split_pair(precision: str) -> tuple[str, str]:
 
 def table_names(weights: DecoderWeights) -> list[str]:
     """The embedding and, where it is a matrix of its own, the head."""
-    return ["embedding"] if weights.cfg.tie_embeddings else ["embedding", "head"]
+    return ["embedding"] if weights.spec.tie_embeddings else ["embedding", "head"]
 
 
 def num_bytes(matrices: Mapping[str, Matrix]) -> int:
@@ -89,7 +89,7 @@ def quantize_matrices(weights: DecoderWeights, precision: str, options: Quantize
         block_size = options.block_size(bits)
         if name in table_names(weights):
             # Rows without padding, which a lookup needs.
-            block_size = block_size_for(weights.cfg.dim, block_size)
+            block_size = block_size_for(weights.spec.dim, block_size)
         matrices[name] = quantize_blocks(values, bits=bits, block_size=block_size)
     return matrices
 

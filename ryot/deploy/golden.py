@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ryot.deploy.forms import FormMatrices
 from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.standard import StandardGraph, write_standard_graph
-from ryot.deploy.weights import DecoderWeights, FloatArray
+from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import Bundle
 from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.models.tensors import FloatArray
 from ryot.scratch import scratch_folder
 
 NUM_GOLDEN = 4
@@ -48,7 +49,7 @@ def make_golden(
     answers whose margins are all above the tolerance are kept, at most `NUM_GOLDEN`; a model that is never that sure
     gets none.
     """
-    context = weights.cfg.max_seq_len
+    context = weights.spec.max_seq_len
     num_prompt, num_answer = max(1, context // PROMPT_SHARE), max(1, context // ANSWER_SHARE)
     with scratch_folder("golden") as scratch:
         exact_prefill = exact_graph(weights, form.prefill, scratch / "prefill")

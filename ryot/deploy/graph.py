@@ -7,7 +7,7 @@ Four graphs, made of the same blocks and the same bytes:
     prompt     `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
     step       `fast` for exactly one new token
 
-Requires: arrays of the shapes that `weights.expected_shapes` gives, all finite, and a form for each matrix.
+Requires: arrays of the shapes that `models.spec.parameter_shapes` gives, all finite, and a form for each matrix.
 Ensures: nodes are in topological order and every name is made once (`GraphBuilder` asserts both), and every constant
 of `datafile.INLINE_BELOW_BYTES` or more lies in the shared data file, each distinct content once. onnx's own checker
 does not know the fused operators; onnxruntime's, which checks them when it loads the graph, is the one that counts.
@@ -16,7 +16,7 @@ does not know the fused operators; onnxruntime's, which checks them when it load
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +24,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from ryot.config import GraphAttention, ModelConfig
+from ryot.config import GraphAttention
 from ryot.deploy import blocks
-from ryot.deploy.blocks import GraphBuilder
+from ryot.deploy.blocks import GraphBuilder, NormWeights
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.matrices import FloatMatrix, Matrix
-from ryot.deploy.weights import DecoderWeights, FloatArray
-from ryot.train.model import OPT_POSITION_OFFSET
+from ryot.deploy.weights import DecoderWeights
+from ryot.models.tensors import FloatArray
 
 GraphKind = Literal["standard", "fast", "prompt", "step"]
 
@@ -58,14 +58,6 @@ def float_matrices(weights: DecoderWeights) -> dict[str, Matrix]:
     return {name: FloatMatrix(weights[f"{name}.weight"]) for name in ("embedding", *weights.linears)}
 
 
-def rotary_tables(cfg: ModelConfig) -> tuple[FloatArray, FloatArray]:
-    """Cosines and sines [max_seq_len, H/2] of the rotary angles."""
-    half = cfg.head_dim // 2
-    frequencies = cfg.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    angles = np.outer(np.arange(cfg.max_seq_len, dtype=np.float64), frequencies)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
 def build_graph(
     kind: GraphKind,
     weights: DecoderWeights,
@@ -83,6 +75,20 @@ def build_graph(
     return _DecoderGraph(kind, weights, matrices, data, kv_scales, attention, taps).build()
 
 
+class _Stream:
+    """The residual stream: a sum, and a branch's output that is not added yet, so that the next norm can add it."""
+
+    def __init__(self, total: str):
+        self.total = total
+        self.pending: str | None = None
+        self.pending_bias: FloatArray | None = None
+
+    def add(self, x: str, bias: FloatArray | None = None) -> None:
+        """Leave `x` and its bias to be added."""
+        assert self.pending is None
+        self.pending, self.pending_bias = x, bias
+
+
 class _DecoderGraph:
     def __init__(
         self,
@@ -96,22 +102,21 @@ class _DecoderGraph:
     ):
         self.kind, self.weights, self.matrices, self.taps = kind, weights, matrices, taps
         self.kv_scales, self.attention = kv_scales, attention
-        self.cfg = weights.cfg
-        self.g = GraphBuilder(f"{self.cfg.architecture}_{kind}", data)
+        self.spec = weights.spec
+        self.g = GraphBuilder(f"{self.spec.family}_{kind}", data)
 
     def build(self) -> onnx.ModelProto:
         new = 1 if self.kind == "step" else "sequence_length"
         ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
         self.lengths = self._lengths()
-        self.past = [self._past(i) for i in range(self.cfg.num_layers)]
+        self.past = [self._past(i) for i in range(self.spec.num_layers)]
         if self.kind == "prompt" and self.kv_scales is not None:
             self.unused = blocks.unused_positions(self.g, self.past[0][0], ids)
-        if self.cfg.architecture == "llama":
-            x = self._llama_trunk(blocks.embed(self.g, ids, "embedding", self.matrices["embedding"]))
-        else:
+        positions = None
+        if self.spec.learned_positions:
             positions = self.g.input("position_ids", TensorProto.INT64, ["batch", new])
-            x = self._opt_trunk(self._embed_with_positions(ids, positions))
-        self._head(x)
+        embedded = self._embed(ids, positions)
+        self._head(self._trunk(embedded))
         return self.g.model()
 
     def _lengths(self) -> tuple[str, str]:
@@ -128,77 +133,138 @@ class _DecoderGraph:
         return TensorProto.FLOAT if self.kv_scales is None else TensorProto.INT8
 
     def _past(self, layer: int) -> list[str]:
-        shape: list[int | str] = ["batch", self.cfg.num_kv_heads, "past_length", self.cfg.head_dim]
+        shape: list[int | str] = ["batch", self.spec.num_kv_heads, "past_length", self.spec.head_dim]
         return [self.g.input(f"past_key_values.{layer}.{part}", self._cache_type, shape) for part in ("key", "value")]
 
-    def _llama_trunk(self, x: str) -> str:
-        g, cfg, w = self.g, self.cfg, self.weights
-        cos, sin = rotary_tables(cfg)
-        rotary = (g.constant("rotary.cos", cos), g.constant("rotary.sin", sin))
-        residual = x
-        x = blocks.rms_norm(g, x, "layers.0.attn_norm", w["layers.0.attn_norm.weight"], cfg.norm_eps)
-        for i in range(cfg.num_layers):
-            name, last = f"layers.{i}", i == cfg.num_layers - 1
-            x = self._attention(self._linear(x, f"{name}.attn.qkv"), i, rotary)
-            if last:
-                x, residual = self._drop_positions(x), self._drop_positions(residual)
-            x = self._linear(x, f"{name}.attn.out")
-            norm = f"{name}.ff_norm"
-            x, residual = blocks.add_rms_norm(g, x, residual, norm, w[f"{norm}.weight"], cfg.norm_eps)
-            x = self._linear(blocks.swiglu(g, self._linear(x, f"{name}.gate_up"), name), f"{name}.down")
-            norm = "final_norm" if last else f"layers.{i + 1}.attn_norm"
-            x, residual = blocks.add_rms_norm(g, x, residual, norm, w[f"{norm}.weight"], cfg.norm_eps)
-        return x
-
-    def _opt_trunk(self, x: str) -> str:
-        g, cfg, w = self.g, self.cfg, self.weights
-
-        def add_norm(y: str, x: str, linear: str, norm: str) -> str:
-            parts = (w[f"{norm}.weight"], w[f"{norm}.bias"], w[f"{linear}.bias"])
-            return blocks.add_layer_norm(g, y, x, norm, parts, cfg.norm_eps)
-
-        for i in range(cfg.num_layers):
-            name, last = f"layers.{i}", i == cfg.num_layers - 1
-            y = self._attention(self._linear(x, f"{name}.attn.qkv", bias=True), i, None)
-            if last:
-                y, x = self._drop_positions(y), self._drop_positions(x)
-            x = add_norm(self._linear(y, f"{name}.attn.out"), x, f"{name}.attn.out", f"{name}.attn_norm")
-            y = blocks.bias_gelu(g, self._linear(x, f"{name}.up"), f"{name}.up", w[f"{name}.up.bias"])
-            x = add_norm(self._linear(y, f"{name}.down"), x, f"{name}.down", f"{name}.ff_norm")
-        return x
-
-    def _embed_with_positions(self, ids: str, positions: str) -> str:
+    def _embed(self, ids: str, positions: str | None) -> str:
+        g, spec = self.g, self.spec
+        x = blocks.embed(g, ids, "embedding", self.matrices["embedding"])
+        x = blocks.scaled(g, x, spec.embedding_multiplier, "embedding.scaled")
+        if spec.embed_dim:
+            x = self._linear(x, "project_in")
+        if positions is None:
+            return x
         # The offset is taken off the table here, so that position 0 is row 0.
-        table = np.ascontiguousarray(self.weights["positions.weight"][OPT_POSITION_OFFSET:])
-        tokens = blocks.embed(self.g, ids, "embedding", self.matrices["embedding"])
-        return self.g.node(
-            "Add", [tokens, blocks.embed(self.g, positions, "positions", FloatMatrix(table))], ["embedded"]
-        )
+        table = np.ascontiguousarray(self.weights["positions.weight"][spec.position_offset :])
+        return g.node("Add", [x, blocks.embed(g, positions, "positions", FloatMatrix(table))], ["embedded"])
+
+    def _trunk(self, x: str) -> str:
+        """All layers and what stands before the output matrix."""
+        spec = self.spec
+        self.stream = _Stream(x)
+        self.rotaries = [self._rotary_tables(kind) for kind in range(len(spec.rotaries))]
+        layer = self._parallel_layer if spec.parallel_residual else self._layer
+        for i in range(spec.num_layers):
+            layer(i, f"layers.{i}", last=i == spec.num_layers - 1)
+        x = self._normed("final_norm") if spec.final_norm else self._added("final_residual")
+        if spec.embed_dim:
+            x = self._linear(x, "project_out")
+        return blocks.scaled(self.g, x, spec.logit_multiplier, "logit_inputs")
+
+    def _layer(self, i: int, name: str, *, last: bool) -> None:
+        x = self._branch_input(f"{name}.attn_norm")
+        x = self._attention(x, i)
+        if last:
+            x = self._drop_positions(x)
+            self.stream.total = self._drop_positions(self.stream.total)
+        self._join(x, f"{name}.attn.out", f"{name}.attn")
+        x = self._branch_input(f"{name}.ff_norm")
+        self._join(self._activated(x, name), f"{name}.down", f"{name}.ff")
+
+    def _parallel_layer(self, i: int, name: str, *, last: bool) -> None:
+        x = self._attention(self._normed(f"{name}.attn_norm"), i)
+        if last:
+            x = self._drop_positions(x)
+            self.stream.total = self._drop_positions(self.stream.total)
+        attended = self._linear(x, f"{name}.attn.out", bias=True)
+        x = self._activated(self._normed(f"{name}.ff_norm"), name)
+        both = self.g.node("Add", [attended, self._linear(x, f"{name}.down", bias=True)], [f"{name}.branches"])
+        self.stream.add(both)
+
+    def _branch_input(self, norm: str) -> str:
+        """What attention or feed-forward reads: the stream, normed where its norm stands before the branch."""
+        if self.spec.norm_place in ("pre", "sandwich"):
+            return self._normed(norm)
+        return self._added(f"{norm}.input")
+
+    def _join(self, x: str, linear: str, branch: str) -> None:
+        """Add `linear(x)` to the stream, with the norm of the branch where one stands behind it."""
+        spec, stream = self.spec, self.stream
+        folded = spec.norm_place in ("pre", "post") and spec.residual_multiplier == 1
+        bias = self.weights.get(f"{linear}.bias") if folded else None
+        y = self._linear(x, linear, bias=not folded)
+        match spec.norm_place:
+            case "post":
+                weights = self._norm_weights(f"{branch}_norm")
+                stream.total, _ = blocks.add_norm(
+                    self.g, y, stream.total, f"{branch}_norm", weights, bias, keep_sum=False
+                )
+                return
+            case "output" | "sandwich":
+                norm = f"{branch}_norm" if spec.norm_place == "output" else f"{branch}_post_norm"
+                y = blocks.norm(self.g, y, norm, self._norm_weights(norm))
+        stream.add(blocks.scaled(self.g, y, spec.residual_multiplier, f"{branch}.scaled"), bias)
+
+    def _normed(self, name: str) -> str:
+        """A norm of the stream; what is pending is added on the way."""
+        stream, weights = self.stream, self._norm_weights(name)
+        if stream.pending is None:
+            return blocks.norm(self.g, stream.total, name, weights)
+        x, bias = stream.pending, stream.pending_bias
+        stream.pending = stream.pending_bias = None
+        normed, stream.total = blocks.add_norm(self.g, x, stream.total, name, weights, bias)
+        return normed
+
+    def _added(self, name: str) -> str:
+        """The stream itself, with what is pending."""
+        stream = self.stream
+        if stream.pending is not None:
+            assert stream.pending_bias is None
+            stream.total = self.g.node("Add", [stream.total, stream.pending], [name])
+            stream.pending = None
+        return stream.total
+
+    def _norm_weights(self, name: str) -> NormWeights:
+        weights = self.weights
+        return NormWeights(self.spec.norm, self.spec.norm_eps, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def _activated(self, x: str, name: str) -> str:
+        """Feed-forward up to its second matrix."""
+        spec = self.spec
+        if spec.gated:
+            return blocks.gated(self.g, self._linear(x, f"{name}.gate_up", bias=True), name, spec.activation)
+        up = f"{name}.up"
+        if spec.activation == "gelu" and spec.ff_bias:
+            return blocks.bias_gelu(self.g, self._linear(x, up), up, self.weights[f"{up}.bias"])
+        return blocks.activate(self.g, self._linear(x, up, bias=True), spec.activation, f"{up}.{spec.activation}")
 
     def _drop_positions(self, x: str) -> str:
         # In the last layer only attention looks at other positions; what follows it is needed for one token.
         return blocks.last_position(self.g, x) if self.kind in ("fast", "prompt") else x
 
     def _linear(self, x: str, name: str, *, bias: bool = False, out: str = "") -> str:
+        """`x` times a matrix, plus its bias where it has one and that is asked for."""
         if self.taps:
             self.g.node("Identity", [x], [f"{name}.tap"])
             width = self.weights[f"{name}.weight"].shape[1]
             self.g.output(f"{name}.tap", TensorProto.FLOAT, ["batch", "sequence_length", width])
-        vector = self.weights[f"{name}.bias"] if bias else None
+        vector = self.weights.get(f"{name}.bias") if bias else None
         return blocks.linear(self.g, x, name, self.matrices[name], vector, out)
 
-    def _attention(self, qkv: str, layer: int, rotary: tuple[str, str] | None) -> str:
-        g, cfg, name = self.g, self.cfg, f"layers.{layer}"
+    def _attention(self, x: str, layer: int) -> str:
+        g, spec, name = self.g, self.spec, f"layers.{layer}"
+        qkv, kind = self._qkv(x, f"{name}.attn"), spec.rotary_kind(layer)
         past, present = self.past[layer], [f"present.{layer}.key", f"present.{layer}.value"]
         attend = functools.partial(
             blocks.attention,
             g,
             qkv,
             f"{name}.attn",
-            num_heads=cfg.num_heads,
-            num_kv_heads=cfg.num_kv_heads,
-            head_dim=cfg.head_dim,
-            rotary=rotary,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            scale=spec.scale,
+            window=spec.window(layer),
+            rotary=None if kind < 0 else self.rotaries[kind],
             lengths=self.lengths,
             kernel=self.attention,
         )
@@ -208,7 +274,7 @@ class _DecoderGraph:
             exact = [f"{name}.keys", f"{name}.values"]
             mixed = attend(["", ""], exact)
             for x, of_layers, cache in zip(exact, (self.kv_scales.keys, self.kv_scales.values), present):
-                blocks.store_int8(g, x, of_layers[layer], cfg.head_dim, self.unused, cache)
+                blocks.store_int8(g, x, of_layers[layer], spec.head_dim, self.unused, cache)
         else:
             scales = (
                 g.constant(f"{name}.key_scales", self.kv_scales.keys[layer]),
@@ -216,14 +282,35 @@ class _DecoderGraph:
             )
             mixed = attend(past, present, kv_scales=scales, per_channel=self.kv_scales.per_channel)
         for cache in present:
-            g.output(cache, self._cache_type, ["batch", cfg.num_kv_heads, "total_length", cfg.head_dim])
+            g.output(cache, self._cache_type, ["batch", spec.num_kv_heads, "total_length", spec.head_dim])
         return mixed
 
+    def _qkv(self, x: str, name: str) -> Sequence[str]:
+        """Queries, keys and values: packed, or three where they are normed."""
+        g, spec = self.g, self.spec
+        packed = self._linear(x, f"{name}.qkv", bias=True)
+        if spec.qk_norm == "none":
+            return [packed]
+        parts = blocks.split_qkv(g, packed, name, spec.q_dim, spec.kv_dim)
+        norms = [
+            NormWeights("rms", spec.norm_eps, self.weights[f"{name}.{part}_norm.weight"], None) for part in ("q", "k")
+        ]
+        if spec.qk_norm == "head":
+            return blocks.head_norms(g, parts, name, norms, spec.head_dim)
+        normed = [blocks.norm(g, x, f"{name}.{part}_norm", w) for x, part, w in zip(parts, ("q", "k"), norms)]
+        return [*normed, parts[2]]
+
+    def _rotary_tables(self, kind: int) -> tuple[str, str]:
+        """Names of the cosines and sines [max_seq_len, dim / 2] of one kind of rotary positions."""
+        cos, sin = self.spec.rotaries[kind].tables(self.spec.max_seq_len)
+        prefix = f"rotary.{kind}" if kind else "rotary"
+        return self.g.constant(f"{prefix}.cos", cos), self.g.constant(f"{prefix}.sin", sin)
+
     def _head(self, x: str) -> None:
-        logits = self._linear(x, self.weights.head, out="logits")
+        logits = self._linear(x, self.weights.head, bias=True, out="logits")
         if self.kind == "standard":
-            self.g.output(logits, TensorProto.FLOAT, ["batch", "sequence_length", self.cfg.vocab_size])
+            self.g.output(logits, TensorProto.FLOAT, ["batch", "sequence_length", self.spec.vocab_size])
             return
         self.g.node("ArgMax", [logits], ["next_token"], axis=-1, keepdims=0)
         self.g.output("next_token", TensorProto.INT64, ["batch", 1])
-        self.g.output(logits, TensorProto.FLOAT, ["batch", 1, self.cfg.vocab_size])
+        self.g.output(logits, TensorProto.FLOAT, ["batch", 1, self.spec.vocab_size])

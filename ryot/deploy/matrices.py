@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.weights import FloatArray
+from ryot.models.tensors import FloatArray
 
 ByteArray = NDArray[np.uint8]
 

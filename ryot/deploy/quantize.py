@@ -103,7 +103,7 @@ class Quantizer:
     ):
         self._weights, self._data, self._options = weights, data, options
         self._limit, self._scratch = max_bpb_ratio, scratch
-        self._length = weights.cfg.max_seq_len
+        self._length = weights.spec.max_seq_len
         self._num_graphs = 0
 
     def quantize(self, precision: str) -> Quantized:
@@ -215,7 +215,7 @@ class Quantizer:
     def _block_size(self, name: str, bits: int) -> int:
         # Lookup and product read the same bytes of a table only if its rows have no padding.
         size = self._options.block_size(bits)
-        return block_size_for(self._weights.cfg.dim, size) if name in table_names(self._weights) else size
+        return block_size_for(self._weights.spec.dim, size) if name in table_names(self._weights) else size
 
     def _nearest(self, name: str, bits: int) -> BlockMatrix:
         return quantize_blocks(self._weights[f"{name}.weight"], bits=bits, block_size=self._block_size(name, bits))

@@ -28,7 +28,8 @@ from ryot.deploy.matrices import (
     split_blocks,
 )
 from ryot.deploy.standard import write_standard_graph
-from ryot.deploy.weights import DecoderWeights, FloatArray
+from ryot.deploy.weights import DecoderWeights
+from ryot.models.tensors import FloatArray
 
 #: Shares of a block's largest value that are tried as the end of its range.
 CLIPPINGS = np.linspace(1.0, 0.7, 13, dtype=np.float32)

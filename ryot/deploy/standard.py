@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import KVScales, build_graph
 from ryot.deploy.matrices import Matrix
-from ryot.deploy.weights import DecoderWeights, FloatArray
+from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME
 from ryot.edge.session import ORT_ERRORS, build_session_options
 from ryot.errors import ExportError
+from ryot.models.tensors import FloatArray
 
 Past = dict[str, NDArray[np.generic]]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ryot.config import GraphAttention, ModelConfig, build_from_mapping, digest, replace
+from ryot.config import GraphAttention, build_from_mapping, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
@@ -31,10 +31,11 @@ from ryot.deploy.matrices import (
     Matrix,
     block_size_for,
 )
-from ryot.deploy.weights import DecoderWeights, expected_shapes
+from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.edge.session import Decoder
+from ryot.models.spec import DecoderSpec, parameter_shapes
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -99,27 +100,29 @@ class InferenceDecision:
     cached: bool = False
 
 
-def choose_inference(cfg: ModelConfig, cache_dir: Path, *, threads: int = 1) -> InferenceDecision:
+def choose_inference(spec: DecoderSpec, cache_dir: Path, *, threads: int = 1) -> InferenceDecision:
     """The decision for this shape on this machine, from `cache_dir` or measured now (a few seconds).
 
     Measure on an idle core: what else runs there ends up in the figures.
     """
     cpu = describe_cpu()
-    key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, cfg, threads)
+    key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, spec, threads)
     path = cache_dir / "inference" / f"{key[:16]}.json"
-    decision, cached = recall(path, _build, lambda: measure_inference(cfg, threads=threads))
+    decision, cached = recall(path, _build, lambda: measure_inference(spec, threads=threads))
     return dataclasses.replace(decision, cached=cached)
 
 
-def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecision:
+def measure_inference(spec: DecoderSpec, *, threads: int = 1) -> InferenceDecision:
     """Time all candidates for this shape now and decide."""
     cpu = describe_cpu()
-    layers = min(cfg.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(cfg)))
-    timed = replace(cfg, num_layers=layers)
+    layers = min(spec.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(spec)))
+    timed = dataclasses.replace(
+        spec, num_layers=layers, layer_rotaries=spec.layer_rotaries[:layers], layer_windows=spec.layer_windows[:layers]
+    )
     formats: list[_Format] = [("fp32", 0, "flash"), ("int8-dyn", 0, "flash")]
-    if 4 * cfg.num_heads * cfg.max_seq_len**2 <= MAX_SCORE_BYTES:
+    if 4 * spec.num_heads * spec.max_seq_len**2 <= MAX_SCORE_BYTES:
         formats.append(("int8-dyn", 0, "full"))
-    formats += [(precision, size, "flash") for precision in ("int8", "int4") for size in _distinct_block_sizes(cfg)]
+    formats += [(precision, size, "flash") for precision in ("int8", "int4") for size in _distinct_block_sizes(spec)]
     with scratch_folder("tune") as scratch:
         decoders = []
         for i, format_ in enumerate(formats):
@@ -131,7 +134,7 @@ def measure_inference(cfg: ModelConfig, *, threads: int = 1) -> InferenceDecisio
         Candidate(precision=p, block_size=size, attention=attention, prefill_ms=prefill, decode_ms=decode)
         for (p, size, attention), (prefill, decode) in zip(formats, times)
     ]
-    return decide(cfg, candidates, cpu, num_layers=layers)
+    return decide(spec, candidates, cpu, num_layers=layers)
 
 
 def format_decision(decision: InferenceDecision) -> str:
@@ -151,16 +154,16 @@ def format_decision(decision: InferenceDecision) -> str:
 
 
 def decide(
-    cfg: ModelConfig, candidates: list[Candidate], cpu: Mapping[str, Any], *, num_layers: int
+    spec: DecoderSpec, candidates: list[Candidate], cpu: Mapping[str, Any], *, num_layers: int
 ) -> InferenceDecision:
     """The decision that these times lead to.
 
     A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
     """
-    best = {precision: _best_block(candidates, precision, cfg) for precision in ("int8", "int4")}
+    best = {precision: _best_block(candidates, precision, spec) for precision in ("int8", "int4")}
     best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
     quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
-    answer = ANSWER_SHARE * cfg.max_seq_len
+    answer = ANSWER_SHARE * spec.max_seq_len
 
     def request_ms(prefill: Candidate, decode: Candidate) -> float:
         return prefill.prefill_ms + answer * decode.decode_ms
@@ -196,36 +199,36 @@ def decide(
     )
 
 
-def _best_block(candidates: list[Candidate], precision: str, cfg: ModelConfig) -> Candidate:
+def _best_block(candidates: list[Candidate], precision: str, spec: DecoderSpec) -> Candidate:
     """The block size fastest in decode; the usual one unless another is clearly faster."""
     mine = [c for c in candidates if c.precision == precision]
-    usual = block_size_for(cfg.dim, QuantizeOptions().int8_block_size)
+    usual = block_size_for(spec.dim, QuantizeOptions().int8_block_size)
     preferred = next((c for c in mine if c.block_size == usual), mine[-1])
     fastest = min(mine, key=lambda c: c.decode_ms)
     return fastest if fastest.decode_ms * MIN_GAIN < preferred.decode_ms else preferred
 
 
-def _distinct_block_sizes(cfg: ModelConfig) -> list[int]:
+def _distinct_block_sizes(spec: DecoderSpec) -> list[int]:
     """Block sizes that come out different for this width: 256 is 128 where 256 divides nothing."""
     seen: dict[tuple[int, int], int] = {}
     for size in BLOCK_SIZES:
-        seen.setdefault((block_size_for(cfg.dim, size), block_size_for(cfg.ff_dim, size)), size)
+        seen.setdefault((block_size_for(spec.dim, size), block_size_for(spec.ff_dim, size)), size)
     return list(seen.values())
 
 
-def _layer_parameters(cfg: ModelConfig) -> int:
-    return sum(int(np.prod(s)) for name, s in expected_shapes(cfg).items() if name.startswith("layers.0."))
+def _layer_parameters(spec: DecoderSpec) -> int:
+    return sum(int(np.prod(s)) for name, s in parameter_shapes(spec).items() if name.startswith("layers.0."))
 
 
-def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: int) -> Decoder:
+def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: int) -> Decoder:
     """A loaded bundle of one graph with random weights; there is no tokenizer in it, for no text passes through."""
     precision, block_size, attention = format_
     generator = np.random.default_rng(0)
     arrays = {
         name: np.full(shape, 0.02, np.float32) if len(shape) == 1 else _random(generator, shape)
-        for name, shape in expected_shapes(cfg).items()
+        for name, shape in parameter_shapes(spec).items()
     }
-    weights = DecoderWeights(cfg=cfg, arrays=arrays)
+    weights = DecoderWeights(spec=spec, arrays=arrays)
     matrices = {
         name: _random_matrix(generator, name, weights[f"{name}.weight"], precision, block_size)
         for name in dict.fromkeys(("embedding", *weights.linears))
@@ -233,7 +236,7 @@ def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: i
     with DataFile(folder / DATA_NAME) as data:
         model = build_graph("fast", weights, matrices, data, attention=attention)
         (folder / _GRAPH).write_bytes(serialize(model))
-    entries = bundle.graph_entries(cfg, precision, "float32") | {"graphs": dict.fromkeys(GRAPH_ROLES, _GRAPH)}
+    entries = bundle.graph_entries(spec, precision, "float32") | {"graphs": dict.fromkeys(GRAPH_ROLES, _GRAPH)}
     bundle.write_manifest(folder, {**_MANIFEST, **entries})
     return Decoder(load_bundle(folder, verify=False), threads=threads)
 

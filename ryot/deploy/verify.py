@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from ryot.deploy.standard import Past, StandardGraph
-from ryot.deploy.weights import FloatArray
 from ryot.edge.bundle import load_bundle
 from ryot.edge.session import Decoder as EdgeDecoder
 from ryot.errors import QualityError
+from ryot.models.tensors import FloatArray
 from ryot.train.model import Decoder
 
 #: How many times further off than torch's float32 a graph may be. The sums have other orders and the exponential and
@@ -58,7 +58,7 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
     Prefill with an empty cache, cached decode at several past lengths, batches of one and more, and the greedy tokens
     of the fast graph. Raises `QualityError` naming the first part that is off.
     """
-    ids_BT = windows[:PARITY_ROWS, : min(windows.shape[1], model.cfg.max_seq_len, PARITY_TOKENS)]
+    ids_BT = windows[:PARITY_ROWS, : min(windows.shape[1], model.spec.max_seq_len, PARITY_TOKENS)]
     expected, torch_error = reference_logits(model, ids_BT)
     tolerance = SAFETY * torch_error
     graph = StandardGraph(bundle_path / load_bundle(bundle_path, verify=False).graphs["standard"])

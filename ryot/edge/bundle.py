@@ -36,7 +36,7 @@ class ModelShape(NamedTuple):
     """The decoder's sizes, as the manifest's `model` table has them."""
 
     architecture: str
-    """`opt` or `llama`."""
+    """The family, as its `model_type` names it."""
     vocab_size: int
     dim: int
     num_layers: int

@@ -31,8 +31,8 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 #: Norm of queries and keys before rotation: of each head, or of all heads' channels together.
 QKNorm = Literal["none", "head", "all"]
 
-#: What the fused attention can take: heads of a multiple of this many channels.
-HEAD_MULTIPLE = 8
+#: Heads that onnxruntime's fused attention takes: of a multiple of this many channels, without and with rotation.
+HEAD_MULTIPLE, ROTARY_HEAD_MULTIPLE = 8, 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,11 +113,12 @@ class DecoderSpec:
             self.num_kv_heads,
             f"a divisor of num_heads {self.num_heads}",
         )
+        multiple = ROTARY_HEAD_MULTIPLE if self.rotaries else HEAD_MULTIPLE
         _require(
-            self.head_dim % HEAD_MULTIPLE == 0,
+            self.head_dim % multiple == 0,
             "head_dim",
             self.head_dim,
-            f"a multiple of {HEAD_MULTIPLE}, as the fused attention takes",
+            f"a multiple of {multiple}, as the fused attention takes",
         )
         for name in ("layer_rotaries", "layer_windows"):
             values = getattr(self, name)
@@ -130,10 +131,10 @@ class DecoderSpec:
         )
         for rotary in self.rotaries:
             _require(
-                rotary.dim <= self.head_dim and rotary.dim % 2 == 0,
-                "rotary dim",
+                rotary.dim <= self.head_dim and rotary.dim % ROTARY_HEAD_MULTIPLE == 0,
+                "rotated channels of a head",
                 rotary.dim,
-                f"an even number up to head_dim {self.head_dim}",
+                f"a multiple of {ROTARY_HEAD_MULTIPLE} up to head_dim {self.head_dim}, as the fused attention takes",
             )
 
     @property
@@ -156,12 +157,11 @@ class DecoderSpec:
         """Factor on the products of queries and keys."""
         return self.attention_scale or self.head_dim**-0.5
 
-    def rotary(self, layer: int) -> Rotary | None:
-        """The rotary positions of a layer."""
-        if not self.rotaries:
-            return None
-        index = self.layer_rotaries[layer] if self.layer_rotaries else 0
-        return None if index < 0 else self.rotaries[index]
+    def rotary_kind(self, layer: int) -> int:
+        """Index into `rotaries` of a layer's positions, -1 for none."""
+        if self.layer_rotaries:
+            return self.layer_rotaries[layer]
+        return 0 if self.rotaries else -1
 
     def window(self, layer: int) -> int:
         """Tokens that a layer attends to, itself included; 0 for all, also where the window holds the whole context."""

@@ -75,12 +75,14 @@ def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str
     return tensors
 
 
-def check_names(maps: Iterable[TensorMap], found: Iterable[str], optional: Iterable[str], where: str) -> None:
-    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there and are not read."""
+def check_names(
+    spec: DecoderSpec, maps: Iterable[TensorMap], found: Iterable[str], optional: Iterable[str], where: str
+) -> None:
+    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there unread."""
     known = {name for entry in maps for name in entry.tensors}
     names = set(found)
     if extra := sorted(names - known - set(optional)):
-        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of this model (config.json says what is)")
+        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of a {spec.family} model of this config.json")
     if missing := sorted(known - names):
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
 

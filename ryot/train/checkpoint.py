@@ -111,7 +111,7 @@ def load_decoder_arrays(directory: Path, spec: DecoderSpec) -> dict[str, FloatAr
     finite.
     """
     tensors, maps = load_weights(directory), tensor_maps(spec)
-    check_names(maps, tensors, unused_tensors(spec), str(directory))
+    check_names(spec, maps, tensors, unused_tensors(spec), str(directory))
     return dict(load_arrays(spec, maps, lambda name: tensors[name].astype(np.float32, copy=False), str(directory)))
 
 

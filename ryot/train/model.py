@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.q_dim, self.kv_dim, self.scale = spec.q_dim, spec.kv_dim, spec.scale
         self.window, self.attention = spec.window(layer), attention
-        self.rotary_kind = spec.layer_rotaries[layer] if spec.layer_rotaries else (0 if spec.rotaries else -1)
+        self.rotary_kind = spec.rotary_kind(layer)
         self.qkv = nn.Linear(spec.dim, spec.q_dim + 2 * spec.kv_dim, bias=spec.qkv_bias)
         self.out = nn.Linear(spec.q_dim, spec.dim, bias=spec.out_bias)
         self.qk_norm = spec.qk_norm

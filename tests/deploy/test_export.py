@@ -182,7 +182,9 @@ def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(train
             for head in range(cfg.num_heads // cfg.num_kv_heads):
                 layer.attn.out.weight[:, head * cfg.head_dim] /= 100
     uneven = tmp_path / "uneven"
-    save_checkpoint(uneven, cfg=cfg, state=model.state_dict(), tokenizer_json=(trained / "tokenizer.json").read_bytes())
+    save_checkpoint(
+        uneven, spec=cfg, state=model.state_dict(), tokenizer_json=(trained / "tokenizer.json").read_bytes()
+    )
     options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8"))
     [form] = export_variant(uneven, tmp_path / "forms", ["fp32"], data, options=options)
     record = load_bundle(form.path).manifest["quantization"]["kv_cache"]

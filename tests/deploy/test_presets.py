@@ -18,10 +18,10 @@ CASES = [(p, v) for p in list_named("presets") for v in ("baseline", "optimized"
 
 @pytest.mark.parametrize(("preset", "variant"), CASES)
 def test_fp32_graphs_have_torchs_logits_and_tokens(preset, variant, tokenizer, tmp_path):
-    cfg = resolve_variant(variant, preset).model
+    cfg = resolve_variant(variant, preset).model.spec
     model = random_decoder(cfg)
     checkpoint = tmp_path / "checkpoint"
-    save_checkpoint(checkpoint, cfg=cfg, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
+    save_checkpoint(checkpoint, spec=cfg, state=model.state_dict(), tokenizer_json=tokenizer.to_str().encode())
     # A part of the largest model's context: float64 on 100 M parameters is slow.
     length = min(cfg.max_seq_len, 16_000_000 // cfg.num_parameters * 16 + 32)
     windows = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, length))

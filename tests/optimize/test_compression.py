@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ryot.config import narrow_spec, replace
+from ryot.config import replace
 from ryot.errors import CheckpointError, ConfigError
+from ryot.models.spec import narrow_spec
 from ryot.optimize.compression import slice_checkpoint
 from ryot.train.checkpoint import load_model, read_checkpoint_spec
 from ryot.train.dataset import Dataset

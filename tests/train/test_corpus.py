@@ -8,7 +8,7 @@ import pytest
 from ryot.errors import ConfigError, DataError
 from ryot.train.corpus import SPLITS, Corpus, load_corpus
 from ryot.train.dataset import Dataset, load_dataset, prepare_dataset
-from ryot.train.hf import END_OF_TEXT_ID
+from ryot.train.tokenizer import END_OF_TEXT_ID
 
 
 def test_default_corpus_is_the_standard_library_split_92_4_4() -> None:

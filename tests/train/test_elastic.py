@@ -31,7 +31,7 @@ def widths_of(cfg: ModelConfig) -> list[int]:
 def test_a_view_computes_what_the_model_cut_out_computes(name: str) -> None:
     variant = elastic(name)
     torch.manual_seed(1)
-    full = Decoder(variant.model)
+    full = Decoder(variant.model.spec)
     with torch.no_grad():
         for parameter in full.parameters():
             parameter.normal_(std=0.3)
@@ -48,7 +48,7 @@ def test_a_view_computes_what_the_model_cut_out_computes(name: str) -> None:
 @pytest.mark.parametrize("name", ["baseline", "optimized"])
 def test_gradients_reach_the_kept_channels_and_no_others(name: str) -> None:
     variant = elastic(name)
-    full = Decoder(variant.model)
+    full = Decoder(variant.model.spec)
     with torch.no_grad():
         for parameter in full.parameters():
             parameter.normal_(std=0.3)

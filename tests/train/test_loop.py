@@ -106,8 +106,8 @@ def test_the_optimized_losses_are_those_of_plain_torch(dataset: Dataset) -> None
     w = {n: nn.Parameter(p.detach().clone()) for n, p in trainer.model.named_parameters()}
     got = run(trainer)
 
-    m, t = variant.model, variant.train
-    cos = torch.outer(torch.arange(CONTEXT), m.rope_theta ** (-torch.arange(0, m.head_dim, 2) / m.head_dim))
+    m, t, theta = variant.model.spec, variant.train, variant.model.rope_theta
+    cos = torch.outer(torch.arange(CONTEXT), theta ** (-torch.arange(0, m.head_dim, 2) / m.head_dim))
     rotation = torch.polar(torch.ones_like(cos), cos)
 
     def rope(x: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def test_written_out_attention_equals_the_fused_kernel(name: str) -> None:
 def test_stated_parameters_are_those_of_the_model(name: str, preset: str) -> None:
     from ryot.config import resolve_variant
 
-    cfg = resolve_variant(name, preset).model
+    cfg = resolve_variant(name, preset).model.spec
     with torch.device("meta"):
         model = Decoder(cfg)
     assert sum(p.numel() for p in model.parameters()) == cfg.num_parameters

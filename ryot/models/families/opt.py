@@ -92,13 +92,13 @@ def write_config(spec: DecoderSpec) -> dict[str, Any]:
         "word_embed_proj_dim": spec.table_dim,
         "ffn_dim": spec.ff_dim,
         "do_layer_norm_before": spec.norm_place == "pre",
-        "_remove_final_layer_norm": spec.norm_place == "pre" and not spec.final_norm,
         "activation_function": ACTIVATION_NAMES[spec.activation],
         "enable_bias": spec.qkv_bias,
         "layer_norm_elementwise_affine": True,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "layerdrop": 0.0,
+        **({"_remove_final_layer_norm": True} if spec.norm_place == "pre" and not spec.final_norm else {}),
     }
 
 

@@ -8,31 +8,24 @@ weights. Two CPUs are each about that far from the exact result, so a margin abo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ryot.deploy.forms import FormMatrices
-from ryot.deploy.matrices import FloatMatrix, Matrix
-from ryot.deploy.standard import StandardGraph, write_standard_graph
+from ryot.deploy.matrices import Matrix
+from ryot.deploy.reference import Load, Piece, layerwise_logits
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import Bundle
 from ryot.edge.session import Decoder as EdgeDecoder
 from ryot.models.tensors import FloatArray
-from ryot.scratch import scratch_folder
 
 NUM_GOLDEN = 4
-#: Shares of the context that a golden prompt and its answer take.
+#: Shares of the context that a golden prompt and its answer take, and how many tokens at most: a device checks them.
 PROMPT_SHARE, ANSWER_SHARE = 4, 8
-
-
-def exact_graph(weights: DecoderWeights, matrices: Mapping[str, Matrix], folder: Path) -> StandardGraph:
-    """The standard graph in float32 arithmetic on the dequantized weights, written into the new folder `folder`."""
-    folder.mkdir()
-    exact = {name: FloatMatrix(matrix.dequantize()) for name, matrix in matrices.items()}
-    return write_standard_graph(folder, weights, exact)
+MAX_PROMPT, MAX_ANSWER = 32, 16
 
 
 def make_golden(
@@ -50,20 +43,17 @@ def make_golden(
     gets none.
     """
     context = weights.spec.max_seq_len
-    num_prompt, num_answer = max(1, context // PROMPT_SHARE), max(1, context // ANSWER_SHARE)
-    with scratch_folder("golden") as scratch:
-        exact_prefill = exact_graph(weights, form.prefill, scratch / "prefill")
-        exact_decode = exact_prefill
-        if form.is_pair:
-            exact_decode = exact_graph(weights, form.decode, scratch / "decode")
-        decoder = EdgeDecoder(bundle)
-        answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
-        noise = 0.0
-        for prompt, (tokens, logits) in zip(prompts, answers):
-            first, past = exact_prefill.run(prompt[None, :num_prompt])
-            rest, _ = exact_decode.run(tokens[None, :-1], past) if num_answer > 1 else (first[:, :0], past)
-            exact = np.concatenate((first[0, -1:], rest[0]))
-            noise = max(noise, float(np.abs(exact - logits).max()))
+    num_prompt = max(1, min(MAX_PROMPT, context // PROMPT_SHARE))
+    num_answer = max(1, min(MAX_ANSWER, context // ANSWER_SHARE))
+    decoder = EdgeDecoder(bundle)
+    answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
+    # Teacher-forced: each token of an answer is followed by the next logits.
+    fed = [np.stack([prompt[:num_prompt] for prompt in prompts]), np.stack([tokens[:-1] for tokens, _ in answers])]
+    loads = (_dequantized(weights, form.prefill), _dequantized(weights, form.decode))
+    pieces = [Piece(ids, load) for ids, load in zip(fed, loads) if ids.size]
+    first, *rest = layerwise_logits(weights.spec, pieces, torch.float32)
+    exact = torch.cat((first[:, -1:], *rest), dim=1).numpy()
+    noise = max(float(np.abs(row - logits).max()) for row, (_, logits) in zip(exact, answers))
     tolerance = max(2 * noise, rounding_error)
     golden = []
     for prompt, (tokens, logits) in zip(prompts, answers):
@@ -80,6 +70,16 @@ def make_golden(
         )
     golden.sort(key=lambda g: -len(g["tokens"]))
     return [g for g in golden[:NUM_GOLDEN] if g["tokens"]], tolerance
+
+
+def _dequantized(weights: DecoderWeights, matrices: Mapping[str, Matrix]) -> Load:
+    """The decoder's arrays, its matrices as the runtime multiplies with them."""
+
+    def load(name: str) -> FloatArray:
+        matrix = matrices.get(name.removesuffix(".weight"))
+        return weights[name] if matrix is None else matrix.dequantize()
+
+    return load
 
 
 def _answer(decoder: EdgeDecoder, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:

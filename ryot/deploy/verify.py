@@ -8,7 +8,6 @@ than that tolerance; from the first position on where they are not, either token
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ryot.deploy.reference import decoder_logits
 from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
 from ryot.edge.session import Decoder as EdgeDecoder
@@ -89,9 +89,8 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
 @torch.no_grad()
 def reference_logits(model: Decoder, ids_BT: NDArray[np.int64]) -> tuple[FloatArray, float]:
     """Torch's float32 logits [B, T, V], and their largest error against float64."""
-    ids = torch.from_numpy(ids_BT)
-    single = model(ids)
-    exact = copy.deepcopy(model).double()(ids)
+    single = model(torch.from_numpy(ids_BT))
+    exact = decoder_logits(model, ids_BT, torch.float64)
     # A model whose logits happen to be exact still rounds once where it stores them.
     floor = torch.finfo(torch.float32).eps * float(exact.abs().max())
     return single.numpy(), max(float((single - exact).abs().max()), floor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,13 +36,13 @@ from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.edge.session import Decoder
-from ryot.models.spec import DecoderSpec, parameter_shapes
+from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
 #: What was decided by an older method is not taken over.
-SCHEMA = 2
+SCHEMA = 3
 BLOCK_SIZES = (32, 64, 128, 256)
 #: A candidate must be this much faster than the one preferred without measuring; less is noise.
 MIN_GAIN = 1.03
@@ -55,8 +56,9 @@ DECODE_STEPS = 24
 MAX_SCORE_BYTES = 32_000_000
 #: Precision, block size, and how the graph attends.
 _Format = tuple[str, int, GraphAttention]
-#: Parameters inside the layers that are timed, at most: more than the caches hold at 8 bits, and quick to make.
-MAX_LAYER_PARAMETERS = 64_000_000
+#: What is timed of a large model: parameters inside the layers, values of a table, and context, at most. A few layers
+#: are as fast as many, since a layer's weights are in no cache when it comes round again.
+MAX_LAYER_PARAMETERS, MAX_TABLE_VALUES, MAX_CONTEXT = 16_000_000, 8_000_000, 256
 #: Tokens that a request generates for each one of its prompt, when prefill and decode are weighed.
 ANSWER_SHARE = 0.75
 
@@ -115,12 +117,9 @@ def choose_inference(spec: DecoderSpec, cache_dir: Path, *, threads: int = 1) ->
 def measure_inference(spec: DecoderSpec, *, threads: int = 1) -> InferenceDecision:
     """Time all candidates for this shape now and decide."""
     cpu = describe_cpu()
-    layers = min(spec.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(spec)))
-    timed = dataclasses.replace(
-        spec, num_layers=layers, layer_rotaries=spec.layer_rotaries[:layers], layer_windows=spec.layer_windows[:layers]
-    )
+    timed = timed_part(spec)
     formats: list[_Format] = [("fp32", 0, "flash"), ("int8-dyn", 0, "flash")]
-    if 4 * spec.num_heads * spec.max_seq_len**2 <= MAX_SCORE_BYTES:
+    if 4 * timed.num_heads * timed.max_seq_len**2 <= MAX_SCORE_BYTES:
         formats.append(("int8-dyn", 0, "full"))
     formats += [(precision, size, "flash") for precision in ("int8", "int4") for size in _distinct_block_sizes(spec)]
     with scratch_folder("tune") as scratch:
@@ -134,7 +133,20 @@ def measure_inference(spec: DecoderSpec, *, threads: int = 1) -> InferenceDecisi
         Candidate(precision=p, block_size=size, attention=attention, prefill_ms=prefill, decode_ms=decode)
         for (p, size, attention), (prefill, decode) in zip(formats, times)
     ]
-    return decide(spec, candidates, cpu, num_layers=layers)
+    return decide(timed, candidates, cpu, num_layers=timed.num_layers)
+
+
+def timed_part(spec: DecoderSpec) -> DecoderSpec:
+    """The decoder that is timed for this one: itself if it is small, else some of its layers, tokens and context."""
+    layers = min(spec.num_layers, max(2, MAX_LAYER_PARAMETERS // _layer_parameters(spec)))
+    return dataclasses.replace(
+        spec,
+        num_layers=layers,
+        layer_rotaries=spec.layer_rotaries[:layers],
+        layer_windows=spec.layer_windows[:layers],
+        vocab_size=min(spec.vocab_size, MAX_TABLE_VALUES // spec.table_dim),
+        max_seq_len=min(spec.max_seq_len, MAX_CONTEXT),
+    )
 
 
 def format_decision(decision: InferenceDecision) -> str:
@@ -217,7 +229,7 @@ def _distinct_block_sizes(spec: DecoderSpec) -> list[int]:
 
 
 def _layer_parameters(spec: DecoderSpec) -> int:
-    return sum(int(np.prod(s)) for name, s in parameter_shapes(spec).items() if name.startswith("layers.0."))
+    return sum(math.prod(shape) for shape in layer_shapes(spec).values())
 
 
 def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: int) -> Decoder:

@@ -1,6 +1,6 @@
 """DecoderSpec: what one decoder is made of, whatever family it comes from.
 
-    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim, Q all query heads' width, KV all kv heads'
+    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim, Q all query heads, KV all kv heads
 
 The torch decoder and the graph builder read this description and nothing else. A layer is
 

@@ -102,7 +102,7 @@ SPECS = {
 
 
 def random_weights(spec: DecoderSpec, seed: int = 0) -> tuple[Decoder, DecoderWeights]:
-    """A torch decoder and its arrays, in which no parameter is left at a value (zero, one) that would hide a mistake."""
+    """A torch decoder and its arrays, no parameter at a value (zero, one) that would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Decoder(spec).state_dict().items()}

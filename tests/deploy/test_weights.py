@@ -76,7 +76,7 @@ def test_an_unknown_tensor_is_refused(changed, tmp_path):
 
 def test_an_unknown_architecture_is_refused(changed, tmp_path):
     change_config(changed, model_type="mamba")
-    with pytest.raises(CheckpointError, match="model_type is 'mamba', expected one of .*llama.* opt"):
+    with pytest.raises(CheckpointError, match=r"model_type is 'mamba', expected one of .*llama.* opt"):
         export(changed, tmp_path)
 
 

@@ -57,7 +57,7 @@ def test_an_unknown_architecture_is_refused(trained: Path, tmp_path: Path) -> No
     path = copy(trained, tmp_path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(CheckpointError, match="model_type is 'mamba', expected one of .*llama.* opt"):
+    with pytest.raises(CheckpointError, match=r"model_type is 'mamba', expected one of .*llama.* opt"):
         read_checkpoint_spec(path)
 
 

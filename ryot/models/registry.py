@@ -69,6 +69,8 @@ def read_spec(values: Mapping[str, Any], where: str) -> DecoderSpec:
     """The decoder that the values of a `config.json` describe; `where` names it in messages."""
     config = HFConfig(values, where)
     family = find_family(config.text("model_type", ""), where)
+    # transformers changes any key in single layers by this one.
+    config.require(per_layer_config=None)
     try:
         return family.read_config(config)
     except ConfigError as error:

@@ -80,7 +80,7 @@ class Rotary:
     def frequencies(self) -> NDArray[np.float64]:
         """Radians per position, [dim / 2]."""
         half = self.dim // 2
-        plain: NDArray[np.float64] = self.theta ** (-np.arange(half, dtype=np.float64) / half)
+        plain = self.theta ** (-np.arange(half, dtype=np.float64) / half)
         match self.scaling:
             case "linear":
                 return plain / self.factor
@@ -89,7 +89,7 @@ class Rotary:
             case "yarn":
                 return self._yarn(plain)
             case "longrope":
-                return plain / np.array(self.short_factors)
+                return plain / np.array(self.short_factors, np.float64)
             case _:
                 return plain
 
@@ -114,7 +114,7 @@ class Rotary:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
-        ramp = np.clip((np.arange(self.dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
+        ramp: NDArray[np.float64] = np.clip((np.arange(self.dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
 

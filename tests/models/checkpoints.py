@@ -1,4 +1,4 @@
-"""Tiny random checkpoints as transformers itself saves them, of every family and every switch that changes what is computed.
+"""Tiny random checkpoints as transformers saves them, of every family and every switch that changes what is computed.
 
 `CHECKPOINTS` maps a name to a maker of the folder; the name starts with the family's. Weights are large enough, and
 norms and biases far enough from 1 and 0, that leaving out any part of a model changes its logits.
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 272
@@ -48,9 +47,7 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **values}}
 
 
-_LLAMA3 = _rope(
-    "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24
-)
+_LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=24)
 _LONG = {
     "rope_type": "longrope",
@@ -133,7 +130,7 @@ _add(
     "Gemma3TextConfig",
     "Gemma3ForCausalLM",
     _GEMMA,
-    plain={"sliding_window": 8},
+    plain={"sliding_window": 8, "num_hidden_layers": 6},
     pattern={"sliding_window": 8, "sliding_window_pattern": 2, "attention_bias": True},
     nested_rope={
         "sliding_window": 8,
@@ -262,12 +259,3 @@ def make(name: str, folder: Path) -> Path:
 
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {name: partial(make, name) for name in _MODELS}
-
-
-def reset_rotary(module: nn.Module) -> None:
-    """Compute the rotary frequencies of a loaded model anew, in the types that now hold."""
-    for name, child in list(module.named_children()):
-        if type(child).__name__.endswith("RotaryEmbedding"):
-            setattr(module, name, type(child)(child.config))
-        else:
-            reset_rotary(child)

@@ -45,7 +45,7 @@ def find_family(name: str, where: str) -> Family:
         wrapped = [family for family in family_names() if name in getattr(_module(family), "WRAPPED_IN", ())]
         if wrapped:
             raise CheckpointError(
-                f"{where}: model_type is {name!r}, a text model with more around it, which is not exported",
+                f"{where}: model_type is {name!r}, a text model with an encoder of images, which is not exported",
                 hint=f"save its text model alone, whose model_type is {wrapped[0]}",
             )
         raise CheckpointError(f"{where}: model_type is {name!r}, expected one of {', '.join(family_names())}")

@@ -35,7 +35,12 @@ DEFAULTS = llama.Defaults(
     tie_embeddings=True,
 )
 #: Keys that change the computation and have one value here.
-FIXED = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
+FIXED = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+}
 
 unused_tensors, other_name = llama.unused_tensors, llama.other_name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def trained(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: 
     path = tmp_path_factory.mktemp(request.param) / "checkpoint"
     trainer.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a tiny random checkpoint by its name in `tests.models.checkpoints.CHECKPOINTS`, once; read-only."""
+    from tests.models.checkpoints import CHECKPOINTS
+
+    root = tmp_path_factory.mktemp("hf")
+
+    def folder(name: str) -> Path:
+        return root / name if (root / name).exists() else CHECKPOINTS[name](root / name)
+
+    return folder
 
 
 def build_environment(folder: Path, *requirements: object) -> Path:

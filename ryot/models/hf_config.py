@@ -28,11 +28,29 @@ class HFConfig:
         value = self._get(key, default, (int,), "a whole number")
         return int(value)
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number above 0; the default where the key is missing or null."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, expected a whole number above 0")
+        return value
+
     def number(self, key: str, default: float) -> float:
         """A number; the default where the key is missing. Null is refused: transformers fails at it too."""
         if key in self.values and self.values[key] is None:
             raise CheckpointError(f"{self.where}: {key} is null, expected a number")
         return float(self._get(key, default, (int, float), "a number"))
+
+    def positive(self, key: str, default: float) -> float:
+        """A number above 0; the default where the key is missing."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, expected a number above 0")
+        return value
+
+    def optional_count(self, key: str, default: int | None) -> int | None:
+        """A whole number above 0, or None where the key is null; the default where it is missing."""
+        return self.count(key, 1) if self.has(key) else None if key in self.values else default
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false; the default where the key is missing or null."""
@@ -51,6 +69,13 @@ class HFConfig:
         """A nested object; None where the key is missing or null."""
         value = self._get(key, None, (dict,), "an object")
         return None if value is None else dict(value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers. Raises `CheckpointError` where the key is missing."""
+        values = self.items(key)
+        if values is None or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise CheckpointError(f"{self.where}: {key} is {values!r}, expected a list of numbers")
+        return tuple(float(value) for value in values)
 
     def items(self, key: str) -> list[Any] | None:
         """A list; None where the key is missing or null."""

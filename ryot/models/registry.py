@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -12,7 +12,7 @@ from ryot.errors import CheckpointError, ConfigError
 from ryot.models import families
 from ryot.models.hf_config import HFConfig
 from ryot.models.spec import DecoderSpec, Sizes
-from ryot.models.tensors import TensorMap
+from ryot.models.tensors import FloatArray, TensorMap, check_copies, check_names, load_arrays
 
 
 class Family(Protocol):
@@ -28,7 +28,10 @@ class Family(Protocol):
         """Every array of the decoder and the tensors that it comes from."""
 
     def unused_tensors(self, spec: DecoderSpec) -> tuple[str, ...]:
-        """Names of tensors that a checkpoint may carry and that nothing reads, such as a tied head's copy."""
+        """Names of tensors that a checkpoint may carry and that nothing reads, such as a mask."""
+
+    def other_name(self, name: str) -> str:
+        """Another name that checkpoints give the tensor `name`: that of the bare model, or an older one."""
 
 
 def family_names() -> list[str]:
@@ -39,6 +42,12 @@ def family_names() -> list[str]:
 def find_family(name: str, where: str) -> Family:
     """The family of this `model_type`. Raises `CheckpointError` naming those that there are."""
     if name not in family_names():
+        wrapped = [family for family in family_names() if name in getattr(_module(family), "WRAPPED_IN", ())]
+        if wrapped:
+            raise CheckpointError(
+                f"{where}: model_type is {name!r}, a text model with an encoder of images, which is not exported",
+                hint=f"save its text model alone, whose model_type is {wrapped[0]}",
+            )
         raise CheckpointError(f"{where}: model_type is {name!r}, expected one of {', '.join(family_names())}")
     return cast(Family, _module(name))
 
@@ -60,6 +69,8 @@ def read_spec(values: Mapping[str, Any], where: str) -> DecoderSpec:
     """The decoder that the values of a `config.json` describe; `where` names it in messages."""
     config = HFConfig(values, where)
     family = find_family(config.text("model_type", ""), where)
+    # transformers changes any key in single layers by this one.
+    config.require(per_layer_config=None)
     try:
         return family.read_config(config)
     except ConfigError as error:
@@ -76,6 +87,24 @@ def tensor_maps(spec: DecoderSpec) -> list[TensorMap]:
     return list(find_family(spec.family, spec.family).tensor_maps(spec))
 
 
-def unused_tensors(spec: DecoderSpec) -> tuple[str, ...]:
-    """Names of tensors that a checkpoint of this decoder may carry and that nothing reads."""
-    return find_family(spec.family, spec.family).unused_tensors(spec)
+def read_arrays(
+    spec: DecoderSpec, found: Iterable[str], load: Callable[[str], FloatArray], where: str
+) -> Iterator[tuple[str, FloatArray]]:
+    """Each array of a decoder with its name, one at a time, from the tensors whose names are `found`.
+
+    `load` gives one of them in float32. Raises `CheckpointError` at once for a tensor that is missing or not known, or
+    a tied head that is not the embedding, and later as `ryot.models.tensors.load_arrays` says.
+    """
+    family, maps = find_family(spec.family, where), tensor_maps(spec)
+    unused = family.unused_tensors(spec)
+    stored = {name: name for name in found}
+    for name in (*unused, *(n for entry in maps for n in (*entry.tensors, entry.copy))):
+        if name not in stored and (other := family.other_name(name)) in stored:
+            stored[name] = stored.pop(other)
+    check_names(maps, stored, unused, where)
+
+    def load_stored(name: str) -> FloatArray:
+        return load(stored[name])
+
+    check_copies(maps, stored, load_stored, where)
+    return load_arrays(spec, maps, load_stored, where)

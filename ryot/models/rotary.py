@@ -7,12 +7,15 @@ Channel i of the first half of a head's rotated channels is paired with channel 
     llama3    low frequencies divided, high ones kept, a blend between (Llama 3.1's `rope_scaling`)
     yarn      a blend by dimension, and cosines and sines scaled (Peng et al. 2023, arXiv:2309.00071)
     dynamic   nothing up to `max_position_embeddings`, which is as far as a context goes here
+    longrope  each frequency divided by its own short factor, cosines and sines scaled (arXiv:2402.13753); the
+              long factors serve more than `original_max_position_embeddings` tokens, where a context ends here
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,9 +25,9 @@ from numpy.typing import NDArray
 from ryot.errors import CheckpointError
 from ryot.models.hf_config import HFConfig
 
-Scaling = Literal["default", "linear", "llama3", "yarn", "dynamic"]
+Scaling = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
 
-#: Keys of `rope_parameters` that each scaling reads; those with a default may be missing.
+#: Keys of `rope_parameters` that each scaling reads; those of `_REQUIRED` must be there.
 _SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -40,6 +43,13 @@ _SCALING_KEYS: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 _BASE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
@@ -55,7 +65,7 @@ class Rotary:
     scaling: Scaling = "default"
     factor: float = 1.0
     original_max_seq_len: int = 0
-    """Context before scaling (llama3, yarn)."""
+    """Context before scaling (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -63,7 +73,9 @@ class Rotary:
     truncate: bool = True
     """Whether yarn's limits are rounded to whole dimensions."""
     magnitude: float = 1.0
-    """Factor on cosines and sines (yarn)."""
+    """Factor on cosines and sines (yarn, longrope)."""
+    short_factors: tuple[float, ...] = ()
+    """What each frequency is divided by (longrope)."""
 
     def frequencies(self) -> NDArray[np.float64]:
         """Radians per position, [dim / 2]."""
@@ -76,6 +88,8 @@ class Rotary:
                 return self._llama3(plain)
             case "yarn":
                 return self._yarn(plain)
+            case "longrope":
+                return plain / np.array(self.short_factors, np.float64)
             case _:
                 return plain
 
@@ -100,24 +114,31 @@ class Rotary:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
-        ramp = np.clip((np.arange(self.dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        ramp: NDArray[np.float64] = np.clip((np.arange(self.dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
 
-def read_rotary(config: HFConfig, head_dim: int, *, theta: float = 10_000.0, fraction: float = 1.0) -> Rotary:
-    """The rotary positions of a `config.json`: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`.
+def read_rotary(config: HFConfig, head_dim: int, *, theta: float = 10_000.0) -> Rotary:
+    """The rotary positions of a `config.json` of a family that rotates whole heads; `theta` is its default.
 
-    `theta` and `fraction` (of a head's channels that are rotated) are the family's defaults. Raises `CheckpointError`
-    for a scaling, or a key of it, that is not known.
+    Raises `CheckpointError` for a scaling, or a key of it, that is not known.
     """
-    values = config.table("rope_scaling") or config.table("rope_parameters") or {}
-    outer = {"rope_theta": theta, "partial_rotary_factor": fraction}
-    outer |= {key: config.number(key, default) for key, default in outer.items() if key in config.values}
-    return build_rotary({**outer, **values}, config, head_dim)
+    table = rope_table(config, {"rope_theta": theta, "partial_rotary_factor": 1.0})
+    rotary = build_rotary(table, config, head_dim)
+    if rotary.dim != head_dim:
+        factor = table["partial_rotary_factor"]
+        raise CheckpointError(f"{config.where}: partial_rotary_factor is {factor!r}, expected 1 (whole heads)")
+    return rotary
 
 
-def build_rotary(values: dict[str, Any], config: HFConfig, head_dim: int) -> Rotary:
-    """The rotary positions that one table of parameters describes."""
+def rope_table(config: HFConfig, defaults: Mapping[str, float]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_scaling` with what stands beside it; `defaults` by those keys."""
+    outer = {key: config.number(key, default) for key, default in defaults.items()}
+    return {**outer, **(config.table("rope_scaling") or config.table("rope_parameters") or {})}
+
+
+def build_rotary(values: Mapping[str, Any], config: HFConfig, head_dim: int, *, original_length: int = 0) -> Rotary:
+    """The rotary positions that one table of parameters describes; `original_length` is used where no key gives one."""
     parameters = HFConfig(values, f"{config.where}: rope_parameters")
     scaling = parameters.text("rope_type", parameters.text("type", "default"))
     if scaling not in get_args(Scaling):
@@ -127,9 +148,14 @@ def build_rotary(values: dict[str, Any], config: HFConfig, head_dim: int) -> Rot
     parameters.refuse_others(
         (*_BASE_KEYS, *_SCALING_KEYS[scaling]), allow_if_default=("original_max_position_embeddings",)
     )
+    for key in _REQUIRED.get(scaling, ()):
+        if not parameters.has(key):
+            raise CheckpointError(f"{parameters.where}: {key} is missing, expected by rope_type {scaling!r}")
     context = config.integer("max_position_embeddings", 2048)
-    original = config.integer("original_max_position_embeddings", 0) or parameters.integer(
-        "original_max_position_embeddings", context
+    original = (
+        config.integer("original_max_position_embeddings", 0)
+        or original_length
+        or parameters.integer("original_max_position_embeddings", context)
     )
     rotary = Rotary(
         theta=parameters.number("rope_theta", 10_000.0),
@@ -138,41 +164,64 @@ def build_rotary(values: dict[str, Any], config: HFConfig, head_dim: int) -> Rot
     )
     if scaling in ("default", "dynamic"):
         return rotary
-    factor = parameters.number("factor", 0.0) or (context / original if scaling == "yarn" else 0.0)
+    factor = parameters.number("factor", 0.0) if parameters.has("factor") else context / original
     if factor <= 0:
-        raise CheckpointError(f"{parameters.where}: factor is missing, expected a number above 0 for {scaling}")
-    rotary = dataclasses.replace(rotary, factor=factor)
-    if scaling == "linear":
-        return rotary
-    rotary = dataclasses.replace(rotary, original_max_seq_len=original)
-    if scaling == "llama3":
-        return dataclasses.replace(
-            rotary,
-            low_freq_factor=parameters.number("low_freq_factor", 1.0),
-            high_freq_factor=parameters.number("high_freq_factor", 4.0),
-        )
-    return dataclasses.replace(
-        rotary,
-        beta_fast=parameters.number("beta_fast", 32.0),
-        beta_slow=parameters.number("beta_slow", 1.0),
-        truncate=parameters.flag("truncate", True),
-        magnitude=_yarn_magnitude(parameters, factor),
-    )
+        raise CheckpointError(f"{parameters.where}: factor is {factor!r}, expected a number above 0")
+    match scaling:
+        case "linear":
+            return dataclasses.replace(rotary, factor=factor)
+        case "llama3":
+            return dataclasses.replace(
+                rotary,
+                factor=factor,
+                original_max_seq_len=original,
+                low_freq_factor=parameters.number("low_freq_factor", 0.0),
+                high_freq_factor=parameters.number("high_freq_factor", 0.0),
+            )
+        case "longrope":
+            short = parameters.numbers("short_factor")
+            if len(short) != rotary.dim // 2:
+                raise CheckpointError(
+                    f"{parameters.where}: short_factor has {len(short)} numbers, expected {rotary.dim // 2}"
+                )
+            magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            return dataclasses.replace(
+                rotary,
+                original_max_seq_len=original,
+                short_factors=short,
+                magnitude=_optional(parameters, "attention_factor", magnitude),
+            )
+        case _:
+            return dataclasses.replace(
+                rotary,
+                factor=factor,
+                original_max_seq_len=original,
+                beta_fast=_optional(parameters, "beta_fast", 32.0),
+                beta_slow=_optional(parameters, "beta_slow", 1.0),
+                truncate=parameters.flag("truncate", True),
+                magnitude=_yarn_magnitude(parameters, factor),
+            )
 
 
 def write_rotary(rotary: Rotary, head_dim: int) -> dict[str, Any]:
     """The keys of a `config.json` from which `read_rotary` makes the same again, here and in transformers 4 and 5."""
     values: dict[str, Any] = {"rope_theta": rotary.theta}
     if rotary.dim != head_dim:
-        values["partial_rotary_factor"] = rotary.dim / head_dim
+        values["partial_rotary_factor"] = rotary_fraction(rotary, head_dim)
     if rotary.scaling != "default":
         values["rope_scaling"] = scaling_table(rotary)
     return values
 
 
+def rotary_fraction(rotary: Rotary, head_dim: int) -> float:
+    """The part of a head's channels that is rotated, so that its product with `head_dim` is not rounded down below."""
+    fraction = rotary.dim / head_dim
+    return fraction if int(head_dim * fraction) == rotary.dim else math.nextafter(fraction, 2.0)
+
+
 def scaling_table(rotary: Rotary) -> dict[str, Any]:
     """The scaling as `rope_scaling` holds it."""
-    known = {
+    known: dict[str, Any] = {
         "factor": rotary.factor,
         "original_max_position_embeddings": rotary.original_max_seq_len,
         "low_freq_factor": rotary.low_freq_factor,
@@ -181,16 +230,21 @@ def scaling_table(rotary: Rotary) -> dict[str, Any]:
         "beta_slow": rotary.beta_slow,
         "truncate": rotary.truncate,
         "attention_factor": rotary.magnitude,
+        "short_factor": list(rotary.short_factors),
+        # No context reaches where the long ones are used.
+        "long_factor": list(rotary.short_factors),
     }
     return {"rope_type": rotary.scaling} | {key: known[key] for key in _SCALING_KEYS[rotary.scaling] if key in known}
 
 
 def _yarn_magnitude(parameters: HFConfig, factor: float) -> float:
-    if parameters.has("attention_factor"):
-        return parameters.number("attention_factor", 1.0)
-
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    one, all_dims = parameters.number("mscale", 0.0), parameters.number("mscale_all_dim", 0.0)
-    return magnitude(one) / magnitude(all_dims) if one and all_dims else magnitude(1.0)
+    one, all_dims = (_optional(parameters, key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    default = magnitude(one) / magnitude(all_dims) if one and all_dims else magnitude(1.0)
+    return _optional(parameters, "attention_factor", default)
+
+
+def _optional(parameters: HFConfig, key: str, default: float) -> float:
+    return parameters.number(key, default) if parameters.has(key) else default

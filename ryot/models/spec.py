@@ -1,6 +1,7 @@
 """DecoderSpec: what one decoder is made of, whatever family it comes from.
 
-    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim, Q all query heads, KV all kv heads
+    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim
+    # Q width of all query heads, KV of all key (or value) heads
 
 The torch decoder and the graph builder read this description and nothing else. A layer is
 
@@ -128,6 +129,12 @@ class DecoderSpec:
             "layer_rotaries",
             self.layer_rotaries,
             f"indices below {len(self.rotaries)}, or -1",
+        )
+        _require(
+            not self.parallel_residual or self.norm_place == "pre",
+            "norm_place",
+            self.norm_place,
+            "pre with parallel_residual",
         )
         for rotary in self.rotaries:
             _require(

@@ -7,7 +7,7 @@ Each array comes from one tensor or from several stacked by rows, after a change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,8 @@ class TensorMap:
     rows: tuple[int, ...] = ()
     """Rows of each tensor, where there are several."""
     layout: Layout = "rows"
+    copy: str = ""
+    """A tensor that may be stored again under this name, such as a tied head, and must then be equal."""
 
 
 def stacked(name: str, parts: Iterable[tuple[str, int]]) -> TensorMap:
@@ -53,15 +55,27 @@ def load_arrays(
     """
     shapes = parameter_shapes(spec)
     for entry in maps:
-        parts = [load(name) for name in entry.tensors]
-        for name, part in zip(entry.tensors, parts):
+        shape = shapes[entry.name][::-1] if entry.layout == "transposed" else shapes[entry.name]
+        parts = []
+        for name, rows in zip(entry.tensors, entry.rows or shape[:1]):
+            part = load(name)
+            _check_shape(name, part.shape, (rows, *shape[1:]), where)
             _check_finite(name, part, where)
-        if entry.rows:
-            for name, part, rows in zip(entry.tensors, parts, entry.rows):
-                _check_shape(name, part.shape, (rows, *shapes[entry.name][1:]), where)
-        array = _read(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
-        _check_shape(" + ".join(entry.tensors), array.shape, shapes[entry.name], where)
-        yield entry.name, array
+            parts.append(part)
+        yield entry.name, _read(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def check_copies(
+    maps: Iterable[TensorMap], found: Iterable[str], load: Callable[[str], FloatArray], where: str
+) -> None:
+    """Raise `CheckpointError` for a stored copy that differs from what it should be a copy of."""
+    names = set(found)
+    for entry in maps:
+        if entry.copy in names and not np.array_equal(load(entry.tensors[0]), load(entry.copy)):
+            raise CheckpointError(
+                f"{where}: {entry.copy} differs from {entry.tensors[0]}, expected to be equal by tie_word_embeddings",
+                hint="set tie_word_embeddings to false in config.json",
+            )
 
 
 def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
@@ -75,14 +89,13 @@ def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str
     return tensors
 
 
-def check_names(
-    spec: DecoderSpec, maps: Iterable[TensorMap], found: Iterable[str], optional: Iterable[str], where: str
-) -> None:
-    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there unread."""
+def check_names(maps: Sequence[TensorMap], found: Iterable[str], optional: Iterable[str], where: str) -> None:
+    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there."""
     known = {name for entry in maps for name in entry.tensors}
     names = set(found)
-    if extra := sorted(names - known - set(optional)):
-        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of a {spec.family} model of this config.json")
+    copies = {entry.copy for entry in maps}
+    if extra := sorted(names - known - copies - set(optional)):
+        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of this model (config.json says what is)")
     if missing := sorted(known - names):
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ryot.drafts import draft_folder
 from ryot.errors import CheckpointError
-from ryot.models.registry import read_spec, tensor_maps, unused_tensors, write_config
+from ryot.models.registry import read_arrays, read_spec, tensor_maps, write_config
 from ryot.models.spec import DecoderSpec
-from ryot.models.tensors import FloatArray, check_names, hf_tensors, load_arrays
+from ryot.models.tensors import FloatArray, hf_tensors
 from ryot.train.model import Decoder, RotaryTables
 from ryot.train.tokenizer import END_OF_TEXT_ID, tokenizer_config
 
@@ -87,10 +87,7 @@ def checkpoint_digest(directory: Path) -> str:
 
 
 def read_checkpoint_spec(directory: Path) -> DecoderSpec:
-    """What the decoder of a checkpoint is made of.
-
-    Raises `CheckpointError` when it is no checkpoint or of a kind that cannot be run.
-    """
+    """What the decoder of a checkpoint is made of. Raises `CheckpointError` when it cannot be run."""
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(
@@ -113,9 +110,8 @@ def load_decoder_arrays(directory: Path, spec: DecoderSpec) -> dict[str, FloatAr
     Raises `CheckpointError` for a tensor that is missing, not known, of another shape than the config says, or not
     finite.
     """
-    tensors, maps = load_weights(directory), tensor_maps(spec)
-    check_names(spec, maps, tensors, unused_tensors(spec), str(directory))
-    return dict(load_arrays(spec, maps, lambda name: tensors[name].astype(np.float32, copy=False), str(directory)))
+    tensors = load_weights(directory)
+    return dict(read_arrays(spec, tensors, lambda name: tensors[name].astype(np.float32, copy=False), str(directory)))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

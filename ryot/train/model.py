@@ -42,7 +42,7 @@ class RotaryTables(nn.Module):
             self.register_buffer(f"sin_{i}", torch.from_numpy(sin), persistent=False)
 
     def rotate(self, x_BNTH: Tensor, kind: int, start: int) -> Tensor:
-        """Rotate the first channels of each head, half of them with the other half, by position `start` and on."""
+        """Rotate the first channels of each head by position `start` and on, half with half."""
         T, dim = x_BNTH.shape[2], self._dims[kind]
         cos = self.get_buffer(f"cos_{kind}")[start : start + T]
         sin = self.get_buffer(f"sin_{kind}")[start : start + T]
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         before = self.place in ("pre", "sandwich")
         y_BTD, present = self.attn(self.attn_norm(x_BTD) if before else x_BTD, rotary, past)
         if self.parallel:
-            return x_BTD + y_BTD + self._feed_forward(self.ff_norm(x_BTD)), present
+            return self._add(x_BTD, y_BTD + self._feed_forward(self.ff_norm(x_BTD)), "attn"), present
         x_BTD = self._add(x_BTD, y_BTD, "attn")
         y_BTD = self._feed_forward(self.ff_norm(x_BTD) if before else x_BTD)
         return self._add(x_BTD, y_BTD, "ff"), present

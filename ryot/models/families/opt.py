@@ -50,7 +50,7 @@ def trained_spec(sizes: Sizes) -> DecoderSpec:
 
 def read_config(config: HFConfig) -> DecoderSpec:
     config.require(**FIXED)
-    heads, dim = config.integer("num_attention_heads", 12), config.integer("hidden_size", 768)
+    heads, dim = config.count("num_attention_heads", 12), config.integer("hidden_size", 768)
     embed_dim = config.integer("word_embed_proj_dim", dim)
     pre_norm, bias = config.flag("do_layer_norm_before", True), config.flag("enable_bias", True)
     return DecoderSpec(
@@ -104,7 +104,9 @@ def write_config(spec: DecoderSpec) -> dict[str, Any]:
 
 def tensor_maps(spec: DecoderSpec) -> Iterator[TensorMap]:
     root = "model.decoder"
-    yield TensorMap("embedding.weight", (f"{root}.embed_tokens.weight",))
+    yield TensorMap(
+        "embedding.weight", (f"{root}.embed_tokens.weight",), copy="lm_head.weight" if spec.tie_embeddings else ""
+    )
     yield TensorMap("positions.weight", (f"{root}.embed_positions.weight",))
     if spec.embed_dim:
         yield TensorMap("project_in.weight", (f"{root}.project_in.weight",))
@@ -131,4 +133,8 @@ def _layer_maps(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[TensorMap
 
 
 def unused_tensors(spec: DecoderSpec) -> tuple[str, ...]:
-    return ("lm_head.weight",) if spec.tie_embeddings else ()
+    return ()
+
+
+def other_name(name: str) -> str:
+    return name.removeprefix("model.")

@@ -1,0 +1,50 @@
+"""A family is one module: what it must have, and that nothing else knows its name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import ryot
+from ryot.models.registry import Family, family_names, find_family
+
+ROOT = Path(ryot.__file__).parent
+#: "llama" is also onnxruntime-genai's word for the kind of its engine; the last two go when the graph reads the spec.
+ALLOWED = {("deploy/bundle.py", "llama"), ("deploy/bundle.py", "opt"), ("deploy/graph.py", "llama")}
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_a_family_has_what_the_protocol_says(name: str) -> None:
+    module = find_family(name, "here")
+    members = {key: value for key, value in vars(Family).items() if inspect.isfunction(value) and key[0] != "_"}
+    assert len(members) == 5
+    for key, expected in members.items():
+        signature = inspect.signature(expected)
+        wanted = list(signature.parameters.values())[1:]
+        assert inspect.signature(getattr(module, key)) == signature.replace(parameters=wanted), key
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_a_family_says_where_its_keys_come_from(name: str) -> None:
+    source = importlib.import_module(f"ryot.models.families.{name}").__doc__ or ""
+    assert "transformers 5" in source and f"modeling_{name.removesuffix('_text')}.py" in source
+
+
+def test_no_other_module_names_a_family() -> None:
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        relative = path.relative_to(ROOT).as_posix()
+        if relative.startswith("models/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in family_names():
+                found.add((relative, node.value))
+            elif isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
+                identifier = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}[type(node)]
+                if getattr(node, identifier) in family_names():
+                    found.add((relative, getattr(node, identifier)))
+    assert found - ALLOWED == set()

@@ -91,10 +91,10 @@ def config_from_metadata(file: GgufFile, family: Family) -> dict[str, Json]:
     if arch in ("llama", "smollm3", "granite"):
         config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
     config["rope_parameters"] = rope_from_metadata(file, arch, head_dim)
-    return config | _own_keys(file, family, config, head_dim)
+    return config | _own_keys(file, family, head_dim)
 
 
-def _own_keys(file: GgufFile, family: Family, config: dict[str, Json], head_dim: int) -> dict[str, Json]:
+def _own_keys(file: GgufFile, family: Family, head_dim: int) -> dict[str, Json]:
     """What only one family has."""
     arch = family.gguf
     num_layers = int(_scalar(file, f"{arch}.block_count"))
@@ -118,7 +118,7 @@ def _own_keys(file: GgufFile, family: Family, config: dict[str, Json], head_dim:
             "use_sliding_window": False,
         }
     if arch == "phi3":
-        context = config["max_position_embeddings"]
+        context = _scalar(file, "phi3.context_length")
         original = _scalar(file, "phi3.rope.scaling.original_context_length", context)
         return {"sliding_window": window, "original_max_position_embeddings": original}
     if arch == "olmo2" and window:

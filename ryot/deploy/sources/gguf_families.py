@@ -164,7 +164,7 @@ FAMILIES = (
             "mlp.c_fc": "ffn_up",
             "mlp.c_proj": "ffn_down",
         },
-        storing={name: Storing.TRANSPOSED for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+        storing=dict.fromkeys(("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), Storing.TRANSPOSED),
     ),
     Family(
         gguf="gptneox",

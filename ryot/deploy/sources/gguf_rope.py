@@ -1,4 +1,4 @@
-"""Rotary positions in GGUF and in config.json: the base, linear and yarn by metadata, llama3 and longrope by tensors."""
+"""Rotary positions in GGUF and config.json: base, linear and yarn are metadata, llama3 and longrope are tensors."""
 
 from __future__ import annotations
 

@@ -154,13 +154,15 @@ def _sentencepiece_like(vocabulary: _Vocabulary, model: str) -> dict[str, Json]:
     """BPE over characters with spaces as ▁, and bytes for what the vocabulary lacks."""
     prefix = model == "llama" and bool(vocabulary.file.metadata.get(f"{_PREFIX}.add_space_prefix", True))
     spaces: Json = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    normalizers: list[Json] = [*([{"type": "Prepend", "prepend": _SPACE}] if prefix else []), spaces]
+    normalizers: list[Json] = [spaces]
     decoders: list[Json] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
-        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
     ]
+    if prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = vocabulary.special_id("unknown")
     merges = list(_merges_by_score(vocabulary)) if model == "llama" else vocabulary.merges()
     return _spec(
@@ -207,7 +209,7 @@ def _bpe(
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
         "vocab": ids,
-        "merges": [*merges],
+        "merges": [[left, right] for left, right in merges],
     }
 
 

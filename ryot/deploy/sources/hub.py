@@ -68,7 +68,7 @@ def fetch_from_hub(source: str) -> tuple[Path, str]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no"
         raise CheckpointError(f"model {source}: the hub answered with {status} status", hint="try again") from error
-    except (errors.OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    except (errors.HTTPError, OSError) as error:
         return _from_cache(source, name, revision, error)
     return Path(folder), str(info.sha)
 

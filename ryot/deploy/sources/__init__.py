@@ -1,0 +1,1 @@
+"""Where models come from and go to: Hugging Face folders, the hub, GGUF files."""

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ryot.atomic import atomic_folder
 from ryot.config import ModelConfig
-from ryot.drafts import draft_folder
 from ryot.errors import CheckpointError
 from ryot.train.hf import END_OF_TEXT_ID, config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from ryot.train.model import Decoder
@@ -63,7 +63,7 @@ def save_checkpoint(
         files[_STATE] = _json({"schema": SCHEMA, **training})
         files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
     try:
-        with draft_folder(directory) as draft:
+        with atomic_folder(directory) as draft:
             for name, data in files.items():
                 path = draft / name
                 path.parent.mkdir(exist_ok=True)

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ryot.atomic import atomic_folder
 from ryot.config import digest
-from ryot.drafts import draft_folder
 from ryot.errors import DataError
 from ryot.train.corpus import SPLITS, Corpus
 from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, encode_texts, train_tokenizer
@@ -174,12 +174,12 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
             )
     tokenizer = train_tokenizer(texts["train"], vocab_size)
     try:
-        with draft_folder(path) as draft:
-            tokenizer.save(str(draft / "tokenizer.json"))
+        with atomic_folder(path) as partial:
+            tokenizer.save(str(partial / "tokenizer.json"))
             num_tokens = {}
             for split, parts in texts.items():
                 shard = encode_texts(tokenizer, parts).astype(_token_dtype(vocab_size))
-                shard.tofile(draft / f"{split}.bin")
+                shard.tofile(partial / f"{split}.bin")
                 num_tokens[split] = len(shard)
             meta = {
                 "schema": _SCHEMA,
@@ -188,7 +188,7 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
                 "vocab_size": vocab_size,
                 "num_tokens": num_tokens,
             }
-            (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     except OSError:
         # Another run may have finished the same folder first: its content is the same.
         if not path.exists():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ryot.drafts import write_atomically
+from ryot.atomic import write_atomically
 from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ryot.atomic import write_atomically
 from ryot.cluster.jobs import TrainResult
 from ryot.config import PRECISIONS, to_mapping
 from ryot.deploy.bundle import finish_bundle
-from ryot.drafts import write_atomically
 from ryot.edge.bundle import TOKENIZER_NAME, hash_file
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import EXIT_FAILED, EXIT_QUALITY, worst_exit_code

@@ -7,7 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from ryot.drafts import draft_folder
+from ryot.atomic import atomic_folder
 from ryot.errors import ClusterError
 
 
@@ -23,7 +23,7 @@ def pack_folder(folder: Path) -> bytes:
 def unpack_folder(packed: bytes, folder: Path) -> None:
     """Write what `pack_folder` gave, so that `folder` is there whole or not at all. Raises `ClusterError`."""
     try:
-        with draft_folder(folder) as draft, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        with atomic_folder(folder) as draft, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
             archive.extractall(draft, filter="data")
     except tarfile.TarError as error:
         raise ClusterError(f"{folder}: what came is no folder that can be trusted ({error})") from error

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ryot
-from ryot.drafts import fsync
+from ryot.atomic import fsync
 from ryot.errors import ClusterError
 
 log = logging.getLogger(__name__)

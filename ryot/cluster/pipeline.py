@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ryot
+from ryot.atomic import write_atomically
 from ryot.cluster.conclusion import Findings, build_run_report, decide_exit_code, write_outcome
 from ryot.cluster.driver import train_variants
 from ryot.cluster.exports import Exporter
@@ -40,7 +41,6 @@ from ryot.config import KernelPlan, digest, replace
 from ryot.deploy.remeasure import QUICK_SPEC, spec_under, threads_under
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
-from ryot.drafts import write_atomically
 from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult
@@ -132,7 +132,7 @@ def _disk_errors(run_dir: Path, way_on: str) -> Iterator[None]:
         raise
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        first = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        first = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix this"
         raise RyotError(f"run {run_dir}: {what}{error.strerror or error}", hint=f"{first}, then {way_on}") from error
 
 

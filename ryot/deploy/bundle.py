@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import ryot
+from ryot.atomic import atomic_folder
 from ryot.deploy.forms import STANDARD_GRAPH, graph_files
-from ryot.drafts import draft_folder
 from ryot.edge import bundle as edge_bundle
 from ryot.errors import ExportError
 from ryot.models.spec import DecoderSpec
@@ -36,7 +36,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     _check_replaceable(target)
     try:
-        with draft_folder(target, replace=True) as draft:
+        with atomic_folder(target, replace=True) as draft:
             yield draft
             _check_replaceable(target)  # again: making it may have taken minutes
     except OSError as error:

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ryot.drafts import write_atomically
+from ryot.atomic import write_atomically
 from ryot.errors import ConfigError
 
 SCHEMA = 1

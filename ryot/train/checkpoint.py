@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ryot.drafts import draft_folder
+from ryot.atomic import atomic_folder
 from ryot.errors import CheckpointError
 from ryot.models.registry import read_arrays, read_spec, tensor_maps, write_config
 from ryot.models.spec import DecoderSpec
@@ -67,7 +67,7 @@ def save_checkpoint(
         files[_STATE] = _json({"schema": SCHEMA, **training})
         files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
     try:
-        with draft_folder(directory) as draft:
+        with atomic_folder(directory) as draft:
             for name, data in files.items():
                 path = draft / name
                 path.parent.mkdir(exist_ok=True)

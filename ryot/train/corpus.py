@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
+import logging
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from ryot.errors import ConfigError, DataError
+from ryot.errors import DataError
+from ryot.train.text_files import find_files, read_documents, show_path
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 
@@ -30,7 +33,7 @@ class Document:
     text: str
 
     @property
-    def split(self) -> str:
+    def split_by_name(self) -> str:
         """`train`, `val` or `test`, by a hash of the name.
 
         Of the usual hashes, BLAKE2s splits the default corpus nearest to 92/4/4 in bytes: 92.2/4.0/3.8.
@@ -39,14 +42,14 @@ class Document:
         return SPLITS[sum(bucket >= bound for bound in _BOUNDS)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """Documents sorted by name, and the hash that loss figures hold for."""
 
     name: str
     documents: tuple[Document, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all names and texts."""
         digest = hashlib.sha256()
@@ -56,32 +59,58 @@ class Corpus:
                 digest.update(len(data).to_bytes(8) + data)
         return digest.hexdigest()
 
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The split of each document: by its name, or of a copy where the first document with its text is.
+
+        A text that is in training under one name and in validation or test under another would be scored from memory.
+        """
+        first: dict[str, str] = {}
+        return tuple(first.setdefault(d.text, d.split_by_name) for d in self.documents)
+
+    @cached_property
+    def num_copies(self) -> int:
+        """Documents whose text an earlier one has."""
+        return len(self.documents) - len({d.text for d in self.documents})
+
+    @property
+    def has_moved_copies(self) -> bool:
+        """Whether a copy is in another split than its name says."""
+        return any(split != d.split_by_name for split, d in zip(self.splits, self.documents))
+
     def texts(self, split: str) -> list[str]:
         """The texts of one split, in order."""
-        return [d.text for d in self.documents if d.split == split]
+        return [d.text for d, of in zip(self.documents, self.splits) if of == split]
 
 
 def load_corpus(paths: Sequence[str] = ()) -> Corpus:
     """The user's files, folders and globs, or the standard library's source when there are none.
 
-    A `.jsonl` file holds one document a line, in its `text` field. Hidden files are passed over.
-    Raises `ConfigError` for a path that does not exist, `DataError` for text that cannot be used.
+    A `.jsonl` file holds one document a line, in its `text` field; `.gz` and `.zst` files are unpacked. Hidden files
+    are passed over. Raises `ConfigError` for a path that does not exist, `DataError` for text that cannot be used.
     """
     if not paths:
         return _standard_library()
-    documents: list[Document] = []
-    for path in paths:
-        for root, file in _find_files(path):
-            name = file.relative_to(root).as_posix()
-            text = _read_text(file)
-            documents += _json_lines(name, text, file) if file.suffix == ".jsonl" else [Document(name, text)]
-    documents = [d for d in documents if d.text.strip()]
+    documents = [
+        Document(name, text)
+        for path in paths
+        for found, file in find_files(path)
+        for name, text in read_documents(found, file)
+        if text and not text.isspace()
+    ]
     if not documents:
-        raise DataError(f"data: {', '.join(paths)} holds no text")
+        raise DataError(f"data: {', '.join(map(show_path, paths))} holds no text")
     documents.sort(key=lambda d: (d.name, d.text))
-    if len(documents) < _FEW_DOCUMENTS:
-        documents = [block for d in documents for block in _cut(d)]
-    return Corpus(name=", ".join(Path(p).name for p in paths), documents=tuple(documents))
+    if len({d.text for d in documents}) < _FEW_DOCUMENTS:
+        documents = [block for d in documents for block in cut_document(d)]
+    corpus = Corpus(name=", ".join(show_path(Path(p).name) for p in paths), documents=tuple(documents))
+    if corpus.num_copies:
+        log.warning(
+            "data: %d of %d documents are copies of others; each goes into the split of the first one",
+            corpus.num_copies,
+            len(documents),
+        )
+    return corpus
 
 
 def _standard_library() -> Corpus:
@@ -97,58 +126,12 @@ def _standard_library() -> Corpus:
     return Corpus(name="python-stdlib", documents=tuple(documents))
 
 
-def _find_files(path: str) -> Iterable[tuple[Path, Path]]:
-    """(folder that names are relative to, file) of everything that `path` stands for."""
-    given = Path(path).expanduser()
-    if given.is_dir():
-        found = [f for f in sorted(given.rglob("*")) if f.is_file()]
-        files = [f for f in found if not any(p.startswith(".") for p in f.relative_to(given).parts)]
-        if not files:
-            raise DataError(f"data: folder {path} holds no files")
-        return [(given, f) for f in files]
-    if given.is_file():
-        return [(given.parent, given)]
-    if glob.has_magic(path) and (matches := sorted(glob.glob(str(given), recursive=True))):  # noqa: PTH207
-        return [(Path(m).parent, Path(m)) for m in matches if Path(m).is_file()]
-    raise ConfigError(f"data: {path} does not exist", hint="--data takes UTF-8 text files, folders and globs")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"data: {file} cannot be read ({error.strerror})") from error
-    if b"\0" in data[:8192]:
-        raise DataError(f"data: {file} is a binary file, expected UTF-8 text")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {file} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})") from error
-
-
-def _json_lines(name: str, text: str, file: Path) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data: {file} line {number} is not JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f"data: {file} line {number} has no string field 'text'")
-        documents.append(Document(f"{name}#{number:09d}", row["text"]))
-    return documents
-
-
-def _cut(document: Document) -> list[Document]:
-    """The document in blocks of about 4096 characters, cut after a line end where there is one."""
-    blocks: list[Document] = []
-    rest = document.text
-    while rest:
-        end = len(rest)
-        if end > _BLOCK_CHARS:
-            end = rest.rfind("\n", 0, _BLOCK_CHARS) + 1 or _BLOCK_CHARS
-        blocks.append(Document(f"{document.name}#{len(blocks):09d}", rest[:end]))
-        rest = rest[end:]
-    return blocks
+def cut_document(document: Document) -> Iterator[Document]:
+    """The document in blocks of at most 4096 characters, cut after a line end where there is one."""
+    text, begin, number = document.text, 0, 0
+    while begin < len(text):
+        end = begin + _BLOCK_CHARS
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield Document(f"{document.name}#{number:09d}", text[begin:end])
+        begin, number = end, number + 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ryot.atomic import atomic_folder
 from ryot.config import digest
-from ryot.drafts import draft_folder
 from ryot.errors import DataError
 from ryot.train.corpus import SPLITS, Corpus
-from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, encode_texts, train_tokenizer
+from ryot.train.encoding import encode_stream, tell_progress
+from ryot.train.hf import END_OF_TEXT_ID
+from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, train_tokenizer
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = 2
 
@@ -74,10 +80,22 @@ class HeldOutText:
         self._corpus, self._tokenizer = corpus, tokenizer
         self._tokens: dict[str, np.ndarray] = {}
 
+    def check_sequences(self, length: int) -> None:
+        """Raise `DataError` when a split has no sequence of `length`; takes far less than encoding all of the text."""
+        for split in SPLITS:
+            head = np.empty(0, np.int64)
+            for ids in encode_stream(self._tokenizer, self._corpus.texts(split), END_OF_TEXT_ID):
+                head = np.concatenate([head, ids])
+                if len(head) > length:
+                    break
+            spread_windows(head, 1, length, f"the {split} split")
+
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
         """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
         if split not in self._tokens:
-            self._tokens[split] = encode_texts(self._tokenizer, self._corpus.texts(split))
+            ids = encode_stream(self._tokenizer, self._corpus.texts(split), END_OF_TEXT_ID)
+            dtype = _token_dtype(self._tokenizer.get_vocab_size())
+            self._tokens[split] = np.concatenate([np.empty(0, dtype), *(i.astype(dtype) for i in ids)])
         return spread_windows(self._tokens[split], count, length, f"the {split} split")
 
 
@@ -131,7 +149,7 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 def load_dataset(path: Path) -> Dataset:
     """An encoded corpus on disk. Raises `DataError` when a shard is missing or cut short."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(
             f"dataset {path}: meta.json cannot be read", hint="remove the folder; it is made again"
@@ -154,33 +172,42 @@ def load_dataset(path: Path) -> Dataset:
     return dataset
 
 
-def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[Dataset, bool]:
+def prepare_dataset(
+    corpus: Corpus, vocab_size: int, cache_dir: Path, *, on_progress: Callable[[str], None] = log.info
+) -> tuple[Dataset, bool]:
     """The encoded corpus, made now or found in the cache; the flag says which (True: found).
 
-    The folder appears under its final name only when it is complete.
+    The folder appears under its final name only when it is complete. `on_progress` is told every few seconds how far
+    it is.
     """
-    key = digest(_SCHEMA, TOKENIZER_RECIPE, corpus.name, corpus.sha256, vocab_size)[:16]
+    # Shards of a corpus without moved copies are those of earlier versions.
+    splits = ["copies go where the first one goes"] if corpus.has_moved_copies else []
+    key = digest(_SCHEMA, TOKENIZER_RECIPE, corpus.name, corpus.sha256, vocab_size, *splits)[:16]
     path = cache_dir / "datasets" / key
     if path.exists():
         return load_dataset(path), True
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = {split: corpus.texts(split) for split in SPLITS}
     for split, parts in texts.items():
         if not parts:
             size = sum(len(d.text) for d in corpus.documents)
+            copies = f", {corpus.num_copies} of its {len(corpus.documents)} documents are copies"
             raise DataError(
-                f"data: {corpus.name} has {size} characters, too few for a {split} split",
+                f"data: {corpus.name} has {size} characters{copies if corpus.num_copies else ''}, "
+                f"too few for a {split} split",
                 hint="give more text with --data",
             )
-    tokenizer = train_tokenizer(texts["train"], vocab_size)
+    tokenizer = train_tokenizer(tell_progress(texts["train"], "learning a vocabulary", on_progress), vocab_size)
+    dtype = _token_dtype(vocab_size)
     try:
-        with draft_folder(path) as draft:
-            tokenizer.save(str(draft / "tokenizer.json"))
+        with atomic_folder(path) as partial:
+            tokenizer.save(str(partial / "tokenizer.json"))
             num_tokens = {}
             for split, parts in texts.items():
-                shard = encode_texts(tokenizer, parts).astype(_token_dtype(vocab_size))
-                shard.tofile(draft / f"{split}.bin")
-                num_tokens[split] = len(shard)
+                stream = tell_progress(parts, f"encoding the {split} split", on_progress)
+                with (partial / f"{split}.bin").open("wb") as shard:
+                    for ids in encode_stream(tokenizer, stream, END_OF_TEXT_ID):
+                        ids.astype(dtype).tofile(shard)
+                    num_tokens[split] = shard.tell() // dtype.itemsize
             meta = {
                 "schema": _SCHEMA,
                 "name": corpus.name,
@@ -188,9 +215,12 @@ def prepare_dataset(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tuple[D
                 "vocab_size": vocab_size,
                 "num_tokens": num_tokens,
             }
-            (draft / "meta.json").write_text(json.dumps(meta, indent=1))
-    except OSError:
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    except OSError as error:
         # Another run may have finished the same folder first: its content is the same.
         if not path.exists():
-            raise
+            raise DataError(
+                f"data: shards cannot be written to the cache {path.parent} ({error.strerror or error})",
+                hint="make room there, or set RYOT_CACHE_DIR to another folder",
+            ) from error
     return load_dataset(path), False

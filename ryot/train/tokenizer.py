@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ryot.errors import ConfigError
+from ryot.train.encoding import cut_pieces, encode_stream
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -44,7 +45,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # Whole texts are held by the trainer at some 40 bytes per byte.
+    words = tokenizer.pre_tokenizer.pre_tokenize_str
+    pieces = (piece for text in texts for piece in cut_pieces(text, lambda t: [word for word, _ in words(t)]))
+    tokenizer.train_from_iterator(pieces, trainer)
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         raise ConfigError(
             f"vocab_size: got {vocab_size}, but this corpus carries only {got} tokens",
@@ -54,10 +58,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """All texts as one row of token ids, int64, the end-of-text token in front of each."""
-    ids = [[END_OF_TEXT_ID, *e.ids] for e in tokenizer.encode_batch_fast(list(texts))]
-    return np.concatenate([np.empty(0, np.int64), *(np.asarray(i, dtype=np.int64) for i in ids)])
+    return np.concatenate([np.empty(0, np.int64), *encode_stream(tokenizer, texts, END_OF_TEXT_ID)])
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_a_weights_file_cut_short_is_refused(changed, tmp_path):
 
 def test_an_unknown_tensor_is_refused(changed, tmp_path):
     change_tensors(changed, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
-    with pytest.raises(CheckpointError, match=r"q_norm\.weight is not part of a"):
+    with pytest.raises(CheckpointError, match=r"q_norm\.weight is not part of this model"):
         export(changed, tmp_path)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ryot.config import digest
 from ryot.errors import ConfigError, DataError
-from ryot.train.corpus import SPLITS, Corpus, load_corpus
-from ryot.train.dataset import Dataset, load_dataset, prepare_dataset
-from ryot.train.tokenizer import END_OF_TEXT_ID
+from ryot.train.corpus import SPLITS, Corpus, Document, cut_document, load_corpus
+from ryot.train.dataset import Dataset, HeldOutText, load_dataset, prepare_dataset
+from ryot.train.tokenizer import END_OF_TEXT_ID, TOKENIZER_RECIPE
 
 
 def test_default_corpus_is_the_standard_library_split_92_4_4() -> None:
@@ -51,7 +52,7 @@ def test_files_folders_globs_and_json_lines_are_read(tmp_path: Path) -> None:
         ({}, "holds no files"),
         ({"x.txt": b""}, "holds no text"),
         ({"x.bin": b"\x7fELF\0\0"}, r"x\.bin is a binary file, expected UTF-8 text"),
-        ({"x.txt": b"gr\xfc\xdfe"}, r"x.txt is not UTF-8 \(byte 0xfc at offset 2\)"),
+        ({"x.txt": b"gr\xfc\xdfe"}, r"x.txt line 1 is not UTF-8 \(byte 0xfc at offset 2\)"),
         ({"x.jsonl": b'{"body": "x"}\n'}, "line 1 has no string field 'text'"),
         ({"x.jsonl": b"{\n"}, "line 1 is not JSON"),
     ],
@@ -61,6 +62,72 @@ def test_text_that_cannot_be_used_is_refused(tmp_path: Path, files: dict[str, by
         (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         load_corpus([str(tmp_path)])
+
+
+def test_a_copy_goes_where_the_first_one_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "\n".join(f"line {i} of a text that is there twice" for i in range(4000))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(text)
+    corpus = load_corpus([str(tmp_path)])
+    held = {split: set(corpus.texts(split)) for split in SPLITS}
+    assert all(held.values())
+    assert not held["train"] & held["test"] and not held["train"] & held["val"] and not held["val"] & held["test"]
+    # By their names alone some would be in two splits.
+    assert corpus.has_moved_copies
+    half = len(corpus.documents) // 2
+    assert corpus.num_copies == half
+    assert (
+        [d.split_by_name for d in corpus.documents[:half]] == list(corpus.splits[:half]) == list(corpus.splits[half:])
+    )
+    assert [r.getMessage() for r in caplog.records] == [
+        f"data: {half} of {2 * half} documents are copies of others; each goes into the split of the first one"
+    ]
+
+
+def test_the_default_corpus_has_no_copy_in_two_splits() -> None:
+    corpus = load_corpus()
+    assert not corpus.has_moved_copies
+    assert list(corpus.splits) == [d.split_by_name for d in corpus.documents]
+
+
+def test_a_corpus_of_copies_is_too_small(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "the same"}\n' * 200)
+    with pytest.raises(DataError, match=r"has 1600 characters, 199 of its 200 documents are copies, too few for a"):
+        prepare_dataset(load_corpus([str(tmp_path)]), 300, tmp_path / "cache")
+
+
+def test_shards_with_moved_copies_are_not_those_of_versions_that_moved_none(corpus: Corpus, tmp_path: Path) -> None:
+    twice = Corpus("twice", (*corpus.documents, *(Document(f"z/{d.name}", d.text) for d in corpus.documents)))
+    dataset, _ = prepare_dataset(twice, 300, tmp_path)
+    of_before = digest(2, TOKENIZER_RECIPE, twice.name, twice.sha256, 300)[:16]
+    assert dataset.path.name != of_before
+    assert not set(twice.texts("train")) & set(twice.texts("test"))
+
+
+def test_a_large_text_is_cut_in_blocks_that_make_it_up() -> None:
+    # Each block cost a copy of the rest: 25 MB took 16 s. Here that would be some 60 GB to copy.
+    text = "a line of some words that is not short\n" * 600_000 + "y" * 10_000
+    blocks = [b.text for b in cut_document(Document("x", text))]
+    assert "".join(blocks) == text
+    assert max(map(len, blocks)) <= 4096
+    assert all(b.endswith("\n") for b in blocks[:-3])
+
+
+def test_a_cache_that_cannot_be_written_is_named(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=rf"shards cannot be written to the cache {tmp_path}/cache/datasets") as error:
+        prepare_dataset(corpus, 300, tmp_path / "cache")
+    assert "RYOT_CACHE_DIR" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_held_out_text_too_short_for_a_context_is_refused(dataset: Dataset, split: str) -> None:
+    long = {s: "many words and more " * (20_000 if s != split else 1) for s in SPLITS}
+    names = {s: next(n for n in map(str, range(1000)) if Document(n, "x").split_by_name == s) for s in SPLITS}
+    text = Corpus("made", tuple(Document(names[s], f"{s} {long[s]}") for s in SPLITS))
+    HeldOutText(text, dataset.tokenizer).check_sequences(4)
+    with pytest.raises(DataError, match=rf"the {split} split has \d+ tokens, expected more than one sequence"):
+        HeldOutText(text, dataset.tokenizer).check_sequences(1000)
 
 
 def test_a_path_that_does_not_exist_is_refused() -> None:

@@ -13,38 +13,38 @@ from pathlib import Path
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file whose folder is there; what was at `path` stays until all of the new text is on disk."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
 
 
 @contextmanager
-def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder that takes the name `target` when the block ends well, all of it on disk, and else vanishes.
 
     A folder with something in it that is at `target` by then is removed with `replace`, and an `OSError` without.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield draft
-        draft.chmod(0o755)
-        for path in (*draft.rglob("*"), draft):
+        yield partial
+        partial.chmod(0o755)
+        for path in (*partial.rglob("*"), partial):
             fsync(path)
         if replace and target.exists():
-            _swap(draft, target)
+            _swap(partial, target)
         else:
-            draft.replace(target)
+            partial.replace(target)
         fsync(target.parent)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
@@ -61,12 +61,12 @@ def fsync(path: Path) -> None:
             raise
 
 
-def _swap(draft: Path, target: Path) -> None:
-    """Give the draft the name of a folder that is there; the folder comes back if that fails, and goes if not."""
-    old = draft.with_name(f"{draft.name}-old")
+def _swap(partial: Path, target: Path) -> None:
+    """Give the finished folder the name of one that is there; that one comes back if this fails, and goes if not."""
+    old = partial.with_name(f"{partial.name}-old")
     try:
         target.replace(old)
-        draft.replace(target)
+        partial.replace(target)
     finally:
         if old.exists() and not target.exists():
             old.replace(target)

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from ryot.drafts import _swap, draft_folder, write_atomically
+from ryot.atomic import _swap, atomic_folder, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -20,9 +20,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_folder_has_its_name_only_when_all_is_in_it(tmp_path):
     target = tmp_path / "new" / "folder"
-    with draft_folder(target) as draft:
-        (draft / "part").mkdir()
-        (draft / "part" / "file").write_text("text")
+    with atomic_folder(target) as partial:
+        (partial / "part").mkdir()
+        (partial / "part" / "file").write_text("text")
         assert not target.exists()
     assert (target / "part" / "file").read_text() == "text"
     assert list(target.parent.iterdir()) == [target]
@@ -31,8 +31,8 @@ def test_a_folder_has_its_name_only_when_all_is_in_it(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), draft_folder(tmp_path / "folder") as draft:
-        (draft / "file").write_text("text")
+    with pytest.raises(error), atomic_folder(tmp_path / "folder") as partial:
+        (partial / "file").write_text("text")
         raise error
     assert list(tmp_path.iterdir()) == []
 
@@ -40,20 +40,20 @@ def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path, error):
 def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
     target = tmp_path / "folder"
     for text, replace in (("first", False), ("second", True)):
-        with draft_folder(target, replace=replace) as draft:
-            (draft / text).touch()
+        with atomic_folder(target, replace=replace) as partial:
+            (partial / text).touch()
         assert [path.name for path in target.iterdir()] == [text]
-    with pytest.raises(OSError), draft_folder(target) as draft:
-        (draft / "third").touch()
+    with pytest.raises(OSError), atomic_folder(target) as partial:
+        (partial / "third").touch()
     assert [path.name for path in target.iterdir()] == ["second"]
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_what_was_there_stays_when_it_cannot_be_replaced(tmp_path):
     target = tmp_path / "folder"
-    with draft_folder(target) as draft:
-        (draft / "first").touch()
+    with atomic_folder(target) as partial:
+        (partial / "first").touch()
     with pytest.raises(FileNotFoundError):
-        _swap(tmp_path / "no draft", target)
+        _swap(tmp_path / "no partial", target)
     assert [path.name for path in target.iterdir()] == ["first"]
     assert list(tmp_path.iterdir()) == [target]

@@ -19,7 +19,7 @@ from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights, FloatArray
 from ryot.edge.bundle import Bundle
-from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.scratch import scratch_folder
 
 NUM_GOLDEN = 4
@@ -55,7 +55,7 @@ def make_golden(
         exact_decode = exact_prefill
         if form.is_pair:
             exact_decode = exact_graph(weights, form.decode, scratch / "decode")
-        decoder = EdgeDecoder(bundle)
+        decoder = OnnxruntimeEngine(bundle)
         answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
         noise = 0.0
         for prompt, (tokens, logits) in zip(prompts, answers):
@@ -81,7 +81,7 @@ def make_golden(
     return [g for g in golden[:NUM_GOLDEN] if g["tokens"]], tolerance
 
 
-def _answer(decoder: EdgeDecoder, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:
+def _answer(decoder: OnnxruntimeEngine, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:
     """Greedy tokens [count] and the logits [count, V] that each was chosen from."""
     decoder.prefill(prompt[None])
     tokens, logits = [], []

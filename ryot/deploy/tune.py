@@ -1,7 +1,7 @@
 """KernelOptimizer, the inference half: times the weight formats on this CPU for one shape, and chooses.
 
 Speed does not depend on what the weights say, so random ones of the right shape serve: each candidate is a real bundle
-of graphs run by the device's own `Decoder`. All candidates are loaded at once and take turns, so that a drifting
+of graphs run by the device's own engine. All candidates are loaded at once and take turns, so that a drifting
 machine slows them alike; of each its best turn counts, for whatever else runs on the machine can only add time.
 """
 
@@ -34,7 +34,7 @@ from ryot.deploy.matrices import (
 from ryot.deploy.weights import DecoderWeights, expected_shapes
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def _layer_parameters(cfg: ModelConfig) -> int:
     return sum(int(np.prod(s)) for name, s in expected_shapes(cfg).items() if name.startswith("layers.0."))
 
 
-def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: int) -> Decoder:
+def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: int) -> OnnxruntimeEngine:
     """A loaded bundle of one graph with random weights; there is no tokenizer in it, for no text passes through."""
     precision, block_size, attention = format_
     generator = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def _random_decoder(cfg: ModelConfig, format_: _Format, folder: Path, threads: i
         (folder / _GRAPH).write_bytes(serialize(model))
     entries = bundle.graph_entries(cfg, precision, "float32") | {"graphs": dict.fromkeys(GRAPH_ROLES, _GRAPH)}
     bundle.write_manifest(folder, {**_MANIFEST, **entries})
-    return Decoder(load_bundle(folder, verify=False), threads=threads)
+    return OnnxruntimeEngine(load_bundle(folder, verify=False), threads=threads)
 
 
 def _random_matrix(
@@ -259,7 +259,7 @@ def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
 
 
-def _take_turns(decoders: list[Decoder]) -> list[tuple[float, float]]:
+def _take_turns(decoders: list[OnnxruntimeEngine]) -> list[tuple[float, float]]:
     """(ms of a full prompt, ms of a token at half the context) of each, the best of its turns."""
     context = decoders[0].bundle.model.context_length
     vocab_size = decoders[0].bundle.model.vocab_size

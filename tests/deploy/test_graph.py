@@ -16,8 +16,8 @@ from ryot.deploy.quantize import CacheForm, observe_kv_scales
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
-from ryot.edge.capi import CapiDecoder
-from ryot.edge.session import Decoder
+from ryot.edge.capi import CApiEngine
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.train.checkpoint import load_model
 
 from .conftest import CONTEXT, VOCAB_SIZE
@@ -192,8 +192,8 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
         cache=CacheForm(scales=observed, record={"method": "per-channel"}),
     )
     bundle = load_bundle(path)
-    engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (Decoder, CapiDecoder)]
-    engines.append(Decoder(bundle, batch_size=len(ids)))
+    engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (OnnxruntimeEngine, CApiEngine)]
+    engines.append(OnnxruntimeEngine(bundle, batch_size=len(ids)))
     for prompts in (ids[:, :20], ids[:, 5:12]):
         for engine in engines:
             engine.prefill(prompts)
@@ -208,7 +208,7 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
 @pytest.mark.parametrize("prompt_length", [1, 20])
 def test_fast_graph_decodes_torchs_greedy_tokens(form, ids, batch_size, prompt_length):
     path, model = form
-    decoder = Decoder(load_bundle(path), batch_size=batch_size)
+    decoder = OnnxruntimeEngine(load_bundle(path), batch_size=batch_size)
     decoder.prefill(ids[:batch_size, :prompt_length])
     text = torch.from_numpy(ids[:batch_size, :prompt_length])
     for _ in range(CONTEXT - prompt_length):
@@ -271,7 +271,7 @@ def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alon
     options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
     bundle = load_bundle(export_form(checkpoint, "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts))
-    together, alone = Decoder(bundle, batch_size=len(ids)), Decoder(bundle)
+    together, alone = OnnxruntimeEngine(bundle, batch_size=len(ids)), OnnxruntimeEngine(bundle)
     together.prefill(ids)
     for row, logits in zip(ids, together.logits):
         alone.prefill(row[None])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import check_onnxruntime, load_bundle
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError
 
 from .tiny_bundle import write_manifest
@@ -50,7 +50,7 @@ def test_a_graph_never_runs_with_changed_files_even_where_loading_did_not_hash(c
     bundle = load_bundle(copy, verify=False)
     flip_a_byte(copy / name)
     with pytest.raises(BundleError, match=f"sha256 of {name}"):
-        Decoder(bundle)
+        OnnxruntimeEngine(bundle)
 
 
 def test_a_file_cut_short_is_named(copy: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_malformed_manifest_is_refused(copy: Path, fields: dict[str, object], 
 def test_an_onnxruntime_too_old_is_refused(copy: Path) -> None:
     write_manifest(copy, onnxruntime_min="99.1")
     with pytest.raises(BundleError, match=r"too old for this bundle, which needs 99.1"):
-        Decoder(load_bundle(copy))
+        OnnxruntimeEngine(load_bundle(copy))
 
 
 @pytest.mark.parametrize(("installed", "required"), [("1.9.0", "1.10"), ("1.24.1", "1.25"), ("1.32.0", "1.32.1")])
@@ -122,5 +122,5 @@ def test_weights_that_onnxruntime_cannot_load_are_one_line(copy: Path) -> None:
     (copy / "fast.onnx").write_bytes(b"not a graph")
     write_manifest(copy)
     with pytest.raises(BundleError, match=r"fast.onnx: onnxruntime .* cannot load it") as caught:
-        Decoder(load_bundle(copy))
+        OnnxruntimeEngine(load_bundle(copy))
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ryot.edge.bundle import Bundle, load_bundle
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 
 VOCAB, DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FF, CONTEXT = 384, 64, 2, 4, 2, 16, 96, 64
 TEXT = "def add(a, b):\n    return a + b\n\nclass Naïve:\n    '''Grüße, 日本語 and 🙂🙃'''\n" * 4
@@ -220,7 +220,7 @@ def write_bundle(folder: Path, *, position_ids: bool = False, two_sessions: bool
 
 
 def golden_prompt(bundle: Bundle, ids: np.ndarray, num_tokens: int = 12) -> dict[str, object]:
-    decoder = Decoder(bundle)
+    decoder = OnnxruntimeEngine(bundle)
     decoder.prefill(ids[None])
     tokens, margins = [], []
     for _ in range(num_tokens):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.c_library import FLOAT, INT8, INT32, INT64, Library, Place, load_library, pointer
-from ryot.edge.engine import FIRST_CAPACITY, Engine, Role
+from ryot.edge.engine import Engine, Role
 from ryot.edge.pages import release_code
 from ryot.errors import BundleError
 
@@ -53,7 +53,7 @@ class CApiEngine(Engine):
         self._kv: list[mmap.mmap] = []
         self._calls: dict[tuple[Role, int | None, int], _Call] = {}
         self._set_lengths([0] * batch_size)
-        self._allocate(min(FIRST_CAPACITY, self.max_len), 0)
+        self.reserve(1)
 
     @functools.cached_property
     def logits(self) -> np.ndarray:

@@ -160,7 +160,7 @@ class Engine(ABC):
     def truncate(self, length: int, row: int = 0) -> None:
         """Keep only the first `length` tokens of a row.
 
-        `next_token` and `logits` of the row are stale then: `extend` it next, or write the token that `step` is to feed.
+        `next_token` and `logits` of the row are stale then: `extend` it next, or write the token to `step` with.
         """
         lengths = self.lengths
         assert 0 <= length <= lengths[row], f"row {row} holds {lengths[row]} tokens, asked to keep {length}"
@@ -183,7 +183,7 @@ class Engine(ABC):
         assert length <= self.max_len
         if length <= self.capacity:
             return
-        capacity = self.capacity
+        capacity = self.capacity or FIRST_CAPACITY
         while capacity < length:
             capacity *= 2
         self._allocate(min(capacity, self.max_len), self.position)

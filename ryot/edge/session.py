@@ -21,7 +21,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.engine import (
     ALIGNMENT_BYTES,
-    FIRST_CAPACITY,
     INTER_OP_THREADS,
     LOG_ERRORS_ONLY,
     SESSION_CONFIG,
@@ -79,7 +78,7 @@ class OnnxruntimeEngine(Engine):
         self._kv: dict[str, np.ndarray] = {}
         self._calls: dict[tuple[Role, int | None, int], _Call] = {}
         self._set_lengths([0] * batch_size)
-        self._allocate(min(FIRST_CAPACITY, self.max_len), 0)
+        self.reserve(1)
 
     @property
     def logits(self) -> np.ndarray:

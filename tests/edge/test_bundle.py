@@ -36,7 +36,7 @@ def test_a_whole_bundle_is_read(llama_path: Path) -> None:
     assert bundle.model.context_length == 64
     assert bundle.one_session
     assert bundle.size_bytes == sum(f.stat().st_size for f in llama_path.iterdir() if f.name != "ryot_manifest.json")
-    assert bundle.model.kv_cache_bytes(64) == 2 * 2 * 2 * 64 * 16 * 4
+    assert bundle.model.kv_cache_bytes(64) == 2 * 2 * 2 * 64 * 32 * 4
 
 
 def test_tampered_weights_are_refused(copy: Path) -> None:
@@ -124,3 +124,15 @@ def test_weights_that_onnxruntime_cannot_load_are_one_line(copy: Path) -> None:
     with pytest.raises(BundleError, match=r"fast.onnx: onnxruntime .* cannot load it") as caught:
         OnnxruntimeEngine(load_bundle(copy))
     assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_of_before_says_by_its_cache_whether_a_prompt_comes_in_pieces(opt_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(opt_path, tmp_path / "copy"))
+    assert load_bundle(copy).prefill_takes_past
+    change_manifest(copy, kv_dtype="int8")
+    assert not load_bundle(copy).prefill_takes_past
+    change_manifest(copy, prefill_takes_past=True)
+    assert load_bundle(copy).prefill_takes_past
+    change_manifest(copy, prefill_takes_past="yes")
+    with pytest.raises(BundleError, match="prefill_takes_past: got 'yes', expected bool"):
+        load_bundle(copy)

@@ -174,6 +174,22 @@ def test_the_end_of_text_ends_a_row_and_leaves_the_others(bundle: Bundle, tokeni
     assert ended[1].tokens == free[1].tokens
 
 
+def test_any_of_several_end_of_text_ids_ends_a_text(bundle: Bundle, tokenizer: Tokenizer) -> None:
+    engine = OnnxruntimeEngine(bundle)
+    free = generate(engine, tokenizer, "def ", max_new_tokens=20, ignore_eos=True)
+    list(free)
+    tokens = free.completion.tokens
+    ends = sorted({tokens.index(token) for token in tokens})[1:4]
+    ids = [tokens[at] for at in ends]
+    for listed in (ids, ids[::-1], ids[1:], [383, ids[2]]):
+        engine.bundle = bundle._replace(eos_token_ids=tuple(listed))
+        generation = generate(engine, tokenizer, "def ", max_new_tokens=20)
+        list(generation)
+        first = min(tokens.index(token) for token in listed if token in tokens)
+        assert generation.completion.tokens == tokens[: first + 1]
+        assert generation.completion.finish_reason == "eos"
+
+
 def test_by_default_the_context_is_filled_and_no_more(decoder: Engine, tokenizer: Tokenizer) -> None:
     generation = generate(decoder, tokenizer, "def ", ignore_eos=True)
     list(generation)

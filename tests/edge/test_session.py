@@ -7,41 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.capi import CApiEngine
 from ryot.edge.engine import Engine
-from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError, ConfigError, ContextError
 
-# fp32 with sums of at most a few hundred terms, logits of about 2 in size: the order of summation differs between
-# a whole pass and a cached step by some 1e-6; ten times that is the limit.
-TOLERANCE = 2e-5
-
-
-@pytest.fixture(params=[OnnxruntimeEngine, CApiEngine])
-def make_engine(request: pytest.FixtureRequest) -> type[Engine]:
-    """Each engine in turn."""
-    return request.param
-
-
-def full_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
-    """Logits [S, V] of all positions of one sequence, without any cache."""
-    session = ort.InferenceSession(bundle.path / bundle.graphs["standard"], providers=["CPUExecutionProvider"])
-    shape = bundle.model
-    feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-    if bundle.position_ids:
-        feeds["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-    empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
-    for layer in range(shape.num_layers):
-        feeds |= {f"past_key_values.{layer}.key": empty, f"past_key_values.{layer}.value": empty}
-    return session.run(["logits"], feeds)[0][0]
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 384, length)
+from .reference import TOLERANCE, full_logits, prompt
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 63])

@@ -25,7 +25,7 @@ def measure(bundle: str, calls: bool, turns: int) -> dict[str, Any]:
         capi.release_code = lambda: 0
         engine.move_to_huge_pages = lambda: 0
     begin = time.perf_counter()
-    decoder = capi.CapiDecoder(load_bundle(bundle, verify=False))
+    decoder = capi.CApiEngine(load_bundle(bundle, verify=False))
     load_ms = (time.perf_counter() - begin) * 1e3
     draw = random.Random(0)
     first_peak, prompt_ms, token_ms = 0, [], []

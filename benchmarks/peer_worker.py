@@ -26,11 +26,11 @@ class Ryot:
 
     def __init__(self, bundle: str, via: str, batch_size: int = 1):
         from ryot.edge.bundle import load_bundle
-        from ryot.edge.engines import open_decoder
+        from ryot.edge.engines import open_engine
 
-        self._decoder = open_decoder(load_bundle(bundle, verify=False), engine=via, batch_size=batch_size)
+        self._decoder = open_engine(load_bundle(bundle, verify=False), engine=via, batch_size=batch_size)
         self._step = self._decoder.step
-        self.detail = type(self._decoder).__name__
+        self.detail = self._decoder.name
 
     def prefill(self, prompts: list[list[int]]) -> int:
         self._decoder.prefill(prompts)

@@ -30,6 +30,12 @@ golden prompts with a margin for each token, and `run.py --verify` checks them t
 
 It was trained on one corpus and continues text of that kind; it was not taught to follow instructions, and what it
 writes may be wrong. Prompt and answer together hold {context_length} tokens.
+
+## Privacy
+
+`run.py` opens no connection and leaves no file behind. onnxruntime by itself sends usage data to its maker; `run.py`
+switches that off (`ORT_DISABLE_TELEMETRY=1`) unless that variable is set already. A program of your own that loads
+onnxruntime before this code has to set it itself.
 """
 
 _ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model

@@ -19,7 +19,7 @@ from ryot.deploy.matrices import Matrix
 from ryot.deploy.reference import Load, Piece, layerwise_logits
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import Bundle
-from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.tensors import FloatArray
 
 NUM_GOLDEN = 4
@@ -45,7 +45,7 @@ def make_golden(
     context = weights.spec.max_seq_len
     num_prompt = max(1, min(MAX_PROMPT, context // PROMPT_SHARE))
     num_answer = max(1, min(MAX_ANSWER, context // ANSWER_SHARE))
-    decoder = EdgeDecoder(bundle)
+    decoder = OnnxruntimeEngine(bundle)
     answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
     # Teacher-forced: each token of an answer is followed by the next logits.
     fed = [np.stack([prompt[:num_prompt] for prompt in prompts]), np.stack([tokens[:-1] for tokens, _ in answers])]
@@ -82,7 +82,7 @@ def _dequantized(weights: DecoderWeights, matrices: Mapping[str, Matrix]) -> Loa
     return load
 
 
-def _answer(decoder: EdgeDecoder, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:
+def _answer(decoder: OnnxruntimeEngine, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:
     """Greedy tokens [count] and the logits [count, V] that each was chosen from."""
     decoder.prefill(prompt[None])
     tokens, logits = [], []

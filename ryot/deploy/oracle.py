@@ -51,7 +51,8 @@ def check_transformers(
 ) -> OracleResult:
     """Compare transformers' float32 logits of the checkpoint in `folder` with ours.
 
-    Raises `QualityError` when they differ by more than a few times `tolerance`. A transformers that is not installed, or cannot load this checkpoint, is no error: the result says so.
+    Raises `QualityError` when they differ by more than a few times `tolerance`. A transformers that is not installed,
+    or cannot load this checkpoint, is no error: the result says so.
     """
     if importlib.util.find_spec("transformers") is None:
         return OracleResult(oracle="", reason="transformers is not installed")

@@ -1,7 +1,7 @@
 """KernelOptimizer, the inference half: times the weight formats on this CPU for one shape, and chooses.
 
 Speed does not depend on what the weights say, so random ones of the right shape serve: each candidate is a real bundle
-of graphs run by the device's own `Decoder`. All candidates are loaded at once and take turns, so that a drifting
+of graphs run by the device's own engine. All candidates are loaded at once and take turns, so that a drifting
 machine slows them alike; of each its best turn counts, for whatever else runs on the machine can only add time.
 """
 
@@ -35,7 +35,7 @@ from ryot.deploy.matrices import (
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
 from ryot.scratch import scratch_folder
 
@@ -232,7 +232,7 @@ def _layer_parameters(spec: DecoderSpec) -> int:
     return sum(math.prod(shape) for shape in layer_shapes(spec).values())
 
 
-def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: int) -> Decoder:
+def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: int) -> OnnxruntimeEngine:
     """A loaded bundle of one graph with random weights; there is no tokenizer in it, for no text passes through."""
     precision, block_size, attention = format_
     generator = np.random.default_rng(0)
@@ -250,7 +250,7 @@ def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: 
         (folder / _GRAPH).write_bytes(serialize(model))
     entries = bundle.graph_entries(spec, precision, "float32") | {"graphs": dict.fromkeys(GRAPH_ROLES, _GRAPH)}
     bundle.write_manifest(folder, {**_MANIFEST, **entries})
-    return Decoder(load_bundle(folder, verify=False), threads=threads)
+    return OnnxruntimeEngine(load_bundle(folder, verify=False), threads=threads)
 
 
 def _random_matrix(
@@ -274,7 +274,7 @@ def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
 
 
-def _take_turns(decoders: list[Decoder]) -> list[tuple[float, float]]:
+def _take_turns(decoders: list[OnnxruntimeEngine]) -> list[tuple[float, float]]:
     """(ms of a full prompt, ms of a token at half the context) of each, the best of its turns."""
     context = decoders[0].bundle.model.context_length
     vocab_size = decoders[0].bundle.model.vocab_size

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ryot.deploy.reference import decoder_logits
 from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
-from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import QualityError
 from ryot.models.tensors import FloatArray
 from ryot.train.model import Decoder
@@ -106,7 +106,7 @@ def check_greedy_tokens(
     prompt = ids_BT[:, : max(1, ids_BT.shape[1] // 2)]
     new = ids_BT.shape[1] - prompt.shape[1]
     expected, margins = greedy(model, prompt, new)
-    decoder = EdgeDecoder(load_bundle(bundle_path, verify=False), batch_size=len(prompt))
+    decoder = OnnxruntimeEngine(load_bundle(bundle_path, verify=False), batch_size=len(prompt))
     found = decode_greedy(decoder, prompt, new)
     compared = 0
     for row in range(len(prompt)):
@@ -137,14 +137,14 @@ def greedy(model: Decoder, prompt_BS: NDArray[np.int64], count: int) -> tuple[ND
     return torch.cat(tokens, dim=1).numpy(), torch.cat(margins, dim=1).numpy()
 
 
-def decode_greedy(decoder: EdgeDecoder, prompt_BS: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def decode_greedy(decoder: OnnxruntimeEngine, prompt_BS: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """The bundle's greedy tokens [B, count]."""
     decoder.prefill(prompt_BS)
-    tokens = [decoder.next_token.copy()]
+    tokens = [list(decoder.next_token)]
     for _ in range(count - 1):
         decoder.step()
-        tokens.append(decoder.next_token.copy())
-    return np.stack(tokens, axis=1)
+        tokens.append(list(decoder.next_token))
+    return np.array(tokens, dtype=np.int64).T
 
 
 def _edges(length: int) -> list[list[int]]:

@@ -84,7 +84,9 @@ class Bundle(NamedTuple):
     """Whether the graphs take `position_ids`."""
     kv_dtype: str
     prompt_by_row: bool
-    """Whether the prompt graph is to be given one row a call, however many there are."""
+    """Whether the prefill graph is to be given one row per call, however many there are."""
+    prefill_takes_past: bool
+    """Whether the prefill graph can be given tokens that follow others; else a prompt goes through it whole."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int
     onnxruntime_min: str
@@ -221,6 +223,8 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
             raise ValueError(f"graphs.{role}: {name!r} is not among files")
     if manifest["kv_dtype"] not in KV_DTYPES:
         raise ValueError(f"kv_dtype: got {manifest['kv_dtype']!r}, expected one of {', '.join(KV_DTYPES)}")
+    # Until graphs of another kind came, those of a pair that round keys and values behind the prompt took no past.
+    rounds_behind_prompt = graphs["prefill"] != graphs["decode"] and manifest["kv_dtype"] == "int8"
     return Bundle(
         path=root,
         name=_typed(manifest["name"], "str", "name"),
@@ -232,6 +236,9 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
         position_ids=_typed(manifest["position_ids"], "bool", "position_ids"),
         kv_dtype=manifest["kv_dtype"],
         prompt_by_row=_typed(manifest.get("prompt_by_row", False), "bool", "prompt_by_row"),
+        prefill_takes_past=_typed(
+            manifest.get("prefill_takes_past", not rounds_behind_prompt), "bool", "prefill_takes_past"
+        ),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
         bos_token_id=_typed(manifest["bos_token_id"], "int", "bos_token_id"),
         onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),

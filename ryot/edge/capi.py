@@ -2,222 +2,58 @@
 
 It saves the memory and the import time of both (for a model of two million parameters about 19 MB and 40 % of the time
 to the first token) and some 10 % of a step of 0.1 ms, nothing of long ones. The library is the onnxruntime package's.
-
-C functions are reached by their place in a table, `OrtApi`. The table only ever grows at its end (onnxruntime asserts
-that when it is compiled), so a place holds for every later version; the places used here are those of API version 5
-and older. Before anything is loaded the library must name the installed package's version, serve API version 20,
-and pass a tensor through three of its functions; otherwise `EngineUnavailable` says what did not fit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import mmap
-import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
-from ryot.edge.engine import Engine, EngineUnavailable
+from ryot.edge.c_library import FLOAT, INT8, INT32, INT64, Library, Place, load_library, pointer
+from ryot.edge.engine import Engine, Role
 from ryot.edge.pages import release_code
 from ryot.errors import BundleError
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: The table is asked for by this version; every onnxruntime from 1.20 on serves it.
-API_VERSION = 20
-#: Places in OrtApi, from include/onnxruntime/core/session/onnxruntime_c_api.h.
-PLACES = {
-    "GetErrorMessage": 2,
-    "CreateEnv": 3,
-    "CreateSession": 7,
-    "Run": 9,
-    "CreateSessionOptions": 10,
-    "DisableCpuMemArena": 19,
-    "SetSessionLogSeverityLevel": 22,
-    "SetIntraOpNumThreads": 24,
-    "SetInterOpNumThreads": 25,
-    "SessionGetInputCount": 30,
-    "SessionGetOutputCount": 31,
-    "CreateTensorWithDataAsOrtValue": 49,
-    "IsTensor": 50,
-    "GetTensorMutableData": 51,
-    "CreateCpuMemoryInfo": 69,
-    "ReleaseStatus": 93,
-    "ReleaseSession": 95,
-    "ReleaseValue": 96,
-    "ReleaseSessionOptions": 100,
-    "AddSessionConfigEntry": 130,
-}
-#: ONNXTensorElementDataType.
-FLOAT, INT8, INT32, INT64 = 1, 3, 6, 7
-LOG_ERRORS_ONLY = 3
-ALIGNMENT_BYTES = 64
 
-pointer = ctypes.c_void_p
-out = ctypes.POINTER(ctypes.c_void_p)
-#: Address, shape and element type of a tensor.
-Place = tuple[int, tuple[int, ...], int]
-
-
-class Library:
-    """onnxruntime's C library, checked; there is one a process."""
-
-    def __init__(self, path: Path):
-        library = ctypes.CDLL(str(path))
-        library.OrtGetApiBase.restype = pointer
-        base = ctypes.cast(library.OrtGetApiBase(), out)
-        self.version = ctypes.CFUNCTYPE(ctypes.c_char_p)(base[1])().decode()
-        installed = _package_version(path.parent.parent)
-        if self.version != installed:
-            raise EngineUnavailable(f"{path} is onnxruntime {self.version}, the installed package is {installed}")
-        table = ctypes.CFUNCTYPE(pointer, ctypes.c_uint32)(base[0])(API_VERSION)
-        if not table:
-            raise EngineUnavailable(f"{path}: onnxruntime {self.version} does not serve its C API {API_VERSION}")
-        self._table = ctypes.cast(table, out)
-        self._environment = self.create("CreateEnv", LOG_ERRORS_ONLY, b"ryot")
-        self._memory_info = self.create("CreateCpuMemoryInfo", 0, 0)
-        self._check_places(path)
-
-    def function(self, name: str, *types: Any, result: Any = pointer) -> Callable[..., Any]:
-        """The C function in the table."""
-        return ctypes.CFUNCTYPE(result, *types)(self._table[PLACES[name]])
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function that answers with a status. Raises `BundleError` with onnxruntime's message."""
-        types = [ctypes.c_int if isinstance(a, int) else pointer for a in arguments]
-        self.check(self.function(name, *types)(*arguments))
-
-    def create(self, name: str, *arguments: Any) -> ctypes.c_void_p:
-        """The object that a function makes."""
-        made = pointer()
-        self.call(name, *arguments, ctypes.byref(made))
-        return made
-
-    def release(self, name: str, handle: ctypes.c_void_p) -> None:
-        """Give an object back."""
-        self.function(name, pointer, result=None)(handle)
-
-    def check(self, status: int | None) -> None:
-        """Raise `BundleError` when a status is an error."""
-        if status:
-            message = self.function("GetErrorMessage", pointer, result=ctypes.c_char_p)(status)
-            self.release("ReleaseStatus", pointer(status))
-            raise BundleError(message.decode(errors="replace").splitlines()[0])
-
-    def make_tensor(self, address: int, shape: Sequence[int], kind: int) -> ctypes.c_void_p:
-        """An OrtValue over memory that the caller keeps."""
-        count = {FLOAT: 4, INT8: 1, INT32: 4, INT64: 8}[kind]
-        for size in shape:
-            count *= size
-        sizes = (ctypes.c_int64 * len(shape))(*shape)
-        types = (pointer, pointer, ctypes.c_size_t, pointer, ctypes.c_size_t, ctypes.c_int, out)
-        made = pointer()
-        create = self.function("CreateTensorWithDataAsOrtValue", *types)
-        self.check(create(self._memory_info, address, count, sizes, len(shape), kind, ctypes.byref(made)))
-        return made
-
-    def load_session(self, path: Path, threads: int) -> ctypes.c_void_p:
-        """A session with the options of `session.build_session_options`. Raises `BundleError`."""
-        options = self.create("CreateSessionOptions")
-        try:
-            self.call("SetIntraOpNumThreads", options, threads)
-            self.call("SetInterOpNumThreads", options, 1)
-            self.call("DisableCpuMemArena", options)
-            self.call("SetSessionLogSeverityLevel", options, LOG_ERRORS_ONLY)
-            self.call("AddSessionConfigEntry", options, b"session.intra_op.allow_spinning", b"0")
-            return self.create("CreateSession", self._environment, str(path).encode(), options)
-        except BundleError as error:
-            raise BundleError(f"{path}: onnxruntime {self.version} cannot load it: {error}") from error
-        finally:
-            self.release("ReleaseSessionOptions", options)
-
-    def count(self, name: str, session: ctypes.c_void_p) -> int:
-        """The number of a session's inputs or outputs."""
-        number = ctypes.c_size_t()
-        self.call(name, session, ctypes.byref(number))
-        return number.value
-
-    def _check_places(self, path: Path) -> None:
-        """Make a tensor and find it again; raises `EngineUnavailable` when the table answers something else."""
-        buffer = (ctypes.c_int64 * 1)(7)
-        tensor = self.make_tensor(ctypes.addressof(buffer), (1, 1), INT64)
-        is_tensor, found = ctypes.c_int(), pointer()
-        self.call("IsTensor", tensor, ctypes.byref(is_tensor))
-        self.call("GetTensorMutableData", tensor, ctypes.byref(found))
-        self.release("ReleaseValue", tensor)
-        if is_tensor.value != 1 or found.value != ctypes.addressof(buffer):
-            raise EngineUnavailable(f"{path}: its function table is not the one that this engine knows")
-
-
-@functools.cache
-def load_library() -> Library:
-    """The installed package's C library. Raises `EngineUnavailable` when there is none that fits."""
-    spec = importlib.util.find_spec("onnxruntime")  # finds the package without importing it
-    if spec is None or not spec.submodule_search_locations:
-        raise EngineUnavailable("onnxruntime is not installed")
-    return open_library(Path(spec.submodule_search_locations[0]))
-
-
-def open_library(package: Path) -> Library:
-    """The C library in an onnxruntime package's folder. Raises `EngineUnavailable` when it does not fit."""
-    folder = package / "capi"
-    found = sorted([*folder.glob("libonnxruntime.so.*"), *folder.glob("libonnxruntime.*.dylib")])
-    if not found:
-        raise EngineUnavailable(f"{folder}: the onnxruntime package has no C library")
-    try:
-        return Library(found[-1])
-    except (OSError, AttributeError) as error:
-        raise EngineUnavailable(f"{found[-1]}: cannot be used ({error})") from error
-
-
-def _package_version(package: Path) -> str:
-    """`__version__` of a package, read from its text: importlib.metadata would cost more memory than it saves here."""
-    found = re.search(r"^__version__ = ['\"]([^'\"+]+)", (package / "__init__.py").read_text(encoding="utf-8"), re.M)
-    return found[1] if found else "of an unknown version"
-
-
-class CapiDecoder(Engine):
+class CApiEngine(Engine):
     """An `Engine` through onnxruntime's C library."""
 
+    name = "capi"
+
     def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
-        """Load the graphs and make the buffers; raises like `session.Decoder`, and `EngineUnavailable`."""
+        """Load the graphs and make the buffers; raises like `session.OnnxruntimeEngine`, and `EngineUnavailable`."""
         self._library = library = load_library()
         self.onnxruntime_version = library.version
         check_onnxruntime(library.version, bundle.onnxruntime_min)
         super().__init__(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        shape = bundle.model
         self._handles: list[tuple[str, ctypes.c_void_p]] = []
         # At exit the process takes everything with it, faster than by giving it back.
         weakref.finalize(self, _release_all, library, self._handles).atexit = False
         release_code()  # now, so that the peak while loading is lower, and once more when all is loaded
-        self._decode = self._load("decode")
-        self._prefill = self._decode if bundle.one_session else self._load("prefill")
+        self._decode = decode = self._load("decode")
+        prefill = decode if bundle.one_session else self._load("prefill")
+        self._sessions: dict[Role, ctypes.c_void_p] = {"prefill": prefill, "decode": decode}
         release_code()
 
         self._lengths = (ctypes.c_int32 * (batch_size + 1))()
         self._positions = (ctypes.c_int64 * batch_size)()
         self._token = (ctypes.c_int64 * batch_size)()
-        self._logits = (ctypes.c_float * (batch_size * shape.vocab_size))()
-        self._row_bytes = shape.num_kv_heads * self.max_len * shape.head_dim * (1 if bundle.kv_dtype == "int8" else 4)
-        # Anonymous pages: zero, aligned, and a forked process has its own. They take no memory before they are touched,
-        # 2 MB at a time where the system gives huge pages unasked.
-        self._kv_stride = -(-self._row_bytes * batch_size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._kv = mmap.mmap(-1, 2 * shape.num_layers * self._kv_stride, flags=flags)
-        self._kv_address = ctypes.addressof(ctypes.c_char.from_buffer(self._kv))
-
+        self._logits = (ctypes.c_float * (batch_size * bundle.model.vocab_size))()
+        self.next_token = memoryview(self._token).cast("B").cast("q")
         count = ctypes.c_size_t
         self._run = library.function("Run", pointer, pointer, pointer, pointer, count, pointer, count, pointer)
-        self._prompts: dict[tuple[int | None, int], _Call] = {}
-        self._step = self._bind(self._decode, self._token, self._positions, 1, None)
-        self._step_arguments = self._step.arguments
-        self.next_token = self._token
+        self._kv: list[mmap.mmap] = []
+        self._calls: dict[tuple[Role, int | None, int], _Call] = {}
+        self._set_lengths([0] * batch_size)
+        self.reserve(1)
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
@@ -225,10 +61,14 @@ class CapiDecoder(Engine):
 
         return np.frombuffer(memoryview(self._logits), np.float32).reshape(self.batch_size, -1)
 
+    @property
+    def cache_bytes(self) -> int:
+        return sum(len(buffer) for buffer in self._kv)
+
     def step(self) -> None:
         lengths, positions, rows = self._lengths, self._positions, self.batch_size
-        if lengths[rows] >= self.max_len:
-            self._raise_full()
+        if lengths[rows] >= self.capacity:
+            self._make_room()
         lengths[rows] += 1
         for row in range(rows):
             lengths[row] += 1
@@ -237,30 +77,54 @@ class CapiDecoder(Engine):
         if status:
             self._library.check(status)
 
-    def _run_prompt(self, rows: list[list[int]], row: int | None) -> None:
-        length = len(rows[0])
-        call = self._prompts.get((row, length))
+    def _allocate(self, capacity: int, used: int) -> None:
+        heads = self.batch_size * self.bundle.model.num_kv_heads
+        position_bytes = self.bundle.model.head_dim * (1 if self.bundle.kv_dtype == "int8" else 4)
+        old_bytes, new_bytes = self.capacity * position_bytes, capacity * position_bytes
+        old, self._kv, self.capacity = self._kv, [], capacity
+        self._calls.clear()
+        if not used:
+            old.clear()
+        for _ in range(2 * self.bundle.model.num_layers):
+            # Anonymous pages: zero, aligned, and a forked process has its own. They take no memory before they are
+            # touched, 2 MB at a time where the system gives huge pages unasked.
+            buffer = mmap.mmap(-1, heads * new_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if used:
+                before = memoryview(old.pop(0))  # and gone with the next, so that one is there twice and not all
+                after, size = memoryview(buffer), used * position_bytes
+                for head in range(heads):
+                    after[head * new_bytes :][:size] = before[head * old_bytes :][:size]
+            self._kv.append(buffer)
+        self._step = self._bind(self._decode, self._token, self._positions, 1, None)
+        self._step_arguments = self._step.arguments
+
+    def _run_graph(self, role: Role, rows: Sequence[Sequence[int]], row: int | None) -> None:
+        num_tokens = len(rows[0])
+        call = self._calls.get((role, row, num_tokens))
         if call is None:
-            if len(self._prompts) >= self._kept_prompts:
-                self._prompts.clear()
-            ids = (ctypes.c_int64 * (len(rows) * length))()
-            positions = (ctypes.c_int64 * len(ids))(*list(range(length)) * len(rows))
-            call = self._prompts[row, length] = self._bind(self._prefill, ids, positions, length, row)
-        call.ids[:] = [token for prompt in rows for token in prompt]
+            if len(self._calls) >= self._kept_calls:
+                self._calls.clear()
+            ids, positions = ((ctypes.c_int64 * (len(rows) * num_tokens))() for _ in range(2))
+            call = self._bind(self._sessions[role], ids, positions, num_tokens, row)
+            self._calls[role, row, num_tokens] = call
+        call.ids[:] = [token for tokens in rows for token in tokens]
+        if self.bundle.position_ids:
+            last = self._lengths[row or 0]
+            call.positions[:] = [*range(last + 1 - num_tokens, last + 1)] * len(rows)
         try:
             self._library.check(self._run(*call.arguments))
         except BundleError as error:
-            path = self.bundle.path / self.bundle.graphs["prefill"]
+            path = self.bundle.path / self.bundle.graphs[role]
             raise BundleError(f"{path}: onnxruntime cannot run it: {error}") from error
 
     def _copy_rows(self, source_rows: Sequence[int], length: int) -> None:
-        heads = self.bundle.model.num_kv_heads
-        head_bytes = self._row_bytes // heads
-        used_bytes = head_bytes // self.max_len * length
-        cache = memoryview(self._kv)
-        for first in range(0, len(cache), self._kv_stride):
-            for head in range(heads):
-                _copy_parts(cache, first + head * head_bytes, self._row_bytes, used_bytes, source_rows)
+        for buffer in self._kv:
+            view = memoryview(buffer)
+            row_bytes = len(view) // self.batch_size
+            head_bytes = row_bytes // self.bundle.model.num_kv_heads
+            used_bytes = head_bytes // self.capacity * length
+            for first in range(0, row_bytes, head_bytes):
+                _copy_parts(view, first, row_bytes, used_bytes, source_rows)
         for array in (self._token, self._logits):
             view = memoryview(array).cast("B")
             size = len(view) // self.batch_size
@@ -283,7 +147,7 @@ class CapiDecoder(Engine):
         return session
 
     def _bind(self, session: ctypes.c_void_p, ids: Any, positions: Any, length: int, row: int | None) -> _Call:
-        """A call of `session` for all rows, or for one, over this decoder's buffers."""
+        """A call of `session` for all rows, or for one, over this engine's buffers."""
         shape, address = self.bundle.model, ctypes.addressof
         first, rows = (0, self.batch_size) if row is None else (row, 1)
         inputs: dict[str, Place] = {
@@ -298,12 +162,11 @@ class CapiDecoder(Engine):
             "logits": (address(self._logits) + 4 * first * shape.vocab_size, (rows, 1, shape.vocab_size), FLOAT),
         }
         kind = INT8 if self.bundle.kv_dtype == "int8" else FLOAT
-        place = self._kv_address + first * self._row_bytes
-        for layer in range(shape.num_layers):
-            for part in ("key", "value"):
-                cache = place, (rows, shape.num_kv_heads, self.max_len, shape.head_dim), kind
-                inputs[f"past_key_values.{layer}.{part}"] = outputs[f"present.{layer}.{part}"] = cache
-                place += self._kv_stride
+        names = [f"{layer}.{part}" for layer in range(shape.num_layers) for part in ("key", "value")]
+        for name, buffer in zip(names, self._kv):
+            place = address(ctypes.c_char.from_buffer(buffer)) + first * (len(buffer) // self.batch_size)
+            cache = place, (rows, shape.num_kv_heads, self.capacity, shape.head_dim), kind
+            inputs[f"past_key_values.{name}"] = outputs[f"present.{name}"] = cache
         return _Call(self._library, session, inputs, outputs, ids, positions)
 
 
@@ -320,7 +183,7 @@ class _Call:
         positions: Any,
     ):
         self.ids = ids
-        self._positions = positions
+        self.positions = positions
         # What is input and output at once, a cache or the fed-back token, is one tensor.
         tensors = {place: library.make_tensor(*place) for place in {*inputs.values(), *outputs.values()}}
         handles = [("ReleaseValue", tensor) for tensor in tensors.values()]

@@ -120,7 +120,7 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
 
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
-    from ryot.edge.engines import open_decoder
+    from ryot.edge.engines import open_engine
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
@@ -138,7 +138,7 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         raise ConfigError("--best-of N and --reward CHECK are used together")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokenizer = load_tokenizer(bundle)
-    decoder = open_decoder(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
+    decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     num_tokens = options.max_new_tokens
     if num_tokens is None:
         # What fits, but a prompt that fills the context is still an error and not an empty answer.
@@ -167,10 +167,10 @@ def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | No
 
 
 def _verify(bundle: Bundle, threads: int, engine: str) -> int:
-    from ryot.edge.engines import open_decoder
+    from ryot.edge.engines import open_engine
     from ryot.edge.generate import check_golden
 
-    compared = check_golden(open_decoder(bundle, threads=threads, engine=engine))
+    compared = check_golden(open_engine(bundle, threads=threads, engine=engine))
     total = sum(len(golden.tokens) for golden in bundle.golden)
     sys.stdout.write(f"{bundle.name}: {len(bundle.files)} files as in the manifest, ")
     sys.stdout.write(f"{compared} of {total} golden tokens compared and equal\n")

@@ -2,13 +2,18 @@
 
 `session` goes through onnxruntime's Python binding and numpy, `capi` through its C library without either;
 `engines` chooses between them.
+
+A bundle's context is a limit, not an allocation. The key and value buffers of all rows hold `capacity` positions; where
+more are needed they grow to twice that, and what they held is copied. Between two growths nothing is allocated. Tokens
+that come at once, a prompt or a further turn, go through the graph in pieces of at most `PIECE_TOKENS`, so that what a
+graph needs beside the cache is bounded too.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryot.edge.bundle import Bundle
 from ryot.edge.pages import MIN_WEIGHT_BYTES, move_to_huge_pages
@@ -19,10 +24,23 @@ if TYPE_CHECKING:
 
 Ids = Sequence[int] | Any
 """Token ids of one sequence: any sequence of integers, a numpy array included."""
+Role = Literal["prefill", "decode"]
 
+#: Calls of as many shapes stay bound to the graphs; a service with more binds them anew.
+KEPT_CALLS = 8
+#: Positions that the buffers begin with, where the context has more.
+FIRST_CAPACITY = 256
+#: The most tokens of a sequence that go through a graph in one call, where the graph takes tokens that have a past.
+PIECE_TOKENS = 512
 
-#: Prompts of as many lengths stay bound to the graph; a service with more lengths binds them anew.
-KEPT_PROMPTS = 8
+# How every engine sets its sessions up, for one sequence generator on cores that it may not have for itself. No
+# spinning: threads that wait actively take the core from whoever shares it. No arena: it keeps what the prompt needed
+# once, and the steps gain nothing from it.
+INTER_OP_THREADS = 1
+LOG_ERRORS_ONLY = 3
+SESSION_CONFIG = {"session.intra_op.allow_spinning": "0"}
+#: Buffers start on cache-line boundaries, which neither numpy nor ctypes promises.
+ALIGNMENT_BYTES = 64
 
 
 class EngineUnavailable(BundleError):
@@ -33,24 +51,30 @@ class Engine(ABC):
     """One bundle, loaded and ready: `prefill` a prompt for every row, then `step` a token at a time.
 
     After either call `next_token` [B] holds the greedy choice and `logits` [B, V] what it was chosen from. Both are
-    views of the runtime's own buffers. Writing into `next_token` before `step` replaces the greedy choice.
+    views of the runtime's own buffers. Writing into `next_token` before `step` replaces the greedy choice. `extend` and
+    `truncate` change a row's end, so that a conversation goes on, or another one with the same beginning starts,
+    without computing anew what they share.
 
-    A dynamic-int8 graph takes one scale for all rows of a call, so there a row's logits depend, within the
-    quantization's error, on its neighbours, except where a bundle has the rows of a prompt computed alone. Other
-    precisions compute each row by itself.
+    A dynamic-int8 graph takes one scale for all tokens of a call, so there a row's logits depend, within the
+    quantization's error, on its neighbours and on where a prompt was cut into pieces, except where a bundle has the
+    rows of a prompt computed alone. Other precisions compute each row by itself.
     """
 
+    #: What `engines.open_engine` and records call it.
+    name: ClassVar[str]
     #: Version of the library that runs the graphs.
     onnxruntime_version: str
-    #: [B] the token that the next step reads; items can be read and set.
-    next_token: Any
+    #: [B] int64, the token that the next step reads; items can be read and set.
+    next_token: memoryview
+    #: Positions that the buffers hold.
+    capacity: int = 0
     #: [B + 1] index of each row's last token, and behind them the length of the longest row; the graphs read both.
     _lengths: Any
     #: [B] position of each row's last token, for graphs that take positions.
     _positions: Any
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
-        """Check sizes and hashes; buffers hold `batch_size` rows of `max_len` tokens (default: the context's).
+        """Check sizes and hashes; a row never holds more than `max_len` tokens (default: the context's).
 
         Raises `BundleError` when files differ from the manifest, `ConfigError` for a size that makes no sense.
         """
@@ -64,7 +88,7 @@ class Engine(ABC):
         bundle.check_graph_files("prefill", "decode")
         self._num_prompts = 0
         # Rows that are computed alone are bound one by one.
-        self._kept_prompts = max(KEPT_PROMPTS, batch_size)
+        self._kept_calls = max(KEPT_CALLS, batch_size)
         self.bundle = bundle
         self.threads = threads
         self.batch_size = batch_size
@@ -76,57 +100,129 @@ class Engine(ABC):
         """[B, V] logits after each row's last token."""
 
     @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of the key and value buffers as they are now."""
+
+    @property
     def position(self) -> int:
         """Tokens held for the longest row."""
         return int(self._lengths[self.batch_size])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held for each row."""
+        return [int(self._lengths[row]) + 1 for row in range(self.batch_size)]
 
     def prefill(self, ids_BS: Sequence[Ids] | np.ndarray) -> None:
         """Start over with one prompt a row, each of at least one token.
 
         Prompts of one length go through the graph together, prompts of several lengths one after the other, and so do
-        those of a graph that the bundle marks. Before an engine's second prompt, where its weights are large, the
-        process's memory is moved to huge pages, once, in about half a second at most.
+        long ones and those of a graph that the bundle marks. Before an engine's second prompt, where its weights are
+        large, the process's memory is moved to huge pages, once, in about half a second at most.
         Raises `ContextError` for a prompt longer than `max_len`, `BundleError` for an id outside the vocabulary.
         """
         assert len(ids_BS) == self.batch_size, f"{len(ids_BS)} prompts for {self.batch_size} rows"
         rows = [self._checked(ids) for ids in ids_BS]
         lengths = [len(ids) for ids in rows]
-        self._count_prompt()
-        if min(lengths) == max(lengths) and not (self.bundle.prompt_by_row and len(rows) > 1):
+        self._start_over(max(lengths))
+        together = len(rows) == 1 or (min(lengths) == max(lengths) and not self.bundle.prompt_by_row)
+        if together and self._fits_one_call(lengths[0]):
             self._set_lengths(lengths)
-            self._run_prompt(rows, None)
+            self._run_graph("prefill", rows, None)
         else:
             for row, ids in enumerate(rows):
-                self._set_lengths([len(ids)] * self.batch_size)
-                self._run_prompt([ids], row)
+                self._feed(ids, row, 0)
             self._set_lengths(lengths)
 
     def prefill_shared(self, ids_S: Ids) -> None:
         """Start over with the same prompt in every row; it is computed once and its keys and values are copied."""
         ids = self._checked(ids_S)
-        self._count_prompt()
+        self._start_over(len(ids))
+        self._feed(ids, 0, 0)
         self._set_lengths([len(ids)] * self.batch_size)
-        self._run_prompt([ids], 0)
         self._copy_rows([0] * self.batch_size, len(ids))
 
-    @abstractmethod
-    def step(self) -> None:
-        """Feed `next_token` and compute the token after it. Raises `ContextError` at the end of the buffers."""
+    def extend(self, ids: Ids, row: int = 0) -> None:
+        """Append tokens to what a row holds; `next_token` and `logits` of the row are then those after the last.
 
-    def keep_rows(self, source_rows: Sequence[int]) -> None:
-        """Make row i a copy of what row `source_rows[i]` was: its keys, values, length, token and logits."""
-        assert len(source_rows) == self.batch_size
-        lengths = [int(self._lengths[row]) + 1 for row in source_rows]
-        self._copy_rows(source_rows, max(lengths))
+        Other rows stay as they are. Where the bundle's prefill graph takes no past (`Bundle.prefill_takes_past`), the
+        tokens go through the decode graph one by one. Raises like `prefill`.
+        """
+        lengths = self.lengths
+        ids = self._checked(ids, held=lengths[row])
+        self._count_prompt()
+        self.reserve(lengths[row] + len(ids))
+        self._feed(ids, row, lengths[row])
+        lengths[row] += len(ids)
+        self._set_lengths(lengths)
+
+    def truncate(self, length: int, row: int = 0) -> None:
+        """Keep only the first `length` tokens of a row.
+
+        `next_token` and `logits` of the row are stale then: `extend` it next, or write the token to `step` with.
+        """
+        lengths = self.lengths
+        assert 0 <= length <= lengths[row], f"row {row} holds {lengths[row]} tokens, asked to keep {length}"
+        lengths[row] = length
         self._set_lengths(lengths)
 
     @abstractmethod
-    def _run_prompt(self, rows: list[list[int]], row: int | None) -> None:
-        """Run the prompt graph on prompts of one length, for all rows, or for one."""
+    def step(self) -> None:
+        """Feed `next_token` and compute the token after it. Raises `ContextError` at `max_len` tokens."""
+
+    def reorder_cache(self, source_rows: Sequence[int]) -> None:
+        """Make row i a copy of what row `source_rows[i]` was: its keys, values, length, token and logits."""
+        assert len(source_rows) == self.batch_size
+        lengths = [self.lengths[row] for row in source_rows]
+        self._copy_rows(source_rows, max(lengths))
+        self._set_lengths(lengths)
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens a row, at most `max_len`, before they come."""
+        assert length <= self.max_len
+        if length <= self.capacity:
+            return
+        capacity = self.capacity or FIRST_CAPACITY
+        while capacity < length:
+            capacity *= 2
+        self._allocate(min(capacity, self.max_len), self.position)
+
+    @abstractmethod
+    def _allocate(self, capacity: int, used: int) -> None:
+        """Buffers of `capacity` positions, with what the first `used` of those before held."""
+
+    @abstractmethod
+    def _run_graph(self, role: Role, rows: Sequence[Sequence[int]], row: int | None) -> None:
+        """Run a graph on new tokens, equally many for all rows, or for one row; lengths count them already."""
 
     @abstractmethod
     def _copy_rows(self, source_rows: Sequence[int], length: int) -> None:
         """Copy keys and values of `length` positions, tokens and logits, from where they are before the call."""
+
+    def _start_over(self, length: int) -> None:
+        """Forget all tokens, for prompts of at most `length`."""
+        self._count_prompt()
+        self._set_lengths([0] * self.batch_size)
+        self.reserve(length)
+
+    def _feed(self, ids: Sequence[int], row: int, start: int) -> None:
+        """Run tokens that follow the first `start` of a row, piece by piece; other rows' lengths are lost."""
+        one_by_one = start > 0 and not self.bundle.prefill_takes_past
+        size = 1 if one_by_one else len(ids) if self._fits_one_call(len(ids)) else PIECE_TOKENS
+        for first in range(0, len(ids), size):
+            piece = ids[first : first + size]
+            self._set_lengths([start + first + len(piece)] * self.batch_size)
+            self._run_graph("decode" if one_by_one else "prefill", [piece], row)
+
+    def _fits_one_call(self, num_tokens: int) -> bool:
+        return num_tokens <= PIECE_TOKENS or not self.bundle.prefill_takes_past
+
+    def _make_room(self) -> None:
+        """Grow for one more token. Raises `ContextError` where no row may hold more."""
+        if self.capacity >= self.max_len:
+            raise ContextError(f"the context of {self.max_len} tokens is full", hint=self._context_hint())
+        self.reserve(self.capacity + 1)
 
     def _count_prompt(self) -> None:
         # The second prompt shows that the process stays, so that what this costs once will pay.
@@ -139,21 +235,19 @@ class Engine(ABC):
             self._lengths[row] = self._positions[row] = length - 1
         self._lengths[self.batch_size] = max(lengths)
 
-    def _checked(self, ids: Ids) -> list[int]:
-        """The ids as a list; raises when they do not fit the buffers or the vocabulary."""
+    def _checked(self, ids: Ids, held: int = 0) -> list[int]:
+        """The ids as a list; raises when they do not fit behind `held` tokens, or the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         assert ids, "a prompt has at least one token"
-        if len(ids) > self.max_len:
+        if held + len(ids) > self.max_len:
+            behind = f" behind {held}" if held else ""
             raise ContextError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.max_len}", hint=self._context_hint()
+                f"the prompt has {len(ids)} tokens{behind}, the context holds {self.max_len}", hint=self._context_hint()
             )
         last = self.bundle.model.vocab_size - 1
         if min(ids) < 0 or max(ids) > last:
             raise BundleError(f"prompt: a token id is outside the vocabulary, 0 to {last}")
         return ids
-
-    def _raise_full(self) -> None:
-        raise ContextError(f"the context of {self.max_len} tokens is full", hint=self._context_hint())
 
     def _context_hint(self) -> str:
         context = self.bundle.model.context_length

@@ -10,20 +10,20 @@ from ryot.errors import ConfigError
 ENGINES = ("auto", "capi", "python")
 
 
-def open_decoder(
+def open_engine(
     bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None, engine: str = "auto"
 ) -> Engine:
     """The bundle in the engine asked for. Raises what `Engine` raises, and `EngineUnavailable` for a named engine.
 
-    `auto` falls back from `capi` to `python` with a warning; `type(decoder).__name__` says which one it is.
+    `auto` falls back from `capi` to `python` with a warning; the result's `name` says which one it is.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
     if engine != "python":
-        from ryot.edge.capi import CapiDecoder
+        from ryot.edge.capi import CApiEngine
 
         try:
-            return CapiDecoder(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
+            return CApiEngine(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
         except EngineUnavailable as error:
             if engine == "capi":
                 raise
@@ -32,6 +32,6 @@ def open_decoder(
             logging.getLogger(__name__).warning(
                 "%s; going on with onnxruntime's Python binding, which is slower", error
             )
-    from ryot.edge.session import Decoder
+    from ryot.edge.session import OnnxruntimeEngine
 
-    return Decoder(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
+    return OnnxruntimeEngine(bundle, threads=threads, batch_size=batch_size, max_len=max_len)

@@ -56,14 +56,14 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
 
     begin = time.perf_counter()
     from ryot.edge.bundle import MANIFEST_NAME, hash_file, load_bundle
-    from ryot.edge.engines import open_decoder
+    from ryot.edge.engines import open_engine
 
     importlib.import_module("ryot.edge.session" if spec.engine == "python" else "ryot.edge.capi")
     imported = time.perf_counter()
     bundle = load_bundle(spec.bundle, verify=False)
     _check_fits(spec, bundle)
     sizes = {"threads": spec.threads, "batch_size": spec.batch_size, "max_len": _longest(spec)}
-    decoder = open_decoder(bundle, engine=spec.engine, **sizes)
+    decoder = open_engine(bundle, engine=spec.engine, **sizes)
     loaded = time.perf_counter()
     arm = _Arm(spec, bundle, decoder)
     first = time.perf_counter()
@@ -83,7 +83,7 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
     peak = read_peak_rss_bytes("self")
     return MeasureResult(
         ok=True,
-        engine=type(decoder).__name__,
+        engine=decoder.name,
         precision=bundle.precision,
         import_ms=_ms(imported - begin),
         load_ms=_ms(loaded - imported),

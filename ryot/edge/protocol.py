@@ -88,7 +88,7 @@ class MeasureResult:
     reason: str = ""
     """Why there is no measurement; empty when `ok`."""
     engine: str = ""
-    """The engine's class: `CapiDecoder` or `Decoder`."""
+    """The engine: one of `engines.ENGINES`, `capi` or `python`."""
     precision: str = ""
     import_ms: float | None = None
     """Importing the engine: for `python` numpy and onnxruntime."""

@@ -2,9 +2,9 @@
 
 Nothing is allocated or copied in a step. One OrtValue is both `past_key_values.N.key` and `present.N.key`; the
 output `next_token` is bound to the buffer that the next step reads as `input_ids`, so a greedy token never passes
-through Python. Prompt and steps may be two graphs (two sessions) over the same key and value buffers.
+through Python. Prefill and decode may be two graphs (two sessions) over the same key and value buffers.
 
-Shapes: B rows (sequences decoded together), S prompt tokens, T longest sequence, K key-value heads, H head width,
+Shapes: B rows (sequences decoded together), S new tokens, T positions in the buffers, K key-value heads, H head width,
 V vocabulary.
 """
 
@@ -12,13 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
-from ryot.edge.engine import Engine
+from ryot.edge.engine import (
+    ALIGNMENT_BYTES,
+    INTER_OP_THREADS,
+    LOG_ERRORS_ONLY,
+    SESSION_CONFIG,
+    Engine,
+    Role,
+)
 from ryot.edge.pages import release_code
 from ryot.errors import BundleError
 
@@ -33,12 +41,20 @@ ORT_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-#: Buffers start on cache-line boundaries, which numpy does not promise.
-ALIGNMENT_BYTES = 64
 
 
-class Decoder(Engine):
+class _Call(NamedTuple):
+    """Inputs [B, S] that are bound to a graph, and the binding."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    binding: ort.IOBinding
+
+
+class OnnxruntimeEngine(Engine):
     """An `Engine` through onnxruntime's Python binding."""
+
+    name = "python"
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
         """Load the graphs and make the buffers.
@@ -48,54 +64,71 @@ class Decoder(Engine):
         self.onnxruntime_version = ort.__version__
         check_onnxruntime(ort.__version__, bundle.onnxruntime_min)
         super().__init__(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        shape = bundle.model
-        self._decode = _load_session(bundle.path / bundle.graphs["decode"], threads)
-        self._prefill = (
-            self._decode if bundle.one_session else _load_session(bundle.path / bundle.graphs["prefill"], threads)
-        )
+        decode = _load_session(bundle.path / bundle.graphs["decode"], threads)
+        prefill = decode if bundle.one_session else _load_session(bundle.path / bundle.graphs["prefill"], threads)
+        self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
+        self._decode = decode
         release_code()
-        kv_shape = (batch_size, shape.num_kv_heads, self.max_len, shape.head_dim)
-        self._kv = {
-            f"{layer}.{part}": _aligned(kv_shape, np.dtype(bundle.kv_dtype))
-            for layer in range(shape.num_layers)
-            for part in ("key", "value")
-        }
         # In one array, so that one addition moves all on.
         self._lengths = _aligned((batch_size + 1,), np.dtype(np.int32))
         self._positions = _aligned((batch_size,), np.dtype(np.int64))
         self._token = _aligned((batch_size, 1), np.dtype(np.int64))
-        self._logits = _aligned((batch_size, 1, shape.vocab_size), np.dtype(np.float32))
-        self._prompt = _aligned((batch_size * self.max_len,), np.dtype(np.int64))
-        self._prompt_bindings: dict[tuple[int | None, int], ort.IOBinding] = {}
-        self._step_binding = self._bind(self._decode, self._token, self._positions[:, None], slice(None))
-        self.next_token = self._token[:, 0]
+        self._logits = _aligned((batch_size, 1, bundle.model.vocab_size), np.dtype(np.float32))
+        self.next_token = self._token.data.cast("B").cast("q")
+        self._kv: dict[str, np.ndarray] = {}
+        self._calls: dict[tuple[Role, int | None, int], _Call] = {}
+        self._set_lengths([0] * batch_size)
+        self.reserve(1)
 
     @property
     def logits(self) -> np.ndarray:
         return self._logits[:, 0]
 
+    @property
+    def cache_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._kv.values())
+
     def step(self) -> None:
-        if self._lengths[-1] >= self.max_len:
-            self._raise_full()
+        if self._lengths[-1] >= self.capacity:
+            self._make_room()
         self._lengths += 1
         self._positions += 1
         self._decode.run_with_iobinding(self._step_binding)
 
-    def _run_prompt(self, rows: list[list[int]], row: int | None) -> None:
-        length = len(rows[0])
-        ids = self._prompt[: len(rows) * length].reshape(len(rows), length)
-        ids[:] = rows
-        binding = self._prompt_bindings.get((row, length))
-        if binding is None:
-            if len(self._prompt_bindings) >= self._kept_prompts:
-                self._prompt_bindings.clear()
-            positions = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
+    def _allocate(self, capacity: int, used: int) -> None:
+        shape, self.capacity = self.bundle.model, capacity
+        # What is bound would keep the old buffers.
+        self._calls.clear()
+        self._step_binding = self._decode.io_binding()
+        for layer in range(shape.num_layers):
+            for part in ("key", "value"):
+                # One buffer after the other, so that two of them are there twice and not the whole cache.
+                buffer = _aligned(
+                    (self.batch_size, shape.num_kv_heads, capacity, shape.head_dim), np.dtype(self.bundle.kv_dtype)
+                )
+                if used:
+                    buffer[:, :, :used] = self._kv[f"{layer}.{part}"][:, :, :used]
+                self._kv[f"{layer}.{part}"] = buffer
+        self._step_binding = self._bind(self._decode, self._token, self._positions[:, None], slice(None))
+
+    def _run_graph(self, role: Role, rows: Sequence[Sequence[int]], row: int | None) -> None:
+        session, num_tokens = self._sessions[role], len(rows[0])
+        call = self._calls.get((role, row, num_tokens))
+        if call is None:
+            if len(self._calls) >= self._kept_calls:
+                self._calls.clear()
+            ids, positions = (_aligned((len(rows), num_tokens), np.dtype(np.int64)) for _ in range(2))
             which = slice(None) if row is None else slice(row, row + 1)
-            binding = self._prompt_bindings[row, length] = self._bind(self._prefill, ids, positions, which)
+            call = _Call(ids, positions, self._bind(session, ids, positions, which))
+            self._calls[role, row, num_tokens] = call
+        call.ids[:] = rows
+        if self.bundle.position_ids:
+            last = self._lengths[row or 0]
+            call.positions[:] = np.arange(last + 1 - num_tokens, last + 1)
         try:
-            self._prefill.run_with_iobinding(binding)
+            session.run_with_iobinding(call.binding)
         except ORT_ERRORS as error:
-            path = self.bundle.path / self.bundle.graphs["prefill"]
+            path = self.bundle.path / self.bundle.graphs[role]
             raise BundleError(f"{path}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from error
 
     def _copy_rows(self, source_rows: Sequence[int], length: int) -> None:
@@ -126,17 +159,14 @@ class Decoder(Engine):
 
 
 def build_session_options(threads: int) -> ort.SessionOptions:
-    """Options for one decoder on `threads` cores that it may not have for itself.
-
-    No spinning: threads that wait actively take the core from whoever shares it. No arena: it keeps what the
-    prompt needed once, and the steps gain nothing from it.
-    """
+    """The options of every engine's sessions; `engine` says why these."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.inter_op_num_threads = INTER_OP_THREADS
     options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = LOG_ERRORS_ONLY
+    for name, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(name, value)
     return options
 
 

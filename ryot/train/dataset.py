@@ -19,8 +19,7 @@ from ryot.config import digest
 from ryot.errors import DataError
 from ryot.train.corpus import SPLITS, Corpus
 from ryot.train.encoding import encode_stream, tell_progress
-from ryot.train.hf import END_OF_TEXT_ID
-from ryot.train.tokenizer import TOKENIZER_RECIPE, byte_lengths, train_tokenizer
+from ryot.train.tokenizer import END_OF_TEXT_ID, TOKENIZER_RECIPE, byte_lengths, train_tokenizer
 
 log = logging.getLogger(__name__)
 

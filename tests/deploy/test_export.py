@@ -24,7 +24,7 @@ from ryot.deploy.verify import check_parity, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import load_bundle
 from ryot.edge.generate import check_golden
-from ryot.edge.session import Decoder as EdgeDecoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError, QualityError
 from ryot.train.checkpoint import load_model, save_checkpoint
 from ryot.train.model import Decoder
@@ -166,7 +166,7 @@ def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision)
     bundle = load_bundle(form.path)
     assert (bundle.kv_dtype, bundle.onnxruntime_min) == ("int8", "1.27")
     assert bundle.manifest["quantization"]["kv_cache"]["method"] == "per-tensor"
-    assert check_golden(EdgeDecoder(bundle)) > 0
+    assert check_golden(OnnxruntimeEngine(bundle)) > 0
 
 
 def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(trained, data, tmp_path):
@@ -191,7 +191,7 @@ def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(train
     kl = {c["method"]: c["kl"] for c in record["candidates"]}
     assert record["method"] == "per-channel"
     assert kl["per-tensor"] > 10 * kl["per-channel"]
-    assert check_golden(EdgeDecoder(load_bundle(form.path))) > 0
+    assert check_golden(OnnxruntimeEngine(load_bundle(form.path))) > 0
 
 
 def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, forms, data):
@@ -219,7 +219,7 @@ def test_golden_prompts_hold_in_a_new_session(forms, precision):
     bundle = load_bundle(forms[precision].path)
     assert bundle.golden
     assert all(margin > bundle.tolerance for golden in bundle.golden for margin in golden.margins)
-    assert check_golden(EdgeDecoder(bundle)) == sum(len(g.tokens) for g in bundle.golden)
+    assert check_golden(OnnxruntimeEngine(bundle)) == sum(len(g.tokens) for g in bundle.golden)
 
 
 def test_manifest_says_where_the_bundle_comes_from(trained, forms, data):

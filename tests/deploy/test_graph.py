@@ -16,8 +16,8 @@ from ryot.deploy.quantize import CacheForm, observe_kv_scales
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
-from ryot.edge.capi import CapiDecoder
-from ryot.edge.session import Decoder
+from ryot.edge.capi import CApiEngine
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.train.checkpoint import load_model
 
 from .conftest import CONTEXT, VOCAB_SIZE
@@ -192,8 +192,8 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
         cache=CacheForm(scales=observed, record={"method": "per-channel"}),
     )
     bundle = load_bundle(path)
-    engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (Decoder, CapiDecoder)]
-    engines.append(Decoder(bundle, batch_size=len(ids)))
+    engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (OnnxruntimeEngine, CApiEngine)]
+    engines.append(OnnxruntimeEngine(bundle, batch_size=len(ids)))
     for prompts in (ids[:, :20], ids[:, 5:12]):
         for engine in engines:
             engine.prefill(prompts)
@@ -204,11 +204,67 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
                 engine.step()
 
 
+@pytest.mark.parametrize("engine", [OnnxruntimeEngine, CApiEngine])
+@pytest.mark.parametrize("attention", ["flash", "full"])
+def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_by_token(
+    form, checkpoint, ids, tmp_path, attention, engine, monkeypatch
+):
+    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8", prefill_attention=attention))
+    path = export_form(
+        checkpoint,
+        "int8-dyn+int8",
+        tmp_path / "pair",
+        options=options,
+        prompts=np.zeros((1, CONTEXT), np.int64),
+        cache=CacheForm(scales=observed, record={"method": "per-channel"}),
+    )
+    bundle = load_bundle(path)
+    assert not bundle.prefill_takes_past
+    extended, stepped, whole = (engine(bundle, batch_size=2) for _ in range(3))
+    whole.reserve(CONTEXT)
+    whole.prefill(ids[:2, :20])
+    monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", 8)
+    monkeypatch.setattr("ryot.edge.engine.FIRST_CAPACITY", 4)
+    extended.prefill(ids[:2, :20])
+    np.testing.assert_array_equal(extended.logits, whole.logits)
+    stepped.prefill(ids[:2, :20])
+    extended.extend(ids[1, 20:30], row=1)
+    for token in ids[1, 20:30]:
+        stepped.next_token[1] = token
+        stepped.step()
+    np.testing.assert_array_equal(extended.logits[1], stepped.logits[1])
+    np.testing.assert_array_equal(extended.logits[0], whole.logits[0])
+    for _ in range(5):
+        extended.step()
+        stepped.step()
+        np.testing.assert_allclose(extended.logits[1], stepped.logits[1], atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-dyn+int8"])
+@pytest.mark.parametrize("engine", [OnnxruntimeEngine, CApiEngine])
+def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_path, precision, engine, monkeypatch):
+    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    prompts = np.zeros((1, CONTEXT), np.int64)
+    bundle = load_bundle(export_form(checkpoint, precision, tmp_path / "b", options=options, prompts=prompts))
+    whole = engine(bundle, batch_size=3)
+    whole.prefill(ids)
+    monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", 16)
+    pieces = engine(bundle, batch_size=3)
+    pieces.prefill(ids)
+    if precision == "int8-dyn+int8":  # one scale per call: pieces have others than the whole, and are no further off
+        exact = form[1](torch.from_numpy(ids))[:, -1].detach().numpy()
+        off_whole, off_pieces = (np.sqrt(np.square(e.logits - exact).mean()) for e in (whole, pieces))
+        assert 0 < off_pieces < 1.5 * off_whole
+    else:
+        np.testing.assert_allclose(pieces.logits, whole.logits, atol=LOGIT_TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt_length", [1, 20])
 def test_fast_graph_decodes_torchs_greedy_tokens(form, ids, batch_size, prompt_length):
     path, model = form
-    decoder = Decoder(load_bundle(path), batch_size=batch_size)
+    decoder = OnnxruntimeEngine(load_bundle(path), batch_size=batch_size)
     decoder.prefill(ids[:batch_size, :prompt_length])
     text = torch.from_numpy(ids[:batch_size, :prompt_length])
     for _ in range(CONTEXT - prompt_length):
@@ -271,7 +327,7 @@ def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alon
     options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
     bundle = load_bundle(export_form(checkpoint, "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts))
-    together, alone = Decoder(bundle, batch_size=len(ids)), Decoder(bundle)
+    together, alone = OnnxruntimeEngine(bundle, batch_size=len(ids)), OnnxruntimeEngine(bundle)
     together.prefill(ids)
     for row, logits in zip(ids, together.logits):
         alone.prefill(row[None])

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
+from ryot.edge.capi import CApiEngine
+from ryot.edge.engine import Engine
+from ryot.edge.session import OnnxruntimeEngine
 
 from .tiny_bundle import write_bundle
 
@@ -25,3 +28,9 @@ def opt_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     """A one-session llama-shaped bundle, and a two-session one with learned positions."""
     return load_bundle(request.getfixturevalue(f"{request.param}_path"))
+
+
+@pytest.fixture(params=[OnnxruntimeEngine, CApiEngine])
+def make_engine(request: pytest.FixtureRequest) -> type[Engine]:
+    """Each engine in turn."""
+    return request.param

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import check_onnxruntime, load_bundle
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError
 
 from .tiny_bundle import write_manifest
@@ -36,7 +36,7 @@ def test_a_whole_bundle_is_read(llama_path: Path) -> None:
     assert bundle.model.context_length == 64
     assert bundle.one_session
     assert bundle.size_bytes == sum(f.stat().st_size for f in llama_path.iterdir() if f.name != "ryot_manifest.json")
-    assert bundle.model.kv_cache_bytes(64) == 2 * 2 * 2 * 64 * 16 * 4
+    assert bundle.model.kv_cache_bytes(64) == 2 * 2 * 2 * 64 * 32 * 4
 
 
 def test_tampered_weights_are_refused(copy: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_graph_never_runs_with_changed_files_even_where_loading_did_not_hash(c
     bundle = load_bundle(copy, verify=False)
     flip_a_byte(copy / name)
     with pytest.raises(BundleError, match=f"sha256 of {name}"):
-        Decoder(bundle)
+        OnnxruntimeEngine(bundle)
 
 
 def test_a_file_cut_short_is_named(copy: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_malformed_manifest_is_refused(copy: Path, fields: dict[str, object], 
 def test_an_onnxruntime_too_old_is_refused(copy: Path) -> None:
     write_manifest(copy, onnxruntime_min="99.1")
     with pytest.raises(BundleError, match=r"too old for this bundle, which needs 99.1"):
-        Decoder(load_bundle(copy))
+        OnnxruntimeEngine(load_bundle(copy))
 
 
 @pytest.mark.parametrize(("installed", "required"), [("1.9.0", "1.10"), ("1.24.1", "1.25"), ("1.32.0", "1.32.1")])
@@ -122,5 +122,17 @@ def test_weights_that_onnxruntime_cannot_load_are_one_line(copy: Path) -> None:
     (copy / "fast.onnx").write_bytes(b"not a graph")
     write_manifest(copy)
     with pytest.raises(BundleError, match=r"fast.onnx: onnxruntime .* cannot load it") as caught:
-        Decoder(load_bundle(copy))
+        OnnxruntimeEngine(load_bundle(copy))
     assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_of_before_says_by_its_cache_whether_a_prompt_comes_in_pieces(opt_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(opt_path, tmp_path / "copy"))
+    assert load_bundle(copy).prefill_takes_past
+    change_manifest(copy, kv_dtype="int8")
+    assert not load_bundle(copy).prefill_takes_past
+    change_manifest(copy, prefill_takes_past=True)
+    assert load_bundle(copy).prefill_takes_past
+    change_manifest(copy, prefill_takes_past="yes")
+    with pytest.raises(BundleError, match="prefill_takes_past: got 'yes', expected bool"):
+        load_bundle(copy)

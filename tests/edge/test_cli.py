@@ -13,7 +13,7 @@ import pytest
 from ryot.edge.bundle import load_bundle
 from ryot.edge.generate import generate
 from ryot.edge.sampling_params import SamplingParams
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import load_tokenizer
 
 RUN = """
@@ -31,7 +31,7 @@ def run_cli(bundle: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
 
 def expected_text(path: Path, prompt: str, **options: object) -> str:
     bundle = load_bundle(path)
-    return "".join(generate(Decoder(bundle), load_tokenizer(bundle), prompt, **options))  # type: ignore[arg-type]
+    return "".join(generate(OnnxruntimeEngine(bundle), load_tokenizer(bundle), prompt, **options))  # type: ignore[arg-type]
 
 
 def test_the_text_goes_to_stdout(llama_path: Path) -> None:

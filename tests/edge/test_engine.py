@@ -12,11 +12,12 @@ import onnxruntime
 import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
-from ryot.edge.capi import CapiDecoder, open_library
+from ryot.edge.c_library import open_library
+from ryot.edge.capi import CApiEngine
 from ryot.edge.engine import EngineUnavailable
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 from ryot.edge.measure import build_spec, measure_once
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError, ConfigError
 
 from .test_cli import RUN
@@ -48,10 +49,10 @@ def run_with(path: list[Path], *arguments: str, before: str = "") -> subprocess.
 
 
 def test_the_c_library_is_taken_where_it_fits(bundle: Bundle) -> None:
-    assert type(open_decoder(bundle)) is CapiDecoder
-    assert type(open_decoder(bundle, engine="python")) is Decoder
+    assert type(open_engine(bundle)) is CApiEngine
+    assert type(open_engine(bundle, engine="python")) is OnnxruntimeEngine
     with pytest.raises(ConfigError, match="engine: got 'rust', expected one of auto, capi, python"):
-        open_decoder(bundle, engine="rust")
+        open_engine(bundle, engine="rust")
 
 
 def test_greedy_text_needs_neither_numpy_nor_the_binding(llama_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_the_measurement_names_the_engine(llama_path: Path) -> None:
         engine: measure_once(build_spec(bundle, engine=engine, min_runs=1, min_time_s=0.0, end_to_end=False))
         for engine in ("capi", "python")
     }
-    assert [r.engine for r in results.values()] == ["CapiDecoder", "Decoder"]
+    assert [r.engine for r in results.values()] == ["capi", "python"]
     assert "numpy" not in results["capi"].versions
     assert results["capi"].versions["onnxruntime"] == results["python"].versions["onnxruntime"]
 
@@ -111,7 +112,7 @@ def test_a_graph_with_other_inputs_than_the_manifest_says_is_refused(llama_path:
     shutil.copyfile(copy / "model.onnx", copy / "fast.onnx")
     write_manifest(copy)
     with pytest.raises(BundleError, match=r"fast.onnx: SessionGetInputCount gives 6, the manifest makes it 7"):
-        CapiDecoder(load_bundle(copy))
+        CApiEngine(load_bundle(copy))
 
 
 def test_decoders_give_their_memory_back(llama_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_decoders_give_their_memory_back(llama_path: Path) -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
     def use_one() -> None:
-        decoder = CapiDecoder(bundle, batch_size=8)
+        decoder = CApiEngine(bundle, batch_size=8)
         for length in range(1, 30):
             decoder.prefill([[1] * length] * 8)
 

@@ -11,10 +11,11 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from ryot.edge.bundle import Bundle, GoldenPrompt, load_bundle
+from ryot.edge.engine import Engine
 from ryot.edge.generate import StopFilter, check_golden, generate, generate_batch
 from ryot.edge.sampling import Sampler
 from ryot.edge.sampling_params import SamplingParams
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import TextStream, Tokenizer, byte_alphabet, load_tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError
 
@@ -29,8 +30,8 @@ def tokenizer(llama_path: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def decoder(bundle: Bundle) -> Decoder:
-    return Decoder(bundle)
+def decoder(bundle: Bundle) -> Engine:
+    return OnnxruntimeEngine(bundle)
 
 
 def test_the_alphabet_is_the_one_that_tokenizers_uses() -> None:
@@ -101,10 +102,10 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
         StopFilter([""])
 
 
-def test_greedy_text_is_the_decoders_own_tokens(bundle: Bundle, decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_greedy_text_is_the_decoders_own_tokens(bundle: Bundle, decoder: Engine, tokenizer: Tokenizer) -> None:
     generation = generate(decoder, tokenizer, "def ", max_new_tokens=20, ignore_eos=True)
     text = "".join(generation)
-    reference = Decoder(bundle)
+    reference = OnnxruntimeEngine(bundle)
     reference.prefill([tokenizer.encode("def ")])
     expected = []
     for _ in range(20):
@@ -118,12 +119,12 @@ def test_greedy_text_is_the_decoders_own_tokens(bundle: Bundle, decoder: Decoder
 
 
 def test_sampled_text_is_what_a_sampler_draws_from_the_logits(
-    bundle: Bundle, decoder: Decoder, tokenizer: Tokenizer
+    bundle: Bundle, decoder: Engine, tokenizer: Tokenizer
 ) -> None:
     generation = generate(decoder, tokenizer, "class ", max_new_tokens=15, sampling=SAMPLED, ignore_eos=True)
     list(generation)
     ids = tokenizer.encode("class ")
-    sampler, reference = Sampler(SAMPLED, ids), Decoder(bundle)
+    sampler, reference = Sampler(SAMPLED, ids), OnnxruntimeEngine(bundle)
     expected = []
     for _ in range(15):
         reference.prefill([ids + expected])
@@ -133,11 +134,16 @@ def test_sampled_text_is_what_a_sampler_draws_from_the_logits(
 
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(
-    bundle: Bundle, decoder: Decoder, tokenizer: Tokenizer, sampling: SamplingParams | None
+    bundle: Bundle, decoder: Engine, tokenizer: Tokenizer, sampling: SamplingParams | None
 ) -> None:
     prompts = ["def add", "x", "class Naïve:\n"]
     batch = generate_batch(
-        Decoder(bundle, batch_size=3), tokenizer, prompts, max_new_tokens=12, sampling=sampling, ignore_eos=True
+        OnnxruntimeEngine(bundle, batch_size=3),
+        tokenizer,
+        prompts,
+        max_new_tokens=12,
+        sampling=sampling,
+        ignore_eos=True,
     )
     assert [len(c.tokens) for c in batch] == [12, 12, 12]
     for row, (prompt, completion) in enumerate(zip(prompts, batch, strict=True)):
@@ -147,7 +153,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(
             assert completion.tokens == alone.completion.tokens
 
 
-def test_generation_stops_at_a_stop_string_without_showing_it(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_generation_stops_at_a_stop_string_without_showing_it(decoder: Engine, tokenizer: Tokenizer) -> None:
     whole = "".join(generate(decoder, tokenizer, "def ", max_new_tokens=30, ignore_eos=True))
     stop = whole[7:10]
     generation = generate(decoder, tokenizer, "def ", max_new_tokens=30, stop=[stop], ignore_eos=True)
@@ -158,17 +164,33 @@ def test_generation_stops_at_a_stop_string_without_showing_it(decoder: Decoder, 
 
 def test_the_end_of_text_ends_a_row_and_leaves_the_others(bundle: Bundle, tokenizer: Tokenizer) -> None:
     free = generate_batch(
-        Decoder(bundle, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20, ignore_eos=True
+        OnnxruntimeEngine(bundle, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20, ignore_eos=True
     )
     eos = next(t for t in free[0].tokens[2:] if t not in free[1].tokens)
     ending = bundle._replace(eos_token_ids=(eos,))
-    ended = generate_batch(Decoder(ending, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20)
+    ended = generate_batch(OnnxruntimeEngine(ending, batch_size=2), tokenizer, ["def ", "class"], max_new_tokens=20)
     assert ended[0].tokens == free[0].tokens[: free[0].tokens.index(eos) + 1]
     assert [c.finish_reason for c in ended] == ["eos", "length"]
     assert ended[1].tokens == free[1].tokens
 
 
-def test_by_default_the_context_is_filled_and_no_more(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_any_of_several_end_of_text_ids_ends_a_text(bundle: Bundle, tokenizer: Tokenizer) -> None:
+    engine = OnnxruntimeEngine(bundle)
+    free = generate(engine, tokenizer, "def ", max_new_tokens=20, ignore_eos=True)
+    list(free)
+    tokens = free.completion.tokens
+    ends = sorted({tokens.index(token) for token in tokens})[1:4]
+    ids = [tokens[at] for at in ends]
+    for listed in (ids, ids[::-1], ids[1:], [383, ids[2]]):
+        engine.bundle = bundle._replace(eos_token_ids=tuple(listed))
+        generation = generate(engine, tokenizer, "def ", max_new_tokens=20)
+        list(generation)
+        first = min(tokens.index(token) for token in listed if token in tokens)
+        assert generation.completion.tokens == tokens[: first + 1]
+        assert generation.completion.finish_reason == "eos"
+
+
+def test_by_default_the_context_is_filled_and_no_more(decoder: Engine, tokenizer: Tokenizer) -> None:
     generation = generate(decoder, tokenizer, "def ", ignore_eos=True)
     list(generation)
     completion = generation.completion
@@ -176,11 +198,11 @@ def test_by_default_the_context_is_filled_and_no_more(decoder: Decoder, tokenize
     assert completion.finish_reason == "length"
 
 
-def test_an_empty_prompt_begins_a_text(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_an_empty_prompt_begins_a_text(decoder: Engine, tokenizer: Tokenizer) -> None:
     assert generate(decoder, tokenizer, "").completion.prompt_ids == [0]
 
 
-def test_more_than_the_context_holds_is_refused_before_any_work(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_more_than_the_context_holds_is_refused_before_any_work(decoder: Engine, tokenizer: Tokenizer) -> None:
     decoder.prefill([[1, 2, 3]])
     length = len(tokenizer.encode("def "))
     with pytest.raises(ContextError, match=f"a prompt of {length} tokens and 64 new ones does not fit .* 64") as caught:
@@ -193,7 +215,7 @@ def test_more_than_the_context_holds_is_refused_before_any_work(decoder: Decoder
     assert decoder.position == 3
 
 
-def test_golden_prompts_pass_on_the_machine_that_made_them(bundle: Bundle, decoder: Decoder) -> None:
+def test_golden_prompts_pass_on_the_machine_that_made_them(bundle: Bundle, decoder: Engine) -> None:
     assert check_golden(decoder) == sum(len(g.tokens) for g in bundle.golden)
 
 
@@ -206,20 +228,20 @@ def test_a_wrong_golden_token_is_found_where_the_margin_is_clear(bundle: Bundle)
     tokens = bundle.golden[0].tokens
     wrong = (*tokens[:4], tokens[4] ^ 1, *tokens[5:])
     with pytest.raises(BundleError, match=f"golden prompt 1: token 5 is {tokens[4]}, expected {tokens[4] ^ 1}"):
-        check_golden(Decoder(with_golden(bundle, tokens=wrong)))
+        check_golden(OnnxruntimeEngine(with_golden(bundle, tokens=wrong)))
 
 
 def test_nothing_is_compared_from_the_first_unclear_margin_on(bundle: Bundle) -> None:
     tokens = bundle.golden[0].tokens
     wrong = (*tokens[:4], *(t ^ 1 for t in tokens[4:]))
     margins = (*[1.0] * 4, 0.0, *[1.0] * (len(tokens) - 5))
-    assert check_golden(Decoder(with_golden(bundle, tokens=wrong, margins=margins))) == 4
+    assert check_golden(OnnxruntimeEngine(with_golden(bundle, tokens=wrong, margins=margins))) == 4
     with pytest.raises(BundleError, match="no golden token has a margin above"):
-        check_golden(Decoder(with_golden(bundle, margins=[0.0] * len(tokens))))
+        check_golden(OnnxruntimeEngine(with_golden(bundle, margins=[0.0] * len(tokens))))
 
 
 def test_a_bundle_without_golden_prompts_compares_nothing(bundle: Bundle) -> None:
-    assert check_golden(Decoder(bundle._replace(golden=()))) == 0
+    assert check_golden(OnnxruntimeEngine(bundle._replace(golden=()))) == 0
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bundle: Bundle) -> None:
@@ -235,7 +257,7 @@ def test_a_broken_tokenizer_is_refused(llama_path: Path, tmp_path: Path) -> None
         Tokenizer(path)
 
 
-def test_golden_margins_are_those_of_the_logits(bundle: Bundle, decoder: Decoder) -> None:
+def test_golden_margins_are_those_of_the_logits(bundle: Bundle, decoder: Engine) -> None:
     golden: GoldenPrompt = bundle.golden[1]
     decoder.prefill([golden.ids])
     second, best = np.sort(decoder.logits[0])[-2:]

@@ -55,10 +55,10 @@ TWO_PROMPTS = (
 import sys
 import ryot.edge.engine
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 if sys.argv[2] == "large":
     ryot.edge.engine.MIN_WEIGHT_BYTES = 0
-decoder = open_decoder(load_bundle(sys.argv[1]), engine=sys.argv[3])
+decoder = open_engine(load_bundle(sys.argv[1]), engine=sys.argv[3])
 switch_huge_pages(False)
 memory = bytearray(b"x") * (16 << 20)
 switch_huge_pages(True)
@@ -128,9 +128,9 @@ import sys
 from pathlib import Path
 import ryot.edge.pages as pages
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 pages.{missing} = Path("/nowhere")
-open_decoder(load_bundle(sys.argv[1])).prefill([[5, 6, 7]])
+open_engine(load_bundle(sys.argv[1])).prefill([[5, 6, 7]])
 print(pages.move_to_huge_pages())
 """
     assert run(program, llama_path) == ["0"]
@@ -140,13 +140,13 @@ def test_a_file_whose_name_breaks_lines_stops_nothing(llama_path, tmp_path):
     program = r"""
 import mmap, os, sys
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 path = os.path.join(sys.argv[2], "a\u2028b\x0bc\nd\re\x85")
 with open(path, "wb") as file:
     file.write(bytes(4096))
 with open(path, "rb") as file:
     region = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ)
-decoder = open_decoder(load_bundle(sys.argv[1]))
+decoder = open_engine(load_bundle(sys.argv[1]))
 decoder.prefill([[5, 6, 7]])
 print(decoder.position)
 """
@@ -160,10 +160,10 @@ import importlib
 import sys
 engine = importlib.import_module("ryot.edge." + {"capi": "capi", "python": "session"}[sys.argv[2]])
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 if sys.argv[3] == "keep":
     engine.release_code = lambda: 0
-decoder = open_decoder(load_bundle(sys.argv[1]), engine=sys.argv[2])
+decoder = open_engine(load_bundle(sys.argv[1]), engine=sys.argv[2])
 print(rollup("Rss"))
 decoder.prefill([[5, 6, 7]])
 for _ in range(4):

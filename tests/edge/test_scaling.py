@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
-from ryot.edge.engines import open_decoder
+from ryot.edge.engines import open_engine
 from ryot.edge.generate import generate, generate_candidates
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.scaling import build_reward, choose_best, parses_as_json, parses_as_python
@@ -24,16 +24,16 @@ SAMPLED = SamplingParams(temperature=1.5, seed=2)
 @pytest.mark.parametrize("engine", ["capi", "python"])
 def test_candidates_share_a_prompt_and_draw_for_themselves(bundle: Bundle, engine: str) -> None:
     tokenizer = load_tokenizer(bundle)
-    decoder = open_decoder(bundle, batch_size=4, engine=engine)
+    decoder = open_engine(bundle, batch_size=4, engine=engine)
     options = {"sampling": SAMPLED, "max_new_tokens": 20, "ignore_eos": True}
     candidates = generate_candidates(decoder, tokenizer, "def ", **options)
     assert len({tuple(c.tokens) for c in candidates}) == 4
-    alone = generate(open_decoder(bundle, engine=engine), tokenizer, "def ", **options)
+    alone = generate(open_engine(bundle, engine=engine), tokenizer, "def ", **options)
     assert candidates[0].text == "".join(alone)
 
 
 def test_the_best_candidate_comes_first_and_ties_keep_their_order(bundle: Bundle) -> None:
-    decoder = open_decoder(bundle, batch_size=6)
+    decoder = open_engine(bundle, batch_size=6)
     found = choose_best(
         decoder, load_tokenizer(bundle), "x", lambda text: len(text) % 3, sampling=SAMPLED, max_new_tokens=15
     )
@@ -44,7 +44,7 @@ def test_the_best_candidate_comes_first_and_ties_keep_their_order(bundle: Bundle
 
 
 def test_greedy_candidates_would_all_be_the_same(bundle: Bundle) -> None:
-    decoder = open_decoder(bundle, batch_size=2)
+    decoder = open_engine(bundle, batch_size=2)
     with pytest.raises(ConfigError, match="temperature: got 0, which makes all candidates the same"):
         generate_candidates(decoder, load_tokenizer(bundle), "x", sampling=SamplingParams())
 
@@ -92,7 +92,7 @@ def test_run_py_prints_the_best_of_several(llama_path: Path) -> None:
     run = run_cli(llama_path, "--prompt", "def ", "--best-of", "4", "--reward", "match=e", *options)
     bundle = load_bundle(llama_path)
     candidates = generate_candidates(
-        open_decoder(bundle, batch_size=4),
+        open_engine(bundle, batch_size=4),
         load_tokenizer(bundle),
         "def ",
         sampling=SAMPLED,

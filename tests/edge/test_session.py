@@ -7,50 +7,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.capi import CapiDecoder
 from ryot.edge.engine import Engine
-from ryot.edge.session import Decoder as PythonDecoder
 from ryot.errors import BundleError, ConfigError, ContextError
 
-# fp32 with sums of at most a few hundred terms, logits of about 2 in size: the order of summation differs between
-# a whole pass and a cached step by some 1e-6; ten times that is the limit.
-TOLERANCE = 2e-5
-
-
-@pytest.fixture(params=[PythonDecoder, CapiDecoder])
-def Decoder(request: pytest.FixtureRequest) -> type[Engine]:
-    """Each engine in turn."""
-    return request.param
-
-
-def full_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
-    """Logits [S, V] of all positions of one sequence, without any cache."""
-    session = ort.InferenceSession(bundle.path / bundle.graphs["standard"], providers=["CPUExecutionProvider"])
-    shape = bundle.model
-    feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-    if bundle.position_ids:
-        feeds["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-    empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
-    for layer in range(shape.num_layers):
-        feeds |= {f"past_key_values.{layer}.key": empty, f"past_key_values.{layer}.value": empty}
-    return session.run(["logits"], feeds)[0][0]
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 384, length)
+from .reference import TOLERANCE, full_logits, prompt
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 63])
 def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(
-    Decoder: type[Engine], bundle: Bundle, length: int
+    make_engine: type[Engine], bundle: Bundle, length: int
 ) -> None:
     ids = prompt(64)
     expected = full_logits(bundle, ids)
-    decoder = Decoder(bundle)
+    decoder = make_engine(bundle)
     decoder.prefill([ids[:length]])
     for position in range(length, 64):
         assert decoder.position == position
@@ -61,8 +33,8 @@ def test_prefill_and_steps_give_the_logits_of_a_full_recomputation(
     np.testing.assert_allclose(decoder.logits[0], expected[-1], atol=TOLERANCE)
 
 
-def test_greedy_tokens_are_fed_back_by_the_runtime(Decoder: type[Engine], bundle: Bundle) -> None:
-    decoder = Decoder(bundle)
+def test_greedy_tokens_are_fed_back_by_the_runtime(make_engine: type[Engine], bundle: Bundle) -> None:
+    decoder = make_engine(bundle)
     ids = list(prompt(10))
     decoder.prefill([ids])
     for _ in range(20):
@@ -77,8 +49,8 @@ def test_a_forked_process_has_keys_and_values_of_its_own(llama_path: Path, engin
     program = """
 import os, sys
 from ryot.edge.bundle import load_bundle
-from ryot.edge.engines import open_decoder
-decoder = open_decoder(load_bundle(sys.argv[1]), engine=sys.argv[2])
+from ryot.edge.engines import open_engine
+decoder = open_engine(load_bundle(sys.argv[1]), engine=sys.argv[2])
 def tokens(count):
     for _ in range(count):
         decoder.step()
@@ -97,8 +69,8 @@ print(found + list(tokens(3)) == expected)
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "True\n"
 
 
-def test_a_new_prompt_forgets_the_old_one(Decoder: type[Engine], bundle: Bundle) -> None:
-    decoder, fresh = Decoder(bundle), Decoder(bundle)
+def test_a_new_prompt_forgets_the_old_one(make_engine: type[Engine], bundle: Bundle) -> None:
+    decoder, fresh = make_engine(bundle), make_engine(bundle)
     decoder.prefill([prompt(60, seed=1)])
     decoder.step()
     for d in (decoder, fresh):
@@ -108,11 +80,11 @@ def test_a_new_prompt_forgets_the_old_one(Decoder: type[Engine], bundle: Bundle)
 
 
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (3, 40, 11)], ids=["same length", "ragged"])
-def test_rows_of_a_batch_equal_rows_alone(Decoder: type[Engine], bundle: Bundle, lengths: tuple[int, ...]) -> None:
+def test_rows_of_a_batch_equal_rows_alone(make_engine: type[Engine], bundle: Bundle, lengths: tuple[int, ...]) -> None:
     prompts = [prompt(n, seed=i) for i, n in enumerate(lengths)]
-    batch = Decoder(bundle, batch_size=3)
+    batch = make_engine(bundle, batch_size=3)
     batch.prefill(prompts)
-    alone = [Decoder(bundle) for _ in prompts]
+    alone = [make_engine(bundle) for _ in prompts]
     for decoder, ids in zip(alone, prompts, strict=True):
         decoder.prefill([ids])
     for _ in range(15):
@@ -123,8 +95,8 @@ def test_rows_of_a_batch_equal_rows_alone(Decoder: type[Engine], bundle: Bundle,
         batch.step()
 
 
-def test_one_prompt_can_be_shared_by_all_rows(Decoder: type[Engine], bundle: Bundle) -> None:
-    shared, alone = Decoder(bundle, batch_size=4), Decoder(bundle)
+def test_one_prompt_can_be_shared_by_all_rows(make_engine: type[Engine], bundle: Bundle) -> None:
+    shared, alone = make_engine(bundle, batch_size=4), make_engine(bundle)
     shared.prefill_shared(prompt(12))
     alone.prefill([prompt(12)])
     for _ in range(5):
@@ -134,13 +106,13 @@ def test_one_prompt_can_be_shared_by_all_rows(Decoder: type[Engine], bundle: Bun
         alone.step()
 
 
-def test_rows_can_be_replaced_by_copies_of_others(Decoder: type[Engine], bundle: Bundle) -> None:
-    decoder, alone = Decoder(bundle, batch_size=3), Decoder(bundle)
+def test_rows_can_be_replaced_by_copies_of_others(make_engine: type[Engine], bundle: Bundle) -> None:
+    decoder, alone = make_engine(bundle, batch_size=3), make_engine(bundle)
     decoder.prefill([prompt(12), prompt(20, seed=1), prompt(5, seed=2)])
     alone.prefill([prompt(5, seed=2)])
     decoder.step()
     alone.step()
-    decoder.keep_rows([2, 2, 0])
+    decoder.reorder_cache([2, 2, 0])
     assert decoder.position == 13
     decoder.step()
     alone.step()
@@ -148,8 +120,8 @@ def test_rows_can_be_replaced_by_copies_of_others(Decoder: type[Engine], bundle:
         np.testing.assert_allclose(decoder.logits[row], alone.logits[0], atol=TOLERANCE)
 
 
-def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(Decoder: type[Engine], bundle: Bundle) -> None:
-    decoder = Decoder(bundle)
+def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(make_engine: type[Engine], bundle: Bundle) -> None:
+    decoder = make_engine(bundle)
     decoder.prefill([prompt(64)])
     with pytest.raises(ContextError, match="context of 64 tokens is full"):
         decoder.step()
@@ -157,8 +129,8 @@ def test_the_end_of_the_context_is_an_error_and_not_a_wrong_token(Decoder: type[
         decoder.prefill([prompt(65)])
 
 
-def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(Decoder: type[Engine], bundle: Bundle) -> None:
-    short, full = Decoder(bundle, max_len=20), Decoder(bundle)
+def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(make_engine: type[Engine], bundle: Bundle) -> None:
+    short, full = make_engine(bundle, max_len=20), make_engine(bundle)
     for decoder in (short, full):
         decoder.prefill([prompt(15)])
     for _ in range(5):
@@ -170,9 +142,9 @@ def test_a_shorter_buffer_gives_the_same_tokens_and_its_own_limit(Decoder: type[
     assert caught.value.hint is not None and "64" in caught.value.hint
 
 
-def test_an_id_outside_the_vocabulary_is_refused(Decoder: type[Engine], bundle: Bundle) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(make_engine: type[Engine], bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="outside the vocabulary, 0 to 383"):
-        Decoder(bundle).prefill([[1, 384]])
+        make_engine(bundle).prefill([[1, 384]])
 
 
 @pytest.mark.parametrize(
@@ -184,7 +156,7 @@ def test_an_id_outside_the_vocabulary_is_refused(Decoder: type[Engine], bundle: 
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(
-    Decoder: type[Engine], bundle: Bundle, sizes: dict[str, int], message: str
+    make_engine: type[Engine], bundle: Bundle, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Decoder(bundle, **sizes)
+        make_engine(bundle, **sizes)

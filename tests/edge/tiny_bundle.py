@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ryot.edge.bundle import Bundle, load_bundle
-from ryot.edge.session import Decoder
+from ryot.edge.session import OnnxruntimeEngine
 
-VOCAB, DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FF, CONTEXT = 384, 64, 2, 4, 2, 16, 96, 64
+#: Heads are wider than DIM / HEADS, as some families' are.
+VOCAB, DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FF, CONTEXT = 384, 64, 2, 4, 2, 32, 96, 64
+#: Of an int8 cache: keys and values are about 1 in size.
+KV_SCALE = 4 / 127
 TEXT = "def add(a, b):\n    return a + b\n\nclass Naïve:\n    '''Grüße, 日本語 and 🙂🙃'''\n" * 4
 
 
@@ -44,14 +48,14 @@ class GraphWriter:
         return self.op("MatMul", [x, self.weight(name)], f"{name}.out")
 
 
-def random_weights(seed: int) -> dict[str, np.ndarray]:
+def random_weights(seed: int, context: int = CONTEXT) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, cols: int) -> np.ndarray:
         return (rng.standard_normal((rows, cols)) / np.sqrt(rows)).astype(np.float32)
 
     weights = {"embed": rng.standard_normal((VOCAB, DIM)).astype(np.float32)}
-    weights["positions"] = rng.standard_normal((CONTEXT, DIM)).astype(np.float32)
+    weights["positions"] = rng.standard_normal((context, DIM)).astype(np.float32)
     weights["head"] = matrix(DIM, VOCAB) * 2
     for layer in range(LAYERS):
         weights[f"{layer}.qkv"] = matrix(DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
@@ -60,13 +64,23 @@ def random_weights(seed: int) -> dict[str, np.ndarray]:
         weights[f"{layer}.down"] = matrix(FF, DIM)
     for norm in [f"{layer}.norm{i}" for layer in range(LAYERS) for i in (1, 2)] + ["norm"]:
         weights[norm] = np.ones(DIM, np.float32)
-    angles = np.outer(np.arange(CONTEXT), 1 / 10_000 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+    angles = np.outer(np.arange(context), 1 / 10_000 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
     weights["cos"], weights["sin"] = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     return weights
 
 
-def write_graph(weights: dict[str, np.ndarray], *, standard: bool, position_ids: bool) -> onnx.ModelProto:
-    """A pre-norm decoder; `standard` takes an attention mask and gives the logits of all positions."""
+def write_graph(
+    weights: dict[str, np.ndarray],
+    *,
+    standard: bool,
+    position_ids: bool,
+    kv_dtype: str = "float32",
+    window: int | None = None,
+) -> onnx.ModelProto:
+    """A pre-norm decoder; `standard` takes an attention mask and gives the logits of all positions.
+
+    With `window` a token attends to itself and the `window - 1` tokens before it.
+    """
     g = GraphWriter(weights)
     ms = "com.microsoft"
     if standard:
@@ -85,13 +99,20 @@ def write_graph(weights: dict[str, np.ndarray], *, standard: bool, position_ids:
         h = g.op("SimplifiedLayerNormalization", [x, g.weight(f"{p}.norm1")], f"{p}.h1", axis=-1, epsilon=1e-5)
         past = [f"past_key_values.{p}.key", f"past_key_values.{p}.value"]
         inputs = [g.linear(h, f"{p}.qkv"), "", "", *past, "seqlens_k", "total_sequence_length"]
-        rotary: dict[str, int] = {}
-        if not position_ids:
-            inputs += [g.weight("cos"), g.weight("sin")]
-            rotary = {"do_rotary": 1}
+        inputs += ["", ""] if position_ids else [g.weight("cos"), g.weight("sin")]
+        attributes: dict[str, object] = {
+            "num_heads": HEADS,
+            "kv_num_heads": KV_HEADS,
+            "do_rotary": int(not position_ids),
+        }
+        if kv_dtype == "int8":
+            scale = g.constant("kv_scale", np.full(1, KV_SCALE, np.float32))
+            inputs += ["", "", "", scale, scale]
+            attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+        if window is not None:
+            attributes["local_window_size"] = window
         present = [f"present.{p}.key", f"present.{p}.value"]
-        sizes = {"num_heads": HEADS, "kv_num_heads": KV_HEADS}
-        a = g.op("GroupQueryAttention", inputs, f"{p}.attn", *present, domain=ms, **sizes, **rotary)
+        a = g.op("GroupQueryAttention", inputs, f"{p}.attn", *present, domain=ms, **attributes)
         x = g.op("Add", [x, g.linear(a, f"{p}.o")], f"{p}.x1")
         h = g.op("SimplifiedLayerNormalization", [x, g.weight(f"{p}.norm2")], f"{p}.h2", axis=-1, epsilon=1e-5)
         h = g.op("QuickGelu", [g.linear(h, f"{p}.up")], f"{p}.act", domain=ms, alpha=1.0)
@@ -112,12 +133,13 @@ def write_graph(weights: dict[str, np.ndarray], *, standard: bool, position_ids:
         inputs.append(info("attention_mask", ["B", "A"], TensorProto.INT64))
     else:
         inputs += [info("seqlens_k", ["B"], TensorProto.INT32), info("total_sequence_length", [], TensorProto.INT32)]
-    inputs += [info(name, shape) for name, shape in values.items() if name.startswith("past")]
+    cache = TensorProto.INT8 if kv_dtype == "int8" else TensorProto.FLOAT
+    inputs += [info(name, shape, cache) for name, shape in values.items() if name.startswith("past")]
     outputs = [info("logits", ["B", "S" if standard else 1, VOCAB])]
     if not standard:
         g.op("ArgMax", ["logits"], "next_token", axis=-1, keepdims=0)
         outputs.append(info("next_token", ["B", 1], TensorProto.INT64))
-    outputs += [info(name, shape) for name, shape in values.items() if name.startswith("present")]
+    outputs += [info(name, shape, cache) for name, shape in values.items() if name.startswith("present")]
     initializers = [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in g.used.items()]
     graph = helper.make_graph(g.nodes, "decoder", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(ms, 1)]
@@ -168,12 +190,22 @@ def write_manifest(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def write_bundle(folder: Path, *, position_ids: bool = False, two_sessions: bool = False, seed: int = 0) -> Path:
-    """A bundle with golden prompts that the decoder itself gave; random prompts stand in for held-out text."""
+def write_bundle(
+    folder: Path,
+    *,
+    position_ids: bool = False,
+    two_sessions: bool = False,
+    seed: int = 0,
+    context: int = CONTEXT,
+    kv_dtype: str = "float32",
+    window: int | None = None,
+) -> Path:
+    """A bundle with golden prompts that the engine itself gave; random prompts stand in for held-out text."""
     folder.mkdir(parents=True)
-    weights = random_weights(seed)
-    fast = write_graph(weights, standard=False, position_ids=position_ids)
-    graphs = {"model.onnx": write_graph(weights, standard=True, position_ids=position_ids)}
+    weights = random_weights(seed, context)
+    kind: dict[str, Any] = {"position_ids": position_ids, "kv_dtype": kv_dtype, "window": window}
+    fast = write_graph(weights, standard=False, **kind)
+    graphs = {"model.onnx": write_graph(weights, standard=True, **kind)}
     names = ("prefill.onnx", "decode.onnx") if two_sessions else ("fast.onnx",)
     for name in names:
         graphs[name] = onnx.ModelProto.FromString(fast.SerializeToString())
@@ -196,20 +228,20 @@ def write_bundle(folder: Path, *, position_ids: bool = False, two_sessions: bool
             "num_kv_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
             "ff_dim": FF,
-            "context_length": CONTEXT,
+            "context_length": context,
             "num_parameters": sum(w.size for w in weights.values()),
             "tie_embeddings": False,
         },
         graphs={"standard": "model.onnx", "prefill": names[0], "decode": names[-1]},
         position_ids=position_ids,
-        kv_dtype="float32",
+        kv_dtype=kv_dtype,
         eos_token_ids=[0],
         bos_token_id=0,
         opset=21,
         onnxruntime_min="1.20",
         golden=[],
         tolerance=1e-3,
-        prompts=rng.integers(1, 300, (8, CONTEXT)).tolist(),
+        prompts=rng.integers(1, 300, (8, context)).tolist(),
         quantization={},
         quality={},
         provenance={},
@@ -220,7 +252,7 @@ def write_bundle(folder: Path, *, position_ids: bool = False, two_sessions: bool
 
 
 def golden_prompt(bundle: Bundle, ids: np.ndarray, num_tokens: int = 12) -> dict[str, object]:
-    decoder = Decoder(bundle)
+    decoder = OnnxruntimeEngine(bundle)
     decoder.prefill(ids[None])
     tokens, margins = [], []
     for _ in range(num_tokens):

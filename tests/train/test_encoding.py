@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ryot.train.hf import END_OF_TEXT_ID
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ryot.train import encoding
 from ryot.train.corpus import Corpus, Document
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.encoding import cut_pieces, encode_stream, tell_progress
-from ryot.train.tokenizer import encode_texts, train_tokenizer
+from ryot.train.tokenizer import END_OF_TEXT_ID, encode_texts, train_tokenizer
 
 HARD = "  def f(x):\n\n\t return 'it''s'  +  \"größe  日本語 🙂\"  # don't\r\n...\n   \n 12 345,6 x=(1)\n"
 

@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
+from ryot.atomic import fsync
 from ryot.deploy.sources.checkpoint import Checkpoint, FloatArray
 from ryot.deploy.sources.gguf_config import metadata_from_config
 from ryot.deploy.sources.gguf_families import FAMILIES, Family, Storing, row_order
@@ -21,7 +22,6 @@ from ryot.deploy.sources.gguf_file import Value
 from ryot.deploy.sources.gguf_rope import llama3_factors, rope_of
 from ryot.deploy.sources.gguf_vocabulary import vocabulary_metadata
 from ryot.deploy.sources.write_hf import check_space
-from ryot.drafts import fsync
 from ryot.errors import CheckpointError, ExportError
 
 GgufKind: TypeAlias = Literal["F16", "Q8_0"]

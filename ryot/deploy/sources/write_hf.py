@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ryot.atomic import atomic_folder
 from ryot.deploy.sources.checkpoint import Checkpoint, FloatArray, Json
-from ryot.drafts import draft_folder
 from ryot.errors import CheckpointError
 
 #: From this size on the weights are split over several files, as transformers does.
@@ -35,7 +35,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_B
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
     shards = _shards(sizes, shard_bytes)
     try:
-        with draft_folder(folder) as draft:
+        with atomic_folder(folder) as draft:
             _write_json(draft / "config.json", {**config, "dtype": _DTYPES[dtype]})
             if checkpoint.generation_config:
                 _write_json(draft / "generation_config.json", checkpoint.generation_config)

@@ -1,0 +1,84 @@
+"""Nothing that runs here reports home: seen in the files of an empty home and in the calls to the system."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+GENERATE = """
+import sys
+from pathlib import Path
+from ryot.edge.cli import run
+sys.exit(run(Path(sys.argv[1]), ["--prompt", "def ", "--max-new-tokens", "3", "--engine", sys.argv[2]]))
+"""
+EXPORT = """
+import sys
+from pathlib import Path
+import numpy as np
+from ryot.deploy.standard import StandardGraph
+print(StandardGraph(Path(sys.argv[1]) / "model.onnx").run(np.array([[1, 2]]))[0].shape)
+"""
+MEASURE = """
+import sys
+from ryot.edge.bundle import load_bundle
+from ryot.edge.measure import build_spec, measure_once
+spec = build_spec(load_bundle(sys.argv[1]), engine=sys.argv[2], min_runs=1, min_time_s=0.0)
+print(measure_once(spec).ok)
+"""
+
+
+def run_bare(
+    program: str, *arguments: str | Path, home: Path, before: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python with an empty home, and an environment in which nobody has switched anything off."""
+    home.mkdir(exist_ok=True)
+    environment |= {"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    command = [*before, sys.executable, "-B", "-c", program, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+
+
+def trace_calls(calls: Path) -> tuple[str, ...]:
+    """The command that writes down a program's calls about files and networks; skips where that isn't possible."""
+    strace = shutil.which("strace")
+    if not strace or subprocess.run([strace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("strace isn't installed, or processes may not be traced here")
+    return (strace, "-f", "-o", str(calls), "-e", "trace=%network,%file")
+
+
+@pytest.mark.parametrize(
+    ("program", "engine"),
+    [(GENERATE, "capi"), (GENERATE, "python"), (MEASURE, "capi"), (MEASURE, "python"), (EXPORT, "")],
+    ids=["generate capi", "generate python", "measure capi", "measure python", "export"],
+)
+def test_a_process_that_loads_onnxruntime_leaves_the_home_empty(
+    llama_path: Path, tmp_path: Path, program: str, engine: str
+) -> None:
+    run = run_bare(program, llama_path, engine, home=tmp_path / "home")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert not list((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("engine", ["capi", "python"])
+def test_a_bundle_opens_no_socket_and_writes_no_file(llama_path: Path, tmp_path: Path, engine: str) -> None:
+    calls = tmp_path / "calls"
+    run = run_bare(GENERATE, llama_path, engine, home=tmp_path / "home", before=trace_calls(calls))
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = calls.read_text(errors="replace").splitlines()
+    assert any("libonnxruntime" in line or "onnxruntime_pybind11_state" in line for line in lines)
+    assert not [line for line in lines if re.search(r"\b(socket|connect|sendto|sendmsg)\(", line)]
+    writing = r"O_WRONLY|O_RDWR|O_CREAT|\b(mkdir|rename|unlink|link|symlink|truncate|chmod)(at|at2)?\("
+    written = [line for line in lines if re.search(writing, line) and not re.search(r'"/(dev|proc)/', line)]
+    assert not written
+
+
+def test_what_the_user_has_set_wins(tmp_path: Path) -> None:
+    program = "import os, ryot; print(*(os.environ[name] for name in ryot.TELEMETRY_SWITCHES))"
+    assert run_bare(program, home=tmp_path / "home").stdout == "1 1 0\n"
+    own = {"ORT_DISABLE_TELEMETRY": "0", "HF_HUB_DISABLE_TELEMETRY": "no", "RAY_USAGE_STATS_ENABLED": "1"}
+    assert run_bare(program, home=tmp_path / "home", **own).stdout == "0 no 1\n"

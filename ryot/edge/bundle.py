@@ -86,7 +86,8 @@ class Bundle(NamedTuple):
     prompt_by_row: bool
     """Whether the prompt graph is to be given one row a call, however many there are."""
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int
+    bos_token_id: int | None
+    """None where the model has no token that begins a text."""
     onnxruntime_min: str
     files: Mapping[str, FileEntry]
     golden: tuple[GoldenPrompt, ...]
@@ -233,7 +234,7 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
         kv_dtype=manifest["kv_dtype"],
         prompt_by_row=_typed(manifest.get("prompt_by_row", False), "bool", "prompt_by_row"),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
-        bos_token_id=_typed(manifest["bos_token_id"], "int", "bos_token_id"),
+        bos_token_id=None if (bos := manifest["bos_token_id"]) is None else _typed(bos, "int", "bos_token_id"),
         onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),
         files=files,
         golden=tuple(

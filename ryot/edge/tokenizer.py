@@ -31,7 +31,8 @@ class Tokenizer:
             self.pieces = TokenPieces(self._rust)
         except ValueError as error:
             raise BundleError(f"{path}: the tokenizer cannot be used: {error}") from error
-        self._split_special = bool(self.config.get("split_special_tokens"))
+        #: Whether special tokens written in a text are plain text, unless `encode` is told.
+        self.split_special_tokens = bool(self.config.get("split_special_tokens"))
 
     @property
     def vocab_size(self) -> int:
@@ -43,8 +44,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of `text`, with bos or whatever else the checkpoint puts around a text unless told not to.
 
-        Special tokens written in the text are taken as such; with `split_special_tokens` they are plain text. By
-        default `tokenizer_config.json` decides that. Raises `ConfigError` for a text that UTF-8 cannot hold.
+        Special tokens written in the text are taken as such; with `split_special_tokens` they are plain text. Raises
+        `ConfigError` for a text that UTF-8 cannot hold.
         """
         try:
             text.encode()
@@ -53,7 +54,8 @@ class Tokenizer:
                 f"text: character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a pair, which UTF-8 "
                 "cannot hold; expected text in UTF-8"
             ) from error
-        self._rust.encode_special_tokens = self._split_special if split_special_tokens is None else split_special_tokens
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        self._rust.encode_special_tokens = split
         ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -87,7 +87,7 @@ def test_verify_checks_hashes_and_golden_tokens(llama_path: Path, tmp_path: Path
         (["--prompt", "x", "--stop", ""], 2, "Error: stop: got an empty string, expected at least one character"),
         (["--bench", "--rounds", "0"], 2, "Error: --rounds: got 0, expected a whole number above 0"),
         (["--prompt", "x", "--nonsense"], 2, "run.py: error: unrecognized arguments: --nonsense"),
-        ([], 2, "run.py: error: one of the arguments --prompt --verify --bench is required"),
+        ([], 2, "run.py: error: one of the arguments --prompt --chat --verify --bench is required"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(llama_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -78,19 +78,29 @@ class Tokenizer:
         return token
 
     def check_vocabulary(self, model_tokens: int, where: str) -> None:
-        """Raise `BundleError` when text without added tokens can lead to ids that a model's table does not have.
+        """Raise `BundleError` when a text can lead to ids that a model's table of `model_tokens` rows does not have.
 
         Added tokens beyond the table are left alone: a model that was never trained with them has no row for them,
         and a text that holds one is refused when it comes.
         """
         added = self._rust.get_added_tokens_decoder()
-        size = self._rust.get_vocab_size(with_added_tokens=False)
-        ordinary = [i for i in range(model_tokens, size) if i not in added]
-        if ordinary or any(i >= model_tokens for i in self.encode("")):
+        ordinary = [i for i in range(model_tokens, self._last_id() + 1) if i not in added and self._rust.id_to_token(i)]
+        if ordinary:
             raise BundleError(
-                f"{where}: has {self.vocab_size} tokens, the model has {model_tokens}",
-                hint="the tokenizer belongs to another model, or the model's table was cut",
+                f"{where}: has {self.vocab_size} tokens, the model has {model_tokens}; {len(ordinary)} of those beyond "
+                f"are ordinary text, such as {self._rust.id_to_token(ordinary[0])!r}",
+                hint="the tokenizer is another model's, or the model's table was cut",
             )
+        if beyond := [i for i in self.encode("") if i >= model_tokens]:
+            raise BundleError(f"{where}: begins every text with token {beyond[0]}, the model has {model_tokens}")
+
+    def num_beyond(self, model_tokens: int) -> int:
+        """Number of tokens that a table of `model_tokens` rows does not have."""
+        return sum(self._rust.id_to_token(i) is not None for i in range(model_tokens, self._last_id() + 1))
+
+    def _last_id(self) -> int:
+        """The largest id, where the ordinary tokens have the first ones without a gap, as models do."""
+        return max([self._rust.get_vocab_size() - 1, *self._rust.get_added_tokens_decoder()])
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

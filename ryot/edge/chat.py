@@ -106,7 +106,10 @@ def _template_sources(folder: Path, config: Mapping[str, object]) -> dict[str, s
     if isinstance(value, Mapping):
         return {str(name): str(source) for name, source in value.items()}
     if isinstance(value, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in value}
+        try:
+            return {str(entry["name"]): str(entry["template"]) for entry in value}
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{folder}: chat_template: expected a list of tables with name and template") from error
     return {}
 
 

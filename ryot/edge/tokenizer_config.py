@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from ryot.errors import BundleError
@@ -34,60 +34,49 @@ def named_tokens(config: Mapping[str, object]) -> dict[str, str]:
 
 
 def apply_tokenizer_config(tokenizer: RustTokenizer, config: Mapping[str, object]) -> None:
-    """Make `tokenizer` what transformers makes of it for plain text: added tokens, bos and eos, no cutting or padding.
+    """Make `tokenizer` what transformers makes of it for plain text: nothing cut or padded, all added tokens there.
 
-    `add_bos_token` or `add_eos_token`, where either is given, replaces the post-processor of `tokenizer.json`.
+    Tokens are added that the config lists and `tokenizer.json` does not have so; named ones are special. What stands
+    around a text is left to `tokenizer.json`: beside it `add_bos_token` counts for nothing, in transformers 5 too.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _add_tokens(tokenizer, config)
-    if "add_bos_token" in config or "add_eos_token" in config or tokenizer.post_processor is None:
-        _set_template(tokenizer, config)
-
-
-def _add_tokens(tokenizer: RustTokenizer, config: Mapping[str, object]) -> None:
-    """Add what the config lists and `tokenizer.json` does not have so; named tokens are special."""
-    named = named_tokens(config)
-    present = tokenizer.get_added_tokens_decoder().values()
-    written = {repr(token) for token in present}
-    listed = config.get("added_tokens_decoder")
-    new = []
-    if isinstance(listed, Mapping):
-        for _, fields in sorted(listed.items(), key=lambda item: int(item[0])):
-            token = AddedToken(**fields)
-            if repr(token) not in written:
-                token.special = token.special or token.content in named.values()
-                new.append(token)
-    contents = {token.content for token in present} | {token.content for token in new}
-    for text in (*named.values(), *_extra_tokens(config)):
-        if text not in contents:
-            new.append(AddedToken(text, special=True))
-            contents.add(text)
-    if new:
+    special, extra = _special_texts(config)
+    present = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    written = {repr(token) for token in present.values()}
+    wanted = present | {token.content: token for token in _listed_tokens(config)}
+    for text in (*special, *extra):
+        wanted.setdefault(text, AddedToken(text, special=True))
+    for text in special:
+        wanted[text].special = True
+    if new := [token for token in wanted.values() if repr(token) not in written]:
         tokenizer.add_tokens(new)
 
 
-def _extra_tokens(config: Mapping[str, object]) -> list[str]:
-    """Special tokens without a name."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+def _listed_tokens(config: Mapping[str, object]) -> list[AddedToken]:
+    """The tokens of `added_tokens_decoder` in the order of their ids."""
+    listed = config.get("added_tokens_decoder", {})
+    try:
+        if not isinstance(listed, Mapping):
+            raise TypeError(f"got {type(listed).__name__}")
+        return [AddedToken(**fields) for _, fields in sorted(listed.items(), key=lambda item: int(item[0]))]
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"{TOKENIZER_CONFIG_NAME}: added_tokens_decoder: expected a table of tokens by their ids ({error})"
+        ) from error
+
+
+def _special_texts(config: Mapping[str, object]) -> tuple[list[str], list[str]]:
+    """The tokens that are special whatever `tokenizer.json` says, and those that are if it does not have them.
+
+    The former have a name, a key that ends in `_token`, or one in a table of further ones; the latter stand in a list.
+    """
+    named = [token_text(value) for key, value in config.items() if key.endswith("_token")]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     if isinstance(extra, Mapping):
-        extra = extra.values()
-    assert isinstance(extra, (list, tuple)) or hasattr(extra, "__iter__")
-    return [text for text in map(token_text, extra) if text is not None]
-
-
-def _set_template(tokenizer: RustTokenizer, config: Mapping[str, object]) -> None:
-    """Put bos before and eos behind every text, as far as the config asks for them and names them."""
-    around = {}
-    for kind in ("bos", "eos"):
-        text = token_text(config.get(f"{kind}_token"))
-        if config.get(f"add_{kind}_token") and text is not None:
-            around[kind] = text
-    pieces = [f"{around['bos']}:0"] if "bos" in around else []
-    pieces.append("$A:0")
-    pieces += [f"{around['eos']}:0"] if "eos" in around else []
-    ids = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys(around.values())]
-    tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=ids)
+        named += [token_text(value) for value in extra.values()]
+    listed = [token_text(value) for value in extra] if isinstance(extra, list) else []
+    return [text for text in named if text is not None], [text for text in listed if text is not None]
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -25,7 +25,15 @@ from ryot.models.spec import DecoderSpec
 PACKAGE = Path(ryot.__file__).parent
 RUNTIME = "runtime"
 #: What a checkpoint and a bundle have in common; the first is required.
-CHECKPOINT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+CHECKPOINT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 @contextmanager

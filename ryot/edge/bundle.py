@@ -88,7 +88,8 @@ class Bundle(NamedTuple):
     prefill_takes_past: bool
     """Whether the prefill graph can be given tokens that follow others; else a prompt goes through it whole."""
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int
+    bos_token_id: int | None
+    """None where the model has no token that begins a text."""
     onnxruntime_min: str
     files: Mapping[str, FileEntry]
     golden: tuple[GoldenPrompt, ...]
@@ -240,7 +241,7 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
             manifest.get("prefill_takes_past", not rounds_behind_prompt), "bool", "prefill_takes_past"
         ),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
-        bos_token_id=_typed(manifest["bos_token_id"], "int", "bos_token_id"),
+        bos_token_id=None if (bos := manifest["bos_token_id"]) is None else _typed(bos, "int", "bos_token_id"),
         onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),
         files=files,
         golden=tuple(

@@ -1,4 +1,4 @@
-"""The command line of a bundle's `run.py`: generate text, verify, measure. Needs nothing but the bundle."""
+"""The command line of a bundle's `run.py`: generate text, chat, verify, measure. Needs nothing but the bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
-from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
+from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ryot.edge.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 64
+#: An answer in a chat mostly ends by itself.
+DEFAULT_ANSWER_TOKENS = 512
 
 
 def run(bundle_path: Path, arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,10 @@ def run(bundle_path: Path, arguments: Sequence[str] | None = None) -> int:
 
     stdout carries the text (or, with `--bench`, the figures), stderr an error as one line.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.prompt is None and not (options.chat or options.verify or options.bench):
+        parser.error("one of the arguments --prompt --chat --verify --bench is required")
     try:
         return _run(bundle_path, options)
     except RyotError as error:
@@ -50,22 +55,32 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `run.py`."""
     parser = argparse.ArgumentParser(
         prog="run.py",
-        description="Run this bundle: stream a continuation of the prompt to stdout.",
+        description="Run this bundle: stream a continuation of the prompt, or answers in a chat, to stdout.",
         epilog='example: python run.py --prompt "def " --max-new-tokens 40',
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from stdin")
     what.add_argument("--verify", action="store_true", help="check every file's hash and the golden prompts")
     what.add_argument("--bench", action="store_true", help="measure this bundle on this machine")
+    chat = parser.add_argument_group("chat")
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer each line of stdin by the model's chat template; with --prompt, that one message",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
     text = parser.add_argument_group("text")
     text.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"tokens to generate; default: {DEFAULT_NEW_TOKENS}, or what fits",
+        help=f"tokens to generate; default: {DEFAULT_NEW_TOKENS}, in a chat {DEFAULT_ANSWER_TOKENS}, or what fits",
     )
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    text.add_argument(
+        "--split-special-tokens", action="store_true", help="take special tokens in the prompt as plain text"
+    )
     text.add_argument("--ignore-eos", action="store_true", help="go on after the end of a text")
     text.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, takes the best token"
@@ -121,6 +136,7 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.engines import open_engine
+    from ryot.edge.generate import encode_prompt
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
@@ -132,25 +148,58 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
+    _check_text_options(options)
+    prompt = _read_stdin() if options.prompt == "-" else options.prompt
+    tokenizer = load_tokenizer(bundle)
+    decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
+    # Text may hold any character, whatever the terminal's encoding.
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    limits = {"stop": options.stop, "ignore_eos": options.ignore_eos, "sampling": sampling}
+    if options.chat:
+        from ryot.edge.repl import converse
+
+        limits["max_new_tokens"] = DEFAULT_ANSWER_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+        converse(decoder, tokenizer, prompt, system=options.system, write=_write, **limits)
+        return EXIT_OK
+    tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
+    num_tokens = options.max_new_tokens
+    if num_tokens is None:
+        # What fits, but a prompt that fills the context is still an error and not an empty answer.
+        length = len(encode_prompt(decoder, tokenizer, prompt))
+        num_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_len - length))
+    _write(_pieces(decoder, tokenizer, prompt, options.reward, max_new_tokens=num_tokens, **limits))
+    return EXIT_OK
+
+
+def _read_stdin() -> str:
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _check_text_options(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for options that make no sense together."""
     if options.best_of < 1:
         raise ConfigError(f"--best-of: got {options.best_of}, expected a whole number above 0")
     if (options.best_of > 1) != (options.reward is not None):
         raise ConfigError("--best-of N and --reward CHECK are used together")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    tokenizer = load_tokenizer(bundle)
-    decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
-    num_tokens = options.max_new_tokens
-    if num_tokens is None:
-        # What fits, but a prompt that fills the context is still an error and not an empty answer.
-        num_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_len - max(1, len(tokenizer.encode(prompt)))))
-    # Text of a byte-level model may hold any character, whatever the terminal's encoding.
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    limits = {"max_new_tokens": num_tokens, "stop": options.stop, "ignore_eos": options.ignore_eos}
-    for piece in _pieces(decoder, tokenizer, prompt, options.reward, sampling=sampling, **limits):
+    if options.system is not None and not options.chat:
+        raise ConfigError("--system: is for a chat; give --chat too")
+    if options.chat and options.reward is not None:
+        raise ConfigError("--best-of: is for --prompt alone, not for a chat")
+    if options.chat and options.split_special_tokens:
+        raise ConfigError("--split-special-tokens: is for --prompt alone, a chat's template needs its special tokens")
+
+
+def _write(pieces: Iterable[str]) -> None:
+    """Write text to stdout as it comes, and a newline."""
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return EXIT_OK
+    sys.stdout.flush()
 
 
 def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | None, **options: Any) -> Iterable[str]:

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from ryot.edge.tokenizer import TextStream, Tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
     from ryot.edge.engine import Engine
     from ryot.edge.sampling import Sampler
     from ryot.edge.sampling_params import SamplingParams
+    from ryot.edge.tokenizer import Tokenizer
 
+#: What is continued: a text, or token ids, such as those of a chat's template.
+Prompt = str | Sequence[int]
 #: `stop`: a stop string came; `eos`: the model ended the text; `length`: as many tokens as asked for, or as fit.
 FinishReason = Literal["stop", "eos", "length"]
 
@@ -66,12 +68,20 @@ class _Row:
     """One sequence on its way: turns its tokens into text and knows when it is done."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: list[int], num_tokens: int, eos: Sequence[int], stop: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        num_tokens: int,
+        eos: Sequence[int],
+        stop: Sequence[str],
+        *,
+        continues: bool,
     ):
         self.completion = Completion(prompt_ids)
         self._num_tokens = num_tokens
         self._eos = eos
-        self._stream = TextStream(tokenizer)
+        # A text goes on with its prompt; after token ids, such as a chat's, a new one begins.
+        self._stream = tokenizer.stream(after=prompt_ids if continues else ())
         self._filter = StopFilter(stop)
 
     @property
@@ -111,7 +121,7 @@ class Generation:
 def generate(
     decoder: Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
@@ -120,13 +130,14 @@ def generate(
 ) -> Generation:
     """Stream the continuation of `prompt`, greedy unless `sampling` says otherwise.
 
+    A text prompt gets what the checkpoint puts around a text, mostly bos before it; token ids are taken as they are.
     At most `max_new_tokens` tokens, by default as many as the context has room for. Raises `ContextError` before any
     work when prompt and tokens together do not fit, `ConfigError` for a number below 1.
     """
     assert decoder.batch_size == 1
     ids, num_tokens = _plan(decoder, tokenizer, [prompt], max_new_tokens)
     eos = () if ignore_eos else decoder.bundle.eos_token_ids
-    row = _Row(tokenizer, ids[0], num_tokens, eos, stop)
+    row = _Row(tokenizer, ids[0], num_tokens, eos, stop, continues=isinstance(prompt, str))
     sampler = _build_samplers(sampling, ids)
 
     def pieces() -> Iterator[str]:
@@ -144,7 +155,7 @@ def generate(
 def generate_batch(
     decoder: Engine,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
@@ -155,7 +166,10 @@ def generate_batch(
     assert len(prompts) == decoder.batch_size
     ids, num_tokens = _plan(decoder, tokenizer, prompts, max_new_tokens)
     eos = () if ignore_eos else decoder.bundle.eos_token_ids
-    rows = [_Row(tokenizer, row_ids, num_tokens, eos, stop) for row_ids in ids]
+    rows = [
+        _Row(tokenizer, row_ids, num_tokens, eos, stop, continues=isinstance(prompt, str))
+        for prompt, row_ids in zip(prompts, ids, strict=True)
+    ]
     decoder.prefill(ids)
     return _complete(decoder, rows, _build_samplers(sampling, ids))
 
@@ -163,7 +177,7 @@ def generate_batch(
 def generate_candidates(
     decoder: Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     sampling: SamplingParams,
     max_new_tokens: int | None = None,
@@ -178,7 +192,8 @@ def generate_candidates(
         raise ConfigError("temperature: got 0, which makes all candidates the same, expected a number above 0")
     ids, num_tokens = _plan(decoder, tokenizer, [prompt], max_new_tokens)
     eos = () if ignore_eos else decoder.bundle.eos_token_ids
-    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop) for _ in range(decoder.batch_size)]
+    continues = isinstance(prompt, str)
+    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(decoder.batch_size)]
     decoder.prefill_shared(ids[0])
     return _complete(decoder, rows, _build_samplers(sampling, ids * decoder.batch_size))
 
@@ -224,13 +239,23 @@ def check_golden(decoder: Engine) -> int:
     return compared
 
 
+def encode_prompt(decoder: Engine, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The ids of a prompt; an empty text is the id that begins a text. Raises `ConfigError` where there is none."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    if decoder.bundle.bos_token_id is None:
+        raise ConfigError("prompt: is empty, and this model has no token that begins a text; give at least a character")
+    return [decoder.bundle.bos_token_id]
+
+
 def _plan(
-    decoder: Engine, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int | None
+    decoder: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int | None
 ) -> tuple[list[list[int]], int]:
-    """The ids of each prompt (an empty one begins a text) and how many tokens to generate."""
+    """The ids of each prompt and how many tokens to generate."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: got {max_new_tokens}, expected a whole number above 0")
-    ids = [tokenizer.encode(prompt) or [decoder.bundle.bos_token_id] for prompt in prompts]
+    ids = [encode_prompt(decoder, tokenizer, prompt) for prompt in prompts]
     longest = max(len(row) for row in ids)
     room = decoder.max_len - longest
     if room < 1 or (max_new_tokens or 1) > room:

@@ -1,94 +1,111 @@
-"""Text to token ids and back, and text that arrives a token at a time."""
+"""Text to token ids and back, as the checkpoint's tokenizer does it."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
 
 from ryot.edge.bundle import TOKENIZER_NAME, Bundle
-from ryot.errors import BundleError
+from ryot.edge.text_stream import TextStream, TokenPieces
+from ryot.edge.tokenizer_config import apply_tokenizer_config, read_tokenizer_config
+from ryot.errors import BundleError, ConfigError
 
 
 class Tokenizer:
-    """A bundle's byte-level BPE."""
+    """A checkpoint's tokenizer: any that `tokenizers` reads and whose tokens can be decoded one at a time."""
 
-    def __init__(self, path: Path):
-        """Read `tokenizer.json`. Raises `BundleError` when it is no byte-level tokenizer."""
+    def __init__(self, path: Path, config: Mapping[str, object] | None = None):
+        """Read `tokenizer.json`. `config` has the values of `tokenizer_config.json`, by default of the one beside it.
+
+        Raises `BundleError` when it cannot be read, or cannot be decoded one token at a time.
+        """
         try:
             self._rust = RustTokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers package raises nothing more precise
             raise BundleError(f"{path}: the tokenizer cannot be read ({error})") from error
-        if type(self._rust.decoder).__name__ != "ByteLevel":
-            raise BundleError(f"{path}: expected a byte-level tokenizer, got the decoder {self._rust.decoder!r}")
-        self._bytes = _token_bytes(self._rust)
+        self.config = read_tokenizer_config(path.parent) if config is None else config
+        apply_tokenizer_config(self._rust, self.config)
+        try:
+            self.pieces = TokenPieces(self._rust)
+        except ValueError as error:
+            raise BundleError(f"{path}: the tokenizer cannot be used: {error}") from error
+        #: Whether special tokens written in a text are plain text, unless `encode` is told.
+        self.split_special_tokens = bool(self.config.get("split_special_tokens"))
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
         return self._rust.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; nothing is added before or behind. Special tokens in the text are taken as such."""
-        return self._rust.encode(text, add_special_tokens=False).ids
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
+    ) -> list[int]:
+        """The ids of `text`, with bos or whatever else the checkpoint puts around a text unless told not to.
+
+        Special tokens written in the text are taken as such; with `split_special_tokens` they are plain text. Raises
+        `ConfigError` for a text that UTF-8 cannot hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"text: character {error.start + 1} is U+{ord(text[error.start]):04X}, half of a pair, which UTF-8 "
+                "cannot hold; expected text in UTF-8"
+            ) from error
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        self._rust.encode_special_tokens = split
+        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
-        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+        return str(self._rust.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def stream(self, *, after: Sequence[int] = ()) -> TextStream:
+        """Reads tokens as they come. Those `after` a text that has begun continue it, others begin one."""
+        return TextStream(self.pieces, continues=any(self.pieces.piece(i) is not None for i in after))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; none for a special token and for an id without a token."""
-        return self._bytes.get(int(token_id), b"")
+        """The bytes that one token adds in the middle of a text; none for a special token or an id without a token."""
+        piece = self.pieces.piece(int(token_id))
+        return piece.encode() if isinstance(piece, str) else piece or b""
 
+    def token_to_id(self, text: str) -> int | None:
+        """The id of the token that is written so; None if there is none."""
+        token: int | None = self._rust.token_to_id(text)
+        return token
 
-class TextStream:
-    """Turns tokens into text as they come, and never into a part of a character.
+    def check_vocabulary(self, model_tokens: int, where: str) -> None:
+        """Raise `BundleError` when a text can lead to ids that a model's table of `model_tokens` rows does not have.
 
-    The bytes of a character whose end has not come are held back; bytes that cannot begin or continue a character
-    become U+FFFD at once. All pieces together are `Tokenizer.decode` of all ids, less an unfinished last character.
-    """
+        Added tokens beyond the table are left alone: a model that was never trained with them has no row for them,
+        and a text that holds one is refused when it comes.
+        """
+        added = self._rust.get_added_tokens_decoder()
+        ordinary = [i for i in range(model_tokens, self._last_id() + 1) if i not in added and self._rust.id_to_token(i)]
+        if ordinary:
+            raise BundleError(
+                f"{where}: has {self.vocab_size} tokens, the model has {model_tokens}; {len(ordinary)} of those beyond "
+                f"are ordinary text, such as {self._rust.id_to_token(ordinary[0])!r}",
+                hint="the tokenizer is another model's, or the model's table was cut",
+            )
+        if beyond := [i for i in self.encode("") if i >= model_tokens]:
+            raise BundleError(f"{where}: begins every text with token {beyond[0]}, the model has {model_tokens}")
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def num_beyond(self, model_tokens: int) -> int:
+        """Number of tokens that a table of `model_tokens` rows does not have."""
+        return sum(self._rust.id_to_token(i) is not None for i in range(model_tokens, self._last_id() + 1))
 
-    def push(self, token_id: int) -> str:
-        """The text that is complete with this token, perhaps none."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+    def _last_id(self) -> int:
+        """The largest id, where the ordinary tokens have the first ones without a gap, as models do."""
+        return max([self._rust.get_vocab_size() - 1, *self._rust.get_added_tokens_decoder()])
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """The tokenizer of a bundle. Raises `BundleError` when it cannot be read or knows more tokens than the model."""
-    tokenizer = Tokenizer(bundle.path / TOKENIZER_NAME)
-    tokens, model_tokens = tokenizer.vocab_size, bundle.model.vocab_size
-    if tokens > model_tokens:
-        raise BundleError(f"{bundle.path / TOKENIZER_NAME}: has {tokens} tokens, the model has {model_tokens}")
+    path = bundle.path / TOKENIZER_NAME
+    tokenizer = Tokenizer(path)
+    tokenizer.check_vocabulary(bundle.model.vocab_size, str(path))
     return tokenizer
-
-
-def _token_bytes(tokenizer: RustTokenizer) -> dict[int, bytes]:
-    """The bytes of every ordinary token of a byte-level tokenizer."""
-    alphabet = byte_alphabet()
-    added = tokenizer.get_added_tokens_decoder()
-    table = {}
-    for text, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-        if token_id not in added:
-            table[token_id] = bytes(alphabet[character] for character in text)
-    for token_id, token in added.items():
-        if not token.special:
-            table[token_id] = token.content.encode()
-    return table
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The byte of each character in which a byte-level BPE writes its tokens.
-
-    GPT-2's table: a printable Latin-1 character stands for its own byte, the other 68 bytes are written, in order,
-    as the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ryot.edge.text_stream import TokenPieces
 from ryot.errors import ConfigError
 from ryot.train.encoding import cut_pieces, encode_stream
 
@@ -64,15 +65,40 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token stands for, int64 [V]; 0 for the end of a text.
+    """Bytes of text that each token stands for in the middle of a text, int64 [V]; 0 for special tokens.
 
-    In a byte-level vocabulary each character of a token's name is one byte.
+    Where the tokenizer changes text before it reads it (NFC, lower case) or has a token for what it does not know,
+    the bytes are those of the text that it makes of it. Raises `ConfigError` for a tokenizer that `ryot.edge` refuses.
     """
-    vocab = tokenizer.get_vocab()
-    lengths = np.zeros(len(vocab), np.int64)
-    for name, token in vocab.items():
-        lengths[token] = 0 if token == END_OF_TEXT_ID else len(name)
+    pieces = _pieces(tokenizer)
+    ids = tokenizer.get_vocab().values()
+    lengths = np.zeros(max(ids) + 1, np.int64)
+    for token in ids:
+        lengths[token] = pieces.num_bytes(token)
     return lengths
+
+
+def count_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Bytes of one text from its ids, special tokens around it included.
+
+    Less than the sum of their `byte_lengths` where the tokenizer puts a space before a text that is not part of it.
+    """
+    pieces = _pieces(tokenizer)
+    total = sum(pieces.num_bytes(token) for token in ids)
+    return total - leading_space_bytes(tokenizer) if total else 0
+
+
+def leading_space_bytes(tokenizer: Tokenizer) -> int:
+    """Bytes that a text's tokens have more than the text: 1 where the tokenizer begins each text with a space."""
+    pieces = _pieces(tokenizer)
+    return sum(pieces.num_bytes(token) for token in tokenizer.encode("a", add_special_tokens=False).ids) - 1
+
+
+def _pieces(tokenizer: Tokenizer) -> TokenPieces:
+    try:
+        return TokenPieces(tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"tokenizer: {error}") from error
 
 
 def tokenizer_config(max_seq_len: int) -> dict[str, Any]:

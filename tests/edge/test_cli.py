@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from ryot.edge.generate import generate
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import load_tokenizer
+
+from .tiny_bundle import write_manifest
 
 RUN = """
 import sys
@@ -87,7 +90,7 @@ def test_verify_checks_hashes_and_golden_tokens(llama_path: Path, tmp_path: Path
         (["--prompt", "x", "--stop", ""], 2, "Error: stop: got an empty string, expected at least one character"),
         (["--bench", "--rounds", "0"], 2, "Error: --rounds: got 0, expected a whole number above 0"),
         (["--prompt", "x", "--nonsense"], 2, "run.py: error: unrecognized arguments: --nonsense"),
-        ([], 2, "run.py: error: one of the arguments --prompt --verify --bench is required"),
+        ([], 2, "run.py: error: one of the arguments --prompt --chat --verify --bench is required"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(llama_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -137,3 +140,113 @@ def test_the_package_imports_only_what_a_device_has() -> None:
     assert {"numpy", "onnxruntime", "tokenizers", "ryot"} <= loaded
     forbidden = {"torch", "onnx", "ray", "click", "tabulate", "safetensors", "transformers", "matplotlib"}
     assert not forbidden & loaded
+
+
+#: Short, for a context of 64 tokens.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_path(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(shutil.copytree(llama_path, tmp_path_factory.mktemp("bundle") / "chat"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    write_manifest(path)
+    return path
+
+
+def answer_to(path: Path, text: str, num_tokens: int) -> str:
+    bundle = load_bundle(path)
+    tokenizer = load_tokenizer(bundle)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return "".join(generate(OnnxruntimeEngine(bundle), tokenizer, ids, max_new_tokens=num_tokens, ignore_eos=True))
+
+
+CUT = "note: the answer was cut after 4 tokens\n"
+SHORT = ["--max-new-tokens", "4", "--ignore-eos"]
+
+
+def test_one_message_is_answered_by_the_template(chat_path: Path) -> None:
+    run = run_cli(chat_path, "--chat", "--prompt", "hi", "--system", "S", *SHORT)
+    assert (run.returncode, run.stderr) == (0, CUT)
+    assert run.stdout == answer_to(chat_path, "s:S\nu:hi\na:", 4) + "\n"
+
+
+def test_a_chat_answers_each_line_of_stdin_until_it_ends(chat_path: Path) -> None:
+    run = run_cli(chat_path, "--chat", *SHORT, stdin="hi\n\n  \r\nü go\r\n")
+    first = answer_to(chat_path, "u:hi\na:", 4)
+    second = answer_to(chat_path, f"u:hi\na:{first}\nu:ü go\na:", 4)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{first}\n{second}\n", CUT + CUT)
+
+
+def test_a_line_that_does_not_fit_is_left_out_and_the_chat_goes_on(chat_path: Path) -> None:
+    run = run_cli(chat_path, "--chat", *SHORT, stdin="z" * 90 + "\nhi\n")
+    assert (run.returncode, run.stdout) == (0, answer_to(chat_path, "u:hi\na:", 4) + "\n")
+    assert run.stderr.startswith("Error: a message of 95 tokens, template included, and 4 for its answer do not fit")
+    run = run_cli(chat_path, "--chat", "--prompt", "z" * 90, *SHORT)
+    assert (run.returncode, run.stdout) == (1, "")
+
+
+def test_an_interrupted_chat_ends_with_130(chat_path: Path) -> None:
+    # The child takes SIGINT also where this process was started with it ignored.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + RUN
+    command = [sys.executable, "-c", program, str(chat_path), "--chat", *SHORT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"hi\n")
+        child.stdin.flush()
+        answer = answer_to(chat_path, "u:hi\na:", 4).encode() + b"\n"
+        assert child.stdout.read(len(answer)) == answer
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate()
+    assert child.returncode == 130
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prompt", "x", "--system", "S"], 2, "Error: --system: is for a chat; give --chat too"),
+        (
+            ["--chat", "--best-of", "2", "--reward", "json"],
+            2,
+            "Error: --best-of: is for --prompt alone, not for a chat",
+        ),
+        (["--chat", "--prompt", "x", "--max-new-tokens", "0"], 2, "Error: max_new_tokens: got 0, expected a whole"),
+        (["--prompt", "a\udcff"], 2, "Error: text: character 2 is U+DCFF, half of a pair, which UTF-8 cannot hold"),
+    ],
+)
+def test_options_of_a_chat_are_checked(chat_path: Path, arguments: list[str], code: int, message: str) -> None:
+    run = run_cli(chat_path, *arguments)
+    assert (run.returncode, run.stdout) == (code, "")
+    assert run.stderr.startswith(message)
+    assert "Traceback" not in run.stderr
+
+
+def test_a_bundle_without_a_template_has_no_chat(llama_path: Path) -> None:
+    run = run_cli(llama_path, "--chat", "--prompt", "hi")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "the model has no chat template" in run.stderr
+    assert "hint: use --prompt" in run.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--chat"], ["--prompt", "-"]], ids=" ".join)
+def test_stdin_that_is_not_utf8_is_refused_in_one_line(chat_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", RUN, str(chat_path), *arguments]
+    run = subprocess.run(command, input=b"a\xff\n", capture_output=True, check=False)
+    assert (run.returncode, run.stdout) == (1, b"")
+    assert run.stderr == b"Error: stdin: is not UTF-8 (invalid start byte at byte 1)\n"
+
+
+def test_special_tokens_in_a_prompt_can_be_plain_text(chat_path: Path) -> None:
+    bundle = load_bundle(chat_path)
+    tokenizer = load_tokenizer(bundle)
+    prompt = "<|endoftext|>"
+    for flags, split in ((), False), (["--split-special-tokens"], True):
+        ids = tokenizer.encode(prompt, split_special_tokens=split)
+        assert (len(ids) > 1) is split
+        run = run_cli(chat_path, "--prompt", prompt, *flags, *SHORT)
+        text = "".join(generate(OnnxruntimeEngine(bundle), tokenizer, ids, max_new_tokens=4, ignore_eos=True))
+        assert run.stdout == text + "\n"

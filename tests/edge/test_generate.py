@@ -16,7 +16,8 @@ from ryot.edge.generate import StopFilter, check_golden, generate, generate_batc
 from ryot.edge.sampling import Sampler
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import OnnxruntimeEngine
-from ryot.edge.tokenizer import TextStream, Tokenizer, byte_alphabet, load_tokenizer
+from ryot.edge.text_stream import byte_alphabet
+from ryot.edge.tokenizer import Tokenizer, load_tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError
 
 from .tiny_bundle import TEXT
@@ -57,7 +58,7 @@ def test_a_stream_gives_whole_characters_and_the_whole_text(tokenizer: Tokenizer
     ids = [tokenizer.encode(c)[i] for c in "\U0001f642ü日" for i in range(len(tokenizer.encode(c)))] + tokenizer.encode(
         TEXT
     )
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) == "\U0001f642ü日" + TEXT
     assert "\ufffd" not in "".join(pieces)
@@ -67,13 +68,13 @@ def test_a_stream_gives_whole_characters_and_the_whole_text(tokenizer: Tokenizer
 def test_an_unfinished_last_character_is_not_streamed(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("ab\U0001f643")
     assert len(tokenizer.token_bytes(ids[-1])) < 4
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     assert "".join(stream.push(i) for i in ids[:-1]) == "ab"
 
 
 def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer: Tokenizer) -> None:
     lead, letter = tokenizer.encode("🙃")[0], tokenizer.encode("a")[0]
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     assert stream.push(lead) == ""
     assert stream.push(letter) == "\ufffda"
 

@@ -69,7 +69,8 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
 
         return see
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in _layer_linears(weights)]
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_hook(watch(name))
     pieces = _cut(windows, SENSITIVITY_WINDOW)
     for ids_T in pieces:
         # The gradient by this leaf is the one by the rows looked up; no other leaf is asked for one.
@@ -80,8 +81,6 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
         assert table_TD.grad is not None
         add("lookup", table_TD.grad)
         energy[weights.head] = energy.get(weights.head, 0) + head_V
-    for handle in handles:
-        handle.remove()
     tokens = sum(map(len, pieces))
     counts_V = torch.bincount(torch.from_numpy(windows.reshape(-1)), minlength=weights.cfg.vocab_size) / windows.size
     lookup_D = energy.pop("lookup") / tokens
@@ -108,11 +107,13 @@ def capture_moments(weights: DecoderWeights, windows: NDArray[np.int64], on_matr
 
         return see
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in _layer_linears(weights)]
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    for layer in model.layers:
+        # The keys and values of all tokens, which nobody reads, would be kept till the end.
+        layer.register_forward_hook(lambda module, inputs, out: (out[0], None))
     x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VD)
     on_matrix(weights.head, moments(x_BTD))
-    for handle in handles:
-        handle.remove()
 
 
 def _layer_linears(weights: DecoderWeights) -> list[str]:

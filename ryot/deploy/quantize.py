@@ -215,6 +215,8 @@ class Quantizer:
                 cost += sensitivity.lookup_cost(torch.from_numpy(matrix.dequantize() - values))
             return Option(
                 expected_kl=cost,
+                label=f"{matrix.bits} bits/{matrix.block_size}",
+                num_bytes=matrix.num_bytes,
                 matrix=matrix,
             )
 

@@ -24,17 +24,11 @@ CLOSE_ENOUGH, CLOSE_BYTES = 0.85, 0.01
 class Option:
     """One way to round a matrix."""
 
-    matrix: BlockMatrix
+    label: str
+    """Bits and block size."""
+    num_bytes: int
     expected_kl: float
-
-    @property
-    def num_bytes(self) -> int:
-        return self.matrix.num_bytes
-
-    @property
-    def label(self) -> str:
-        """Bits and block size."""
-        return f"{self.matrix.bits} bits/{self.matrix.block_size}"
+    matrix: BlockMatrix
 
 
 class Ladder:

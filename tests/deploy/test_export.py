@@ -133,11 +133,8 @@ def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, forms, data
     windows = quality_windows(data, "test", CONTEXT)[: quality.tokens // CONTEXT]
     found = evaluate_bundle(forms["int4"].path, forms["fp32"].path, windows, data.byte_lengths)
     # The export's reference is torch, this one onnxruntime: they agree to what float32 holds.
-    assert (found.tokens, found.loss, found.top1) == (
-        quality.tokens,
-        quality.loss,
-        pytest.approx(quality.top1, abs=1e-3),
-    )
+    assert (found.tokens, found.loss) == (quality.tokens, quality.loss)
+    assert found.top1 == pytest.approx(quality.top1, abs=1e-3)
     assert found.bpb_ratio == pytest.approx(quality.bpb_ratio, rel=1e-5)
     assert found.kl == pytest.approx(quality.kl, rel=1e-3)
 

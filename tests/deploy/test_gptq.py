@@ -39,10 +39,10 @@ def test_gptq_loses_least_then_searched_scales_then_rtn(problem, size):
 
 
 def test_zero_points_lose_less_than_symmetric_blocks(problem):
-    weights, _, moments = problem
-    one_sided = weights + 1.0
+    weights, x, moments = problem
+    one_sided, curvature = weights + 1.0, factorize(moments)
     found = [
-        lost((one_sided, *problem[1:]), round_by_gptq(one_sided, factorize(moments), bits=4, block_size=32, asymmetric=asymmetric))
+        lost((one_sided, x, moments), round_by_gptq(one_sided, curvature, bits=4, block_size=32, asymmetric=asymmetric))
         for asymmetric in (True, False)
     ]
     assert found[0] < 0.7 * found[1]
@@ -51,7 +51,8 @@ def test_zero_points_lose_less_than_symmetric_blocks(problem):
 def test_eight_bits_gain_by_gptq_too(problem):
     weights, _, moments = problem
     rtn = lost(problem, quantize_blocks(weights, bits=8, block_size=32))
-    assert lost(problem, round_by_gptq(weights, factorize(moments), bits=8, block_size=32, asymmetric=False)) < 0.5 * rtn
+    gptq = round_by_gptq(weights, factorize(moments), bits=8, block_size=32, asymmetric=False)
+    assert lost(problem, gptq) < 0.5 * rtn
 
 
 def textbook_gptq(weights, moments, scales, zeros, size):

@@ -7,11 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
+from ryot.deploy.matrices import quantize_blocks
 from ryot.deploy.selection import CLOSE_BYTES, CLOSE_ENOUGH, MAX_MEASURED, Ladder, Option, find_smallest
+
+MATRIX = quantize_blocks(np.ones((1, 32), np.float32), bits=4, block_size=32)
 
 
 def option(num_bytes, expected_kl, bits=4):
-    return Option(bits=bits, block_size=32, num_bytes=num_bytes, expected_kl=expected_kl, build=lambda: None)
+    return Option(label=f"{bits} bits", num_bytes=num_bytes, expected_kl=expected_kl, matrix=MATRIX)
 
 
 def random_ladder(seed=0, matrices=60):
@@ -36,7 +39,7 @@ def test_each_rung_adds_bytes_and_saves_kl_and_the_first_ones_save_most():
         for a, b in itertools.pairwise(rungs)
     ]
     assert gains == sorted(gains, reverse=True)
-    assert {o.bits for o in ladder.mix(ladder.top).values()} == {8}
+    assert {o.label for o in ladder.mix(ladder.top).values()} == {"8 bits"}
 
 
 def test_no_choice_of_two_matrices_beats_a_rung_of_equal_bytes():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -47,7 +47,7 @@ class ExportSettings:
         return self.int4_block_size if bits == 4 else self.int8_block_size
 
 
-def dynamic_bits(device_isas: Iterable[Iterable[str] | None]) -> int:
+def dynamic_bits(device_isas: Iterable[Collection[str] | None]) -> int:
     """Bits of dynamic-int8 weights that every one of these devices sums exactly; None stands for this machine."""
     isas = [describe_cpu()["isa"] if isa is None else isa for isa in device_isas]
     return 8 if all(sums_int8_exactly(isa) for isa in isas) else 7

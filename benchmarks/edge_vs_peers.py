@@ -143,7 +143,7 @@ def list_arms(size: str, made: Mapping[str, Any], folder: Path) -> list[Arm]:
 
 def _genai_arms(made: Mapping[str, Any]) -> list[Arm]:
     """genai at its default block size, and at ours where that is another one."""
-    bundles, quantize = made["bundles"], made["decision"]["quantize"]
+    bundles, quantize = made["bundles"], made["decision"]["settings"]
 
     def arm(form: str, bundle: str, **what: bool) -> Arm:
         return Arm(family="genai", form=form, engine="genai", load={"engine": "genai", "bundle": bundle}, **what)

@@ -32,9 +32,10 @@ from tokenizers import Tokenizer, models
 import ryot.deploy
 from ryot.config import ModelConfig, digest
 from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_form
-from ryot.deploy.forms import STANDARD_GRAPH, QuantizeOptions, num_bytes, quantize_matrices
+from ryot.deploy.forms import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
-from ryot.deploy.quantize import CacheForm, observe_kv_scales
+from ryot.deploy.quantize import CacheFormat, observe_kv_scales
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
@@ -113,11 +114,11 @@ def main() -> None:
     decision = choose_inference(cfg, folder)
     made = {
         "decision": {**dataclasses.asdict(decision), "text": format_decision(decision)},
-        "bundles": _export_bundles(size, checkpoint, folder, decision.quantize),
+        "bundles": _export_bundles(size, checkpoint, folder, decision.settings),
         "plain": str(_once(folder / "plain", functools.partial(_export_plain, checkpoint)) / "plain.onnx"),
         "gguf": _write_ggufs(cfg, checkpoint, folder),
         "reference": _reference(cfg, checkpoint),
-        "read_bytes": _read_bytes(cfg, checkpoint, decision.quantize),
+        "read_bytes": _read_bytes(cfg, checkpoint, decision.settings),
         "parameters": cfg.num_parameters,
     }
     (folder / "models.json").write_text(json.dumps(made, indent=1) + "\n")
@@ -140,7 +141,7 @@ def draw_state(cfg: DecoderSpec) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def _export_bundles(size: str, checkpoint: Path, folder: Path, options: QuantizeOptions) -> dict[str, str]:
+def _export_bundles(size: str, checkpoint: Path, folder: Path, options: ExportSettings) -> dict[str, str]:
     """Bundles by name: a form, `genai FORM` in genai's blocks, `FORM kv8` with an int8 cache."""
     cfg = SIZES[size]
     code = [path.read_text() for path in sorted(Path(ryot.deploy.__file__).parent.glob("*.py"))]
@@ -148,13 +149,13 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: Quantize
     prompts = np.asarray([draw_prompt(cfg, i, cfg.max_seq_len) for i in range(KV_PROMPTS)], dtype=np.int64)
     made: dict[str, str] = {}
 
-    def export(name: str, quantize: QuantizeOptions, cache: CacheForm = FLOAT_CACHE) -> None:
+    def export(name: str, quantize: ExportSettings, cache: CacheFormat = FLOAT_CACHE) -> None:
         target = folder / "bundles" / name.replace(" ", "-") / digest(quantize, origin)[:16]
         if not target.exists():
             _tell(size, name)
             shutil.rmtree(target.parent, ignore_errors=True)  # made under another decision, or by another version
             precision = name.removeprefix("genai ").removesuffix(KV8)
-            what = ExportOptions(quantize=quantize)
+            what = ExportOptions(settings=quantize)
             export_form(checkpoint, precision, target, options=what, prompts=prompts[:1], cache=cache)
         made[name] = str(target)
 
@@ -166,7 +167,7 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: Quantize
             dataclasses.replace(options, int8_block_size=GENAI_BLOCK, int4_block_size=GENAI_BLOCK),
         )
     observed = observe_kv_scales(StandardGraph(Path(made["fp32"]) / STANDARD_GRAPH), prompts)
-    cache = CacheForm(scales=observed.per_tensor(), record={"method": "per-tensor"})
+    cache = CacheFormat(scales=observed.per_tensor(), record={"method": "per-tensor"})
     for form in FORMS:
         export(form + KV8, dataclasses.replace(options, kv_dtype="int8"), cache)
     return made
@@ -186,7 +187,7 @@ def _reference(cfg: DecoderSpec, checkpoint: Path) -> dict[str, Any]:
     return {"tokens": tokens[0].tolist(), "margins": margins[0].tolist(), "tolerance": SAFETY * error}
 
 
-def _read_bytes(cfg: DecoderSpec, checkpoint: Path, options: QuantizeOptions) -> dict[str, int]:
+def _read_bytes(cfg: DecoderSpec, checkpoint: Path, options: ExportSettings) -> dict[str, int]:
     """Bytes of weights that one decode step reads: all matrices, of an embedding that is no head only a row."""
     weights = load_decoder_weights(checkpoint)
     found = {}

@@ -12,7 +12,6 @@ from ryot import __version__
 from ryot.config import (
     PARTS,
     PRECISIONS,
-    GraphAttention,
     KernelPlan,
     VariantConfig,
     build_from_mapping,
@@ -24,6 +23,7 @@ from ryot.config import (
     to_mapping,
     unknown,
 )
+from ryot.deploy.settings import ExportSettings
 from ryot.errors import ConfigError
 from ryot.report.targets import Target, build_target, load_targets, target_to_mapping
 
@@ -100,20 +100,6 @@ def merge_options(file: Path | None, flags: Mapping[str, Any]) -> RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InferencePlan:
-    """What a machine has measured to be the fastest export of one shape."""
-
-    int8_block_size: int = 128
-    """Input features that share a scale at 8 bits."""
-    int4_block_size: int = 128
-    """The same at 4 bits."""
-    fastest: str = ""
-    """The precision with the shortest request, possibly a pair; empty when nothing was measured."""
-    prefill_attention: GraphAttention = "flash"
-    """How a pair's prefill graph attends."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """A run resolved: nothing in it is left to be decided but the kernels that a machine measures."""
 
@@ -125,7 +111,7 @@ class RunPlan:
     """What the forms are judged by, as their files said when the run began."""
     kernels: Mapping[str, KernelPlan] = dataclasses.field(default_factory=dict)
     """How each variant is trained: decided once, before its first step."""
-    inference: Mapping[str, InferencePlan] = dataclasses.field(default_factory=dict)
+    inference: Mapping[str, ExportSettings] = dataclasses.field(default_factory=dict)
     """How each variant is exported: decided at the same time."""
 
     def precisions(self, variant: str) -> tuple[str, ...]:
@@ -204,6 +190,6 @@ def load_plan(path: Path) -> RunPlan:
         targets=tuple(build_target(t["name"], t, f"{path}: targets") for t in values["targets"]),
         kernels={n: build_from_mapping(KernelPlan, k, f"{path}: kernels.{n}") for n, k in values["kernels"].items()},
         inference={
-            n: build_from_mapping(InferencePlan, k, f"{path}: inference.{n}") for n, k in values["inference"].items()
+            n: build_from_mapping(ExportSettings, k, f"{path}: inference.{n}") for n, k in values["inference"].items()
         },
     )

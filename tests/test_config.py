@@ -6,8 +6,9 @@ import pytest
 
 from ryot import errors
 from ryot.config import list_named, replace, resolve_variant, to_mapping
+from ryot.deploy.settings import ExportSettings
 from ryot.errors import ConfigError, RyotError, worst_exit_code
-from ryot.plan import InferencePlan, RunOptions, load_plan, plan_to_toml, resolve_plan
+from ryot.plan import RunOptions, load_plan, plan_to_toml, resolve_plan
 
 
 @pytest.mark.parametrize("preset", list_named("presets"))
@@ -26,7 +27,7 @@ def test_the_optimized_variant_is_smaller_than_the_baseline_at_every_size() -> N
 def test_a_plan_survives_its_file(tmp_path) -> None:
     plan = resolve_plan(RunOptions(preset="small", seeds=2, precisions=("int8-dyn+int4",), quick=True))
     kernels = {v.name: v.kernels for v in plan.variants}
-    plan = replace(plan, kernels=kernels, inference={"optimized": InferencePlan(fastest="int8-dyn+int4")})
+    plan = replace(plan, kernels=kernels, inference={"optimized": ExportSettings(fastest="int8-dyn+int4")})
     (tmp_path / "run.toml").write_text(plan_to_toml(plan))
     assert load_plan(tmp_path / "run.toml") == plan
 
@@ -40,7 +41,7 @@ def test_tokens_scale_every_budget_and_quick_is_a_twentieth() -> None:
 
 
 def test_the_fastest_pair_is_exported_besides_the_usual_forms_unless_forms_are_named() -> None:
-    inference = {"optimized": InferencePlan(fastest="int8-dyn+int4")}
+    inference = {"optimized": ExportSettings(fastest="int8-dyn+int4")}
     usual = replace(resolve_plan(RunOptions()), inference=inference)
     assert usual.precisions("optimized")[-1] == "int8-dyn+int4"
     assert "int8-dyn+int4" not in usual.precisions("baseline")

@@ -59,6 +59,7 @@ def command(
 
     from ryot.config import replace
     from ryot.deploy.export import ExportOptions, export_variant
+    from ryot.deploy.settings import dynamic_bits
     from ryot.deploy.tune import choose_inference, format_decision
     from ryot.errors import EXIT_OK, EXIT_QUALITY
     from ryot.train.checkpoint import load_tokenizer, read_checkpoint_spec
@@ -69,9 +70,8 @@ def command(
     text = HeldOutText(load_corpus(data), load_tokenizer(checkpoint))
     decision = choose_inference(spec, cache_dir())
     log.info("%s", format_decision(decision))
-    options = ExportOptions(
-        name="ryot", variant=checkpoint.name, quantize=replace(decision.quantize, kv_dtype=kv_cache)
-    )
+    settings = replace(decision.settings, kv_dtype=kv_cache, dynamic_bits=dynamic_bits([None]))
+    options = ExportOptions(name="ryot", variant=checkpoint.name, settings=settings)
     forms = export_variant(checkpoint, output, precisions, text, options=options)
     rows = [
         (

@@ -11,14 +11,13 @@ from typing import Any
 import ryot
 from ryot.cluster.jobs import TrainResult
 from ryot.cluster.journal import Journal
-from ryot.config import digest, to_mapping
-from ryot.deploy.export import ExportOptions, FormResult, export_variant
-from ryot.deploy.forms import QuantizeOptions
+from ryot.config import digest, replace, to_mapping
+from ryot.deploy.export import ArtifactResult, ExportOptions, export_variant
 from ryot.deploy.quality import MAX_BPB_RATIO
-from ryot.edge.machine import describe_cpu, sums_int8_exactly
+from ryot.deploy.settings import ExportSettings, dynamic_bits
 from ryot.errors import QualityError
 from ryot.events import Event, GateEvent, StageEvent, StageStatus
-from ryot.plan import InferencePlan, RunPlan
+from ryot.plan import RunPlan
 from ryot.report.build import FormFacts
 from ryot.report.targets import Target
 from ryot.train.dataset import Dataset
@@ -57,14 +56,14 @@ class Exporter:
     def _export(self, result: TrainResult) -> None:
         begin = time.monotonic()
         precisions = self.plan.precisions(result.variant)
-        quantize = self._quantize_options(result.variant)
-        inputs = digest(result.sha256, precisions, quantize, self.max_bpb_ratio, ryot.__version__)
+        settings = self._settings(result.variant)
+        inputs = digest(result.sha256, precisions, settings, self.max_bpb_ratio, ryot.__version__)
         key = f"{result.variant}/seed-{result.seed}"
         known = self.journal.find_stage("export", key, inputs)
         if known and all((self.run_dir / f["path"]).is_dir() for f in known["forms"] if f["path"]):
             forms = [FormFacts(**f) for f in known["forms"]]
         else:
-            known, forms = None, self._export_now(result, precisions, quantize)
+            known, forms = None, self._export_now(result, precisions, settings)
             self.journal.finish_stage("export", key, inputs, forms=[to_mapping(f) for f in forms])
         self.forms += forms
         wall_s = time.monotonic() - begin
@@ -72,7 +71,7 @@ class Exporter:
         status: StageStatus = "cached" if known else "end"
         self.emit(StageEvent(stage="export", status=status, variant=result.variant, seed=result.seed, wall_s=wall_s))
 
-    def _export_now(self, result: TrainResult, precisions: Sequence[str], quantize: QuantizeOptions) -> list[FormFacts]:
+    def _export_now(self, result: TrainResult, precisions: Sequence[str], settings: ExportSettings) -> list[FormFacts]:
         assert result.checkpoint is not None
         variant = self.plan.variant(result.variant)
         root = self.run_dir / "variants" / variant.name / f"seed-{result.seed}" / "forms"
@@ -81,7 +80,7 @@ class Exporter:
             name=f"ryot-{variant.name}",
             variant=variant.name,
             seed=result.seed,
-            quantize=quantize,
+            settings=settings,
             max_bpb_ratio=self.max_bpb_ratio,
             config=to_mapping(variant),
         )
@@ -99,7 +98,7 @@ class Exporter:
         self._gate(result, "parity", passed=True, value=parity.max_difference, limit=parity.tolerance)
         return [self._facts(result, form) for form in exported]
 
-    def _facts(self, result: TrainResult, form: FormResult) -> FormFacts:
+    def _facts(self, result: TrainResult, form: ArtifactResult) -> FormFacts:
         self._gate(
             result,
             f"quality {form.precision}",
@@ -120,17 +119,10 @@ class Exporter:
             path=form.path.relative_to(self.run_dir).as_posix(),
         )
 
-    def _quantize_options(self, variant: str) -> QuantizeOptions:
-        # A target without a device is this machine; a form must hold on each of them.
-        here = describe_cpu()["isa"]
-        exact = all(sums_int8_exactly(t.device.isa if t.device else here) for t in self.targets)
-        decision = self.plan.inference.get(variant, InferencePlan())
-        return QuantizeOptions(
-            int8_block_size=decision.int8_block_size,
-            int4_block_size=decision.int4_block_size,
-            dynamic_bits=8 if exact else 7,
-            prefill_attention=decision.prefill_attention,
-        )
+    def _settings(self, variant: str) -> ExportSettings:
+        # A target without a device is this machine; an artifact must hold on each of them.
+        bits = dynamic_bits(t.device.isa if t.device else None for t in self.targets)
+        return replace(self.plan.inference.get(variant, ExportSettings()), dynamic_bits=bits)
 
     def _gate(self, result: TrainResult, gate: str, *, passed: bool, **facts: Any) -> None:
         values = {"value": 0.0, "limit": 0.0, **facts}

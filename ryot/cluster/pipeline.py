@@ -39,6 +39,7 @@ from ryot.cluster.runtime import Cluster, ClusterOptions, build_cluster
 from ryot.cluster.tuning import tune_on_cluster
 from ryot.config import KernelPlan, digest, replace
 from ryot.deploy.remeasure import QUICK_SPEC, spec_under, threads_under
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
 from ryot.edge.bundle import load_bundle
@@ -52,7 +53,7 @@ from ryot.errors import (
 )
 from ryot.events import Event, EventLog, MeasureEvent, StageEvent
 from ryot.optimize.kernels import format_decision as format_training
-from ryot.plan import InferencePlan, RunPlan, plan_to_toml
+from ryot.plan import RunPlan, plan_to_toml
 from ryot.report.build import FormFacts
 from ryot.report.rows import (
     Report,
@@ -285,7 +286,7 @@ class _Run:
         if self.options.tune and not self.options.quick and any(v.tune for v in self.plan.variants):
             self._open(cluster)
         kernels: dict[str, KernelPlan] = {}
-        inference: dict[str, InferencePlan] = {}
+        inference: dict[str, ExportSettings] = {}
         cache_dir, threads = self.settings.cache_dir, self.options.threads
         with self._stage("tune") as said:
             for variant in self.plan.variants:
@@ -295,12 +296,7 @@ class _Run:
                 training = tune_on_cluster(cluster, variant, dataset, cache_dir, threads=threads)
                 export = choose_inference(variant.model.spec, cache_dir)
                 kernels[variant.name] = training.plan
-                inference[variant.name] = InferencePlan(
-                    int8_block_size=export.quantize.int8_block_size,
-                    int4_block_size=export.quantize.int4_block_size,
-                    fastest=export.latency,
-                    prefill_attention=export.quantize.prefill_attention,
-                )
+                inference[variant.name] = export.settings
                 log.info("%s\n%s", format_training(variant.name, training), format_inference(export))
                 said["status"] = "cached" if training.cached and export.cached else "end"
                 said["detail"] = f"{variant.name} trains with {format_plan(training.plan)}"

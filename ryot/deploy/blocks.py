@@ -108,10 +108,15 @@ def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray 
                 x,
                 g.constant(f"{name}.q{matrix.bits}", matrix.packed()),
                 g.constant(f"{name}.q{matrix.bits}_scales", matrix.scales_NC),
+                _zero_points(g, name, matrix),
+                "",  # order of the inputs, which is not used
+                bias_name,
             ]
+            while not inputs[-1]:
+                inputs.pop()
             return g.node(
                 "MatMulNBits",
-                [*inputs, "", "", bias_name] if bias_name else inputs,
+                inputs,
                 [out],
                 domain=MS,
                 bits=matrix.bits,
@@ -132,9 +137,10 @@ def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
     packed_VD = matrix.packed().reshape(len(matrix.codes_NCE), -1)
     table = g.constant(f"{name}.q{matrix.bits}_rows", packed_VD)
     scales = g.constant(f"{name}.q{matrix.bits}_scales", matrix.scales_NC)
+    zeros = _zero_points(g, name, matrix)
     return g.node(
         "GatherBlockQuantized",
-        [table, ids, scales],
+        [table, ids, scales, zeros] if zeros else [table, ids, scales],
         [out],
         domain=MS,
         bits=matrix.bits,
@@ -142,6 +148,12 @@ def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
         gather_axis=0,
         quantize_axis=1,
     )
+
+
+def _zero_points(g: GraphBuilder, name: str, matrix: BlockMatrix) -> str:
+    """The zero codes of a matrix that has its own; no name where the operator's default holds."""
+    zeros = matrix.packed_zeros()
+    return "" if zeros is None else g.constant(f"{name}.q{matrix.bits}_zeros", zeros)
 
 
 @dataclass(frozen=True, slots=True)

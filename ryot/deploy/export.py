@@ -21,7 +21,6 @@ from ryot.deploy.blocks import OPSET
 from ryot.deploy.card import render_card
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.forms import (
-    QuantizeOptions,
     build_graphs,
     check_precision,
     pair_matrices,
@@ -29,10 +28,20 @@ from ryot.deploy.forms import (
     split_pair,
 )
 from ryot.deploy.golden import make_golden
-from ryot.deploy.quality import MAX_BPB_RATIO, REFERENCE, EvalData, Quality, evaluate_forms, quality_windows, worst
-from ryot.deploy.quantize import CacheForm, Quantized, Quantizer, round_to_nearest
+from ryot.deploy.quality import (
+    MAX_BPB_RATIO,
+    REFERENCE,
+    EvalData,
+    Quality,
+    divergence_at_depth,
+    evaluate_artifacts,
+    quality_windows,
+    worst,
+)
+from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.standard import StandardGraph
-from ryot.deploy.verify import PARITY_ROWS, SAFETY, ParityResult, check_parity, reference_logits
+from ryot.deploy.verify import PARITY_ROWS, PARITY_TOKENS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
 from ryot.scratch import scratch_folder
@@ -44,7 +53,7 @@ log = logging.getLogger(__name__)
 #: Oldest onnxruntime that is supported, and the oldest whose attention reads an int8 cache: 1.24 refuses the graph, and
 #: 1.25 and 1.26 load it and fail when it is run. Bundles were run with 1.24 to 1.32.
 ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.27"
-FLOAT_CACHE = CacheForm()
+FLOAT_CACHE = CacheFormat()
 #: Held-out prompts of the context's length that a bundle carries, for measuring.
 NUM_PROMPTS = 16
 
@@ -56,7 +65,7 @@ class ExportOptions:
     name: str = "ryot"
     variant: str = ""
     seed: int = 0
-    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    settings: ExportSettings = field(default_factory=ExportSettings)
     max_bpb_ratio: float = MAX_BPB_RATIO
     """Bits per byte over those of fp32, above which a form is no candidate."""
     split: str = "test"
@@ -66,7 +75,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormResult:
+class ArtifactResult:
     """One exported form and the judgement on its quality."""
 
     precision: str
@@ -88,8 +97,8 @@ def export_variant(
     data: EvalData,
     *,
     options: ExportOptions,
-    on_form: Callable[[FormResult], None] = lambda _: None,
-) -> list[FormResult]:
+    on_artifact: Callable[[ArtifactResult], None] = lambda _: None,
+) -> list[ArtifactResult]:
     """Export a checkpoint in every precision to `out_root/PRECISION`, gate and score each.
 
     The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all forms are scored against
@@ -98,30 +107,30 @@ def export_variant(
     """
     for precision in precisions:
         check_precision(precision)
-    check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     weights = load_decoder_weights(checkpoint)
     context = weights.spec.max_seq_len
-    windows = quality_windows(data, options.split, context)
+    parity_windows = data.windows(options.split, PARITY_ROWS, min(context, PARITY_TOKENS))[:, :-1]
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
     prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
     identity = _Identity(checkpoint, weights, options, data.corpus_sha256, prompts)
     with scratch_folder("export") as scratch:
-        quantizer = Quantizer(weights, data, options.quantize, options.max_bpb_ratio, scratch)
+        quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch)
         singles = {"fp32": quantizer.quantize("fp32")}
         parity = check_parity(
             load_model(checkpoint),
             _export(identity, scratch / "fp32", "fp32", singles, FLOAT_CACHE, None, 0.0),
-            windows[:PARITY_ROWS, :-1],
+            parity_windows,
         )
         singles |= {half: quantizer.quantize(half) for half in halves if half not in singles}
         cache = quantizer.choose_cache()
-        qualities = _score(quantizer, precisions, singles, cache, windows, data)
+        qualities = _score(quantizer, precisions, singles, cache, data, options)
     results = []
     for precision in precisions:
         quality = qualities[precision]
         path = _export(identity, out_root / precision, precision, singles, cache, quality, parity.tolerance)
         results.append(_judge(precision, path, parity, quality, options.max_bpb_ratio))
-        on_form(results[-1])
+        on_artifact(results[-1])
     return results
 
 
@@ -129,9 +138,9 @@ def _score(
     quantizer: Quantizer,
     precisions: Sequence[str],
     singles: Mapping[str, Quantized],
-    cache: CacheForm,
-    windows: NDArray[np.int64],
+    cache: CacheFormat,
     data: EvalData,
+    options: ExportOptions,
 ) -> dict[str, Quality]:
     """The quality of each precision; of a pair, in each figure the worse of its two graphs.
 
@@ -144,8 +153,14 @@ def _score(
         if form.is_pair:
             graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, cache.scales)
     if cache.scales is None:
-        graphs.pop("fp32", None)
-    found = evaluate_forms(quantizer.reference, graphs, windows, data.byte_lengths)
+        graphs.pop("fp32", None)  # parity holds it against the reference
+    context = quantizer.context
+    windows = quality_windows(data, options.split, context)
+    found = evaluate_artifacts(
+        quantizer.reference, graphs, windows, data.byte_lengths, max_bpb_ratio=options.max_bpb_ratio
+    )
+    depth, kl = divergence_at_depth(quantizer.reference, graphs, data, options.split, context)
+    found |= {name: dataclasses.replace(found[name], depth=depth, depth_kl=kl[name]) for name in kl}
     found.setdefault("fp32", found[REFERENCE])
     return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in precisions}
 
@@ -158,26 +173,26 @@ def export_form(
     options: ExportOptions,
     prompts: NDArray[np.int64],
     corpus_sha256: str = "",
-    cache: CacheForm = FLOAT_CACHE,
+    cache: CacheFormat = FLOAT_CACHE,
 ) -> Path:
-    """Build the bundle of one precision at `target`, rounded to nearest and not scored; it appears whole or not at all.
+    """Build the bundle of one precision at `target`, by RTN and not scored; it appears whole or not at all.
 
     `prompts` are held-out token ids [n, context] that golden prompts and measurements are made from. `cache` has the
     type that `options` name.
     """
-    assert cache.dtype == options.quantize.kv_dtype
+    assert cache.dtype == options.settings.kv_dtype
     check_precision(precision)
-    check_onnxruntime(ort.__version__, onnxruntime_min(options.quantize))
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     weights = load_decoder_weights(checkpoint)
-    singles = {half: round_to_nearest(weights, half, options.quantize) for half in split_pair(precision)}
+    singles = {half: quantize_rtn(weights, half, options.settings) for half in split_pair(precision)}
     _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
     identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
     return _export(identity, target, precision, singles, cache, None, SAFETY * torch_error)
 
 
-def onnxruntime_min(options: QuantizeOptions) -> str:
+def onnxruntime_min(settings: ExportSettings) -> str:
     """The oldest onnxruntime that runs graphs of these options."""
-    return ONNXRUNTIME_MIN_INT8_KV if options.kv_dtype == "int8" else ONNXRUNTIME_MIN
+    return ONNXRUNTIME_MIN_INT8_KV if settings.kv_dtype == "int8" else ONNXRUNTIME_MIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +206,9 @@ class _Identity:
     prompts: NDArray[np.int64]
 
 
-def _judge(precision: str, path: Path, parity: ParityResult, quality: Quality, limit: float) -> FormResult:
+def _judge(precision: str, path: Path, parity: ParityResult, quality: Quality, limit: float) -> ArtifactResult:
     passed = quality.bpb_ratio <= limit
-    return FormResult(
+    return ArtifactResult(
         precision=precision,
         path=path,
         size_bytes=load_bundle(path, verify=False).size_bytes,
@@ -209,7 +224,7 @@ def _export(
     target: Path,
     precision: str,
     singles: Mapping[str, Quantized],
-    cache: CacheForm,
+    cache: CacheFormat,
     quality: Quality | None,
     rounding_error: float,
 ) -> Path:
@@ -223,12 +238,12 @@ def _export(
                 form,
                 data,
                 kv_scales=cache.scales,
-                prefill_attention=identity.options.quantize.prefill_attention,
+                prefill_attention=identity.options.settings.prefill_attention,
             )
             for name, model in graphs.items():
                 (stage / name).write_bytes(serialize(model))
         bundle.copy_checkpoint_files(identity.checkpoint, stage)
-        bundle.write_requirements(stage, onnxruntime_min(identity.options.quantize))
+        bundle.write_requirements(stage, onnxruntime_min(identity.options.settings))
         bundle.write_genai_config(stage, weights.spec, token_ids=_token_ids(), shared_buffer=True)
         bundle.copy_runtime(stage)
         values = _manifest_values(identity, precision, singles, cache, quality)
@@ -250,7 +265,7 @@ def _manifest_values(
     identity: _Identity,
     precision: str,
     singles: Mapping[str, Quantized],
-    cache: CacheForm,
+    cache: CacheFormat,
     quality: Quality | None,
 ) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
@@ -264,17 +279,17 @@ def _manifest_values(
             precision,
             cache.dtype,
             # All scores at once take so much memory a row, and rows together are no faster.
-            prompt_by_row="+" in precision and options.quantize.prefill_attention == "full",
+            prompt_by_row="+" in precision and options.settings.prefill_attention == "full",
         ),
         "eos_token_ids": [END_OF_TEXT_ID],
         "bos_token_id": END_OF_TEXT_ID,
         "opset": OPSET,
-        "onnxruntime_min": onnxruntime_min(options.quantize),
+        "onnxruntime_min": onnxruntime_min(options.settings),
         "golden": [],
         "tolerance": 0.0,
         "prompts": identity.prompts[:NUM_PROMPTS].tolist(),
         "quantization": {
-            **dataclasses.asdict(options.quantize),
+            **dataclasses.asdict(options.settings),
             "kv_cache": dict(cache.record),
             **{half: dict(singles[half].record) for half in split_pair(precision)},
         },

@@ -4,49 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import onnx
 
 from ryot.config import PRECISIONS, GraphAttention, unknown
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
-from ryot.deploy.matrices import BLOCK_SIZES, Matrix, block_size_for, quantize_blocks, quantize_dynamic
+from ryot.deploy.matrices import Matrix, block_size_for, quantize_blocks, quantize_dynamic
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.errors import ConfigError
 
 STANDARD_GRAPH = "model.onnx"
-KVDtype = Literal["float32", "int8"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizeOptions:
-    """How a form is made from weights."""
-
-    int8_block_size: int = 128
-    """Input features that share a scale at 8 bits; a matrix whose width it does not divide takes a smaller one."""
-    int4_block_size: int = 128
-    """The same at 4 bits."""
-    dynamic_bits: int = 7
-    """Bits of dynamic-int8 weights: 7 where the CPU saturates (x86 without VNNI), 8 elsewhere."""
-    kv_dtype: KVDtype = "float32"
-    """Type of the key-value cache."""
-    prefill_attention: GraphAttention = "flash"
-    """How a pair's prefill graph attends; a graph that decodes too has `flash`, which is faster at depth."""
-
-    def __post_init__(self) -> None:
-        for name in ("int8_block_size", "int4_block_size"):
-            if getattr(self, name) not in BLOCK_SIZES:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {BLOCK_SIZES}")
-        if self.dynamic_bits not in (7, 8):
-            raise ConfigError(f"dynamic_bits: got {self.dynamic_bits!r}, expected 7 or 8")
-        for name, known in (("kv_dtype", KVDtype), ("prefill_attention", GraphAttention)):
-            if getattr(self, name) not in get_args(known):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(get_args(known))}")
-
-    def block_size(self, bits: int) -> int:
-        """The block size at 4 or 8 bits."""
-        return self.int4_block_size if bits == 4 else self.int8_block_size
 
 
 def check_precision(precision: str) -> None:
@@ -71,7 +40,7 @@ def num_bytes(matrices: Mapping[str, Matrix]) -> int:
     return sum(matrix.num_bytes for matrix in matrices.values())
 
 
-def quantize_matrices(weights: DecoderWeights, precision: str, options: QuantizeOptions) -> dict[str, Matrix]:
+def quantize_matrices(weights: DecoderWeights, precision: str, settings: ExportSettings) -> dict[str, Matrix]:
     """Each matrix in the form of a single (not paired) precision, rounded to nearest.
 
     The embedding is in blocks in every quantized form, and so is a head that is tied to it: lookup and product read
@@ -84,9 +53,9 @@ def quantize_matrices(weights: DecoderWeights, precision: str, options: Quantize
     for name in matrices:
         values = weights[f"{name}.weight"]
         if precision == "int8-dyn" and name != "embedding":
-            matrices[name] = quantize_dynamic(values, bits=options.dynamic_bits)
+            matrices[name] = quantize_dynamic(values, bits=settings.dynamic_bits)
             continue
-        block_size = options.block_size(bits)
+        block_size = settings.block_size(bits)
         if name in table_names(weights):
             # Rows without padding, which a lookup needs.
             block_size = block_size_for(weights.spec.dim, block_size)

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ryot.deploy.settings import BLOCK_SIZES
 from ryot.models.tensors import FloatArray
 
 ByteArray = NDArray[np.uint8]
-
-#: Block sizes that MatMulNBits and GatherBlockQuantized have kernels for.
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +51,15 @@ class DynamicMatrix:
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """4 or 8 bits with one scale for each block of input features; codes are unsigned around 2^(bits-1)."""
+    """4 or 8 bits; each block of input features has a scale and the code that stands for 0."""
 
     codes_NCE: ByteArray
     """One code a byte, not packed; values past K are the zero code."""
     scales_NC: FloatArray
     bits: int
     num_inputs: int
+    zeros_NC: ByteArray | None = None
+    """The zero code of each block; None where all are 2^(bits-1), which then is not stored."""
 
     @property
     def block_size(self) -> int:
@@ -67,19 +67,23 @@ class BlockMatrix:
 
     @property
     def num_bytes(self) -> int:
-        return self.codes_NCE.size * self.bits // 8 + self.scales_NC.nbytes
+        zeros = 0 if self.zeros_NC is None else len(self.zeros_NC) * (self.zeros_NC.shape[1] * self.bits + 7) // 8
+        return self.codes_NCE.size * self.bits // 8 + self.scales_NC.nbytes + zeros
 
     def packed(self) -> ByteArray:
         """Codes as the runtime stores them, [N, C, E * bits / 8]; of two 4-bit codes the first is the low half."""
-        if self.bits == 8:
-            return self.codes_NCE
-        low, high = self.codes_NCE[..., 0::2], self.codes_NCE[..., 1::2]
-        return np.bitwise_or(low, np.left_shift(high, 4), dtype=np.uint8)
+        return self.codes_NCE if self.bits == 8 else _pack_pairs(self.codes_NCE)
+
+    def packed_zeros(self) -> ByteArray | None:
+        """Zero codes as the runtime stores them, [N, C * bits / 8] rounded up."""
+        if self.zeros_NC is None or self.bits == 8:
+            return self.zeros_NC
+        return _pack_pairs(np.pad(self.zeros_NC, ((0, 0), (0, self.zeros_NC.shape[1] % 2))))
 
     def dequantize(self) -> FloatArray:
         """The values the runtime multiplies with, [N, K]."""
-        zero = 1 << (self.bits - 1)
-        values = (self.codes_NCE.astype(np.float32) - zero) * self.scales_NC[..., None]
+        zeros = 1 << (self.bits - 1) if self.zeros_NC is None else self.zeros_NC[..., None].astype(np.float32)
+        values = (self.codes_NCE.astype(np.float32) - zeros) * self.scales_NC[..., None]
         return values.reshape(len(values), -1)[:, : self.num_inputs]
 
 
@@ -131,6 +135,11 @@ def encode_blocks(blocks: FloatArray, scales: FloatArray, bits: int) -> ByteArra
     """Codes nearest to `blocks` under the given scales."""
     zero = 1 << (bits - 1)
     return np.clip(np.rint(blocks / scales[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+
+
+def _pack_pairs(codes: ByteArray) -> ByteArray:
+    """Two 4-bit codes a byte along the last axis, the first in the low half."""
+    return np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], 4), dtype=np.uint8)
 
 
 def quantize_blocks(values_NK: FloatArray, *, bits: int, block_size: int) -> BlockMatrix:

@@ -47,12 +47,6 @@ class StandardGraph:
         logits = results.pop("logits")
         return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
 
-    def run_taps(self, ids_BS: NDArray[np.int64]) -> dict[str, FloatArray]:
-        """Inputs [B * S, K] of each matrix product of a graph that was built with taps."""
-        results = self._run(ids_BS, None)
-        taps = {name.removesuffix(".tap"): x for name, x in results.items() if name.endswith(".tap")}
-        return {name: x.reshape(-1, x.shape[-1]) for name, x in taps.items()}
-
     def _run(self, ids_BS: NDArray[np.int64], past: Past | None) -> dict[str, NDArray]:
         B, S = ids_BS.shape
         past = self._empty(B) if past is None else past
@@ -78,11 +72,10 @@ def write_standard_graph(
     matrices: Mapping[str, Matrix],
     *,
     kv_scales: KVScales | None = None,
-    taps: bool = False,
 ) -> StandardGraph:
     """Build the standard graph alone in an empty folder and load it."""
     with DataFile(folder / DATA_NAME) as data:
-        model = build_graph("standard", weights, matrices, data, kv_scales=kv_scales, taps=taps)
+        model = build_graph("standard", weights, matrices, data, kv_scales=kv_scales)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
     return StandardGraph(path)

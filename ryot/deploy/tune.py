@@ -23,7 +23,7 @@ from ryot.config import GraphAttention, build_from_mapping, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import QuantizeOptions, serialize
+from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph
 from ryot.deploy.matrices import (
     BlockMatrix,
@@ -32,9 +32,10 @@ from ryot.deploy.matrices import (
     Matrix,
     block_size_for,
 )
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
-from ryot.edge.machine import describe_cpu, sums_int8_exactly
+from ryot.edge.machine import describe_cpu
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
 from ryot.scratch import scratch_folder
@@ -88,8 +89,8 @@ class Candidate:
 class InferenceDecision:
     """What to export for one shape on one CPU, with its evidence."""
 
-    quantize: QuantizeOptions
-    """Block sizes, dynamic bits, and how a pair's prefill graph attends."""
+    settings: ExportSettings
+    """Block sizes, how a pair's prefill graph attends, the fastest precision; int8-dyn's bits are up to the targets."""
     one_session: str
     """The precision that is fastest with one copy of the weights."""
     latency: str
@@ -151,12 +152,11 @@ def timed_part(spec: DecoderSpec) -> DecoderSpec:
 
 def format_decision(decision: InferenceDecision) -> str:
     """The decision and every candidate, one a line, for people."""
-    q = decision.quantize
+    q = decision.settings
     lines = [
         f"inference on {decision.cpu}, onnxruntime {decision.onnxruntime}: fastest {decision.latency}, "
         f"with one copy of the weights {decision.one_session}; blocks of {q.int8_block_size} (int8) and "
-        f"{q.int4_block_size} (int4), dynamic int8 with {q.dynamic_bits} bits, {q.prefill_attention} attention in a "
-        "pair's prefill"
+        f"{q.int4_block_size} (int4); {q.prefill_attention} attention in a pair's prefill"
     ]
     lines += [
         f"  {c.label:<13} prompt {c.prefill_ms:9.3f} ms  token {c.decode_ms:8.4f} ms  {c.verdict}".rstrip()
@@ -196,11 +196,11 @@ def decide(
         verdicts[dynamic.label].append("prefill of the fastest pair")
         verdicts[partner.label].append("decode of the fastest pair")
     return InferenceDecision(
-        quantize=QuantizeOptions(
+        settings=ExportSettings(
             int8_block_size=best["int8"].block_size,
             int4_block_size=best["int4"].block_size,
-            dynamic_bits=8 if sums_int8_exactly(cpu["isa"]) else 7,
             prefill_attention=dynamic.attention,
+            fastest=latency,
         ),
         one_session=single.precision,
         latency=latency,
@@ -214,7 +214,7 @@ def decide(
 def _best_block(candidates: list[Candidate], precision: str, spec: DecoderSpec) -> Candidate:
     """The block size fastest in decode; the usual one unless another is clearly faster."""
     mine = [c for c in candidates if c.precision == precision]
-    usual = block_size_for(spec.dim, QuantizeOptions().int8_block_size)
+    usual = block_size_for(spec.dim, ExportSettings().int8_block_size)
     preferred = next((c for c in mine if c.block_size == usual), mine[-1])
     fastest = min(mine, key=lambda c: c.decode_ms)
     return fastest if fastest.decode_ms * MIN_GAIN < preferred.decode_ms else preferred
@@ -264,7 +264,7 @@ def _random_matrix(
         codes = generator.integers(-63, 64, (N, K), dtype=np.int8)
         return DynamicMatrix(codes, np.full(N, 1e-3, np.float32))
     bits = 4 if precision == "int4" else 8
-    size = block_size_for(K, block_size or QuantizeOptions().int8_block_size)
+    size = block_size_for(K, block_size or ExportSettings().int8_block_size)
     blocks = -(-K // size)
     codes_NCE = generator.integers(0, 1 << bits, (N, blocks, size), dtype=np.uint8)
     return BlockMatrix(codes_NCE, np.full((N, blocks), 1e-3, np.float32), bits, K)
@@ -319,5 +319,5 @@ _MANIFEST: dict[str, Any] = {
 
 def _build(values: Mapping[str, Any]) -> InferenceDecision:
     candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
-    quantize = build_from_mapping(QuantizeOptions, values["quantize"], "quantize")
-    return InferenceDecision(**{**values, "candidates": candidates, "quantize": quantize})
+    settings = build_from_mapping(ExportSettings, values["settings"], "settings")
+    return InferenceDecision(**{**values, "candidates": candidates, "settings": settings})

@@ -10,9 +10,10 @@ import torch
 from ryot.config import PRECISIONS
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.export import ExportOptions, export_form
-from ryot.deploy.forms import QuantizeOptions, serialize
+from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph, float_matrices
-from ryot.deploy.quantize import CacheForm, observe_kv_scales
+from ryot.deploy.quantize import CacheFormat, observe_kv_scales
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
@@ -182,14 +183,14 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
     form, checkpoint, ids, tmp_path, attention, max_len
 ):
     observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
-    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8", prefill_attention=attention))
+    options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
     path = export_form(
         checkpoint,
         "int8-dyn+int8",
         tmp_path / "pair",
         options=options,
         prompts=np.zeros((1, CONTEXT), np.int64),
-        cache=CacheForm(scales=observed, record={"method": "per-channel"}),
+        cache=CacheFormat(scales=observed, record={"method": "per-channel"}),
     )
     bundle = load_bundle(path)
     engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (OnnxruntimeEngine, CApiEngine)]
@@ -210,14 +211,14 @@ def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_b
     form, checkpoint, ids, tmp_path, attention, engine, monkeypatch
 ):
     observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
-    options = ExportOptions(quantize=QuantizeOptions(kv_dtype="int8", prefill_attention=attention))
+    options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
     path = export_form(
         checkpoint,
         "int8-dyn+int8",
         tmp_path / "pair",
         options=options,
         prompts=np.zeros((1, CONTEXT), np.int64),
-        cache=CacheForm(scales=observed, record={"method": "per-channel"}),
+        cache=CacheFormat(scales=observed, record={"method": "per-channel"}),
     )
     bundle = load_bundle(path)
     assert not bundle.prefill_takes_past
@@ -244,7 +245,7 @@ def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_b
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int8-dyn+int8"])
 @pytest.mark.parametrize("engine", [OnnxruntimeEngine, CApiEngine])
 def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_path, precision, engine, monkeypatch):
-    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
     bundle = load_bundle(export_form(checkpoint, precision, tmp_path / "b", options=options, prompts=prompts))
     whole = engine(bundle, batch_size=3)
@@ -312,7 +313,7 @@ def test_a_bundle_built_twice_is_byte_identical(checkpoint, precision, tmp_path)
 
 
 def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkpoint, tmp_path):
-    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     for precision in ("int8-dyn", "int8-dyn+int8"):
         prompts = np.zeros((1, CONTEXT), np.int64)
         export_form(checkpoint, precision, tmp_path / precision, options=options, prompts=prompts)
@@ -324,7 +325,7 @@ def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkp
 
 
 def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alone(checkpoint, ids, tmp_path):
-    options = ExportOptions(quantize=QuantizeOptions(prefill_attention="full"))
+    options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
     bundle = load_bundle(export_form(checkpoint, "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts))
     together, alone = OnnxruntimeEngine(bundle, batch_size=len(ids)), OnnxruntimeEngine(bundle)

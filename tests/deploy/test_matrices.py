@@ -10,13 +10,13 @@ from onnx import TensorProto
 from ryot.deploy import blocks
 from ryot.deploy.datafile import LARGE_BYTES, PAGE_BYTES, DataFile
 from ryot.deploy.matrices import (
-    BLOCK_SIZES,
+    BlockMatrix,
     FloatMatrix,
     block_size_for,
     quantize_blocks,
     quantize_dynamic,
 )
-from ryot.deploy.rounding import round_by_error, round_by_search
+from ryot.deploy.settings import BLOCK_SIZES
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 
 N, K = 48, 256
@@ -101,23 +101,42 @@ def test_a_matrix_of_zeros_stays_zero():
         assert not form(zeros).dequantize().any()
 
 
-def test_error_aware_rounding_changes_outputs_least():
-    r = np.random.default_rng(0)
-    weights = r.standard_normal((N, K)).astype(np.float32)
-    # Inputs as a network has them: correlated, and a few much larger than the rest.
-    x = (r.standard_normal((4096, 32)) @ r.standard_normal((32, K)) + 0.3 * r.standard_normal((4096, K))).astype(
-        np.float32
-    )
-    x *= np.exp(r.standard_normal(K)).astype(np.float32)
-    moments = (x.T @ x).astype(np.float64) / len(x)
-    forms = {
-        "nearest": quantize_blocks(weights, bits=4, block_size=64),
-        "search": round_by_search(weights, np.diag(moments).astype(np.float32), bits=4, block_size=64),
-        "error": round_by_error(weights, moments, bits=4, block_size=64),
-    }
-    error = {name: np.square(x @ (form.dequantize() - weights).T).mean() for name, form in forms.items()}
-    assert error["error"] < 0.5 * error["nearest"]
-    assert error["search"] < error["nearest"]
+def random_blocks(bits, size, rows=N, width=K, seed=0):
+    """A matrix with every code and every zero point somewhere, and scales that differ."""
+    r = np.random.default_rng(seed)
+    codes = r.integers(0, 1 << bits, (rows, -(-width // size), size), dtype=np.uint8)
+    zeros = r.integers(0, 1 << bits, codes.shape[:2], dtype=np.uint8)
+    scales = r.uniform(0.5, 1.5, codes.shape[:2]).astype(np.float32)
+    return BlockMatrix(codes, scales, bits, width, zeros)
+
+
+@pytest.mark.parametrize("width", [256, 224])
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_are_what_the_runtime_multiplies_with(bits, size, width, tmp_path):
+    matrix = random_blocks(bits, size, width=width)
+    # Whole numbers up to 127 whose largest is in every block: int8 holds them exactly, so no rounding is left.
+    x = np.random.default_rng(1).integers(-127, 128, (1, 3, width)).astype(np.float32)
+    x[..., ::16] = 127
+    expected = x.astype(np.float64) @ matrix.dequantize().astype(np.float64).T
+    found = run_product(tmp_path, matrix, x)
+    # float32 sums of some hundred terms.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_with_zero_points_are_looked_up(bits, size, tmp_path):
+    matrix = random_blocks(bits, size)
+    ids = np.array([[0, N - 1, 7]])
+    with DataFile(tmp_path / "data") as data:
+        g = blocks.GraphBuilder("lookup", data)
+        g.input("ids", TensorProto.INT64, ["B", "S"])
+        g.output(blocks.embed(g, "ids", "table", matrix), TensorProto.FLOAT, ["B", "S", K])
+        model = g.model()
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    found = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"ids": ids})[0]
+    np.testing.assert_allclose(found, matrix.dequantize()[ids], rtol=1e-6)
 
 
 def test_equal_contents_share_their_place_and_large_ones_begin_a_page(tmp_path):

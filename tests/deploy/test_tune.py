@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ryot.deploy.forms import QuantizeOptions
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.tune import Candidate, choose_inference, decide, format_decision
-from ryot.edge.machine import describe_cpu, sums_int8_exactly
 
 from .conftest import CONFIGS
 
@@ -39,8 +38,8 @@ def choose(**times):
 def test_the_usual_block_size_stays_unless_another_is_clearly_faster():
     rest = {"fp32": (9.0, 9.0), "int8dyn": (1.0, 5.0), "int4_64": (5.0, 5.0)}
     # 64 is what the usual 128 comes to at a width of 64.
-    assert choose(**rest, int8_32=(5.0, 0.99), int8_64=(5.0, 1.0)).quantize.int8_block_size == 64
-    assert choose(**rest, int8_32=(5.0, 0.90), int8_64=(5.0, 1.0)).quantize.int8_block_size == 32
+    assert choose(**rest, int8_32=(5.0, 0.99), int8_64=(5.0, 1.0)).settings.int8_block_size == 64
+    assert choose(**rest, int8_32=(5.0, 0.90), int8_64=(5.0, 1.0)).settings.int8_block_size == 32
 
 
 def test_a_pair_is_chosen_only_where_a_second_copy_of_the_weights_pays():
@@ -57,9 +56,9 @@ def test_a_pair_is_chosen_only_where_a_second_copy_of_the_weights_pays():
 def test_a_pairs_prompt_takes_the_faster_attention_and_what_decodes_too_keeps_flash():
     times = {"fp32": (99.0, 9.0), "int8dyn": (10.0, 2.0), "int8_64": (30.0, 1.0), "int4_64": (30.0, 1.1)}
     faster = choose(**times, int8dyn_full=(9.0, 3.0))
-    assert (faster.quantize.prefill_attention, faster.latency) == ("full", "int8-dyn+int8")
+    assert (faster.settings.prefill_attention, faster.latency) == ("full", "int8-dyn+int8")
     assert {c.label: c.verdict for c in faster.candidates}["int8-dyn/full"] == "prefill of the fastest pair"
-    assert choose(**times, int8dyn_full=(9.9, 1.0)).quantize.prefill_attention == "flash"
+    assert choose(**times, int8dyn_full=(9.9, 1.0)).settings.prefill_attention == "flash"
     # A second copy of the weights pays only with the faster prompt, and one graph for both would decode slower.
     one = {**times, "int8dyn": (30.0, 1.0)}
     assert choose(**one).latency == choose(**one).one_session
@@ -72,14 +71,7 @@ def test_scores_that_would_take_much_memory_are_not_tried_at_once(tmp_path, monk
         monkeypatch.setattr("ryot.deploy.tune.MAX_SCORE_BYTES", limit)
         decision = choose_inference(CONFIGS["llama"], tmp_path / str(tried))
         assert any(c.attention == "full" for c in decision.candidates) == tried
-    assert decision.quantize.prefill_attention == "flash"
-
-
-def test_dynamic_weights_have_seven_bits_where_the_cpu_saturates():
-    times = dict.fromkeys(("fp32", "int8dyn", "int8dyn_full", "int8_64", "int4_64"), (1.0, 1.0))
-    assert choose(**times).quantize.dynamic_bits == 7
-    vnni = decide(CONFIGS["llama"], candidates(**times), {**CPU, "isa": ["avx2", "avx-vnni"]}, num_layers=2)
-    assert vnni.quantize.dynamic_bits == 8
+    assert decision.settings.prefill_attention == "flash"
 
 
 def test_a_decision_is_measured_once_for_a_cpu_and_shape(tmp_path):
@@ -90,11 +82,10 @@ def test_a_decision_is_measured_once_for_a_cpu_and_shape(tmp_path):
     assert [c.label for c in first.candidates if c.attention == "full"] == ["int8-dyn/full"]
     # Blocks above the width would be padding: 64 and 32 are the ones that differ.
     assert sorted({c.block_size for c in first.candidates}) == [0, 32, 64]
-    assert first.quantize.dynamic_bits == (8 if sums_int8_exactly(describe_cpu()["isa"]) else 7)
     again = choose_inference(CONFIGS["opt"], tmp_path)
     assert again.cached
-    assert (again.quantize, again.candidates) == (first.quantize, first.candidates)
-    assert isinstance(again.quantize, QuantizeOptions)
+    assert (again.settings, again.candidates) == (first.settings, first.candidates)
+    assert isinstance(again.settings, ExportSettings)
     choose_inference(CONFIGS["llama"], tmp_path)
     assert len(list((tmp_path / "inference").glob("*.json"))) == 2
     for path in (tmp_path / "inference").glob("*.json"):

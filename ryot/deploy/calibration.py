@@ -1,0 +1,139 @@
+"""What calibration text says of each matrix: the second moments of its inputs, and how much its outputs matter.
+
+    # B windows, T tokens, N output features, K input features, D model dim, V vocabulary
+
+Both come of one decoder in torch that shares the checkpoint's arrays. Activations are not kept: each matrix sums them
+up, or is rounded, when the forward pass reaches it.
+
+How much an output matters is the diagonal of the Fisher information: with labels drawn from the model itself, the mean
+squared gradient g of the loss by an output y is the curvature of KL there, so an independent error e of that output
+costs about g^2 e^2 / 2 nats (Martens 2020, arXiv:1412.1193, section 9). Summed over outputs this puts all matrices on
+one scale, before any quantized graph exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ryot.deploy.weights import DecoderWeights
+from ryot.train.checkpoint import build_decoder
+
+#: Tokens of one backward pass: its activations are what takes memory.
+SENSITIVITY_WINDOW = 128
+#: Rows of the output matrix that are multiplied at a time; a whole vocabulary of logits takes much memory.
+LOGIT_ROWS = 128
+
+OnMatrix = Callable[[str, Tensor], Tensor | None]
+"""Called with a matrix's name and its inputs' moments [K, K]; returns new values [N, K] to go on with, or None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """Mean squared gradient of the loss by the outputs of each matrix product, [N], and by a looked-up row, [D]."""
+
+    outputs: dict[str, Tensor]
+    lookup_D: Tensor
+    counts_V: Tensor
+    """How often each row is looked up in the calibration text, as a share of its tokens."""
+
+    def product_cost(self, name: str, errors_N: Tensor) -> float:
+        """Nats of KL that mean squared output errors [N] of a product cost, to second order."""
+        return 0.5 * float(self.outputs[name] @ errors_N)
+
+    def lookup_cost(self, errors_VD: Tensor) -> float:
+        """The same of errors [V, D] in the rows of a table."""
+        return 0.5 * float(self.counts_V @ (errors_VD.square() @ self.lookup_D))
+
+
+def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, seed: int = 0) -> Sensitivity:
+    """One forward and backward pass over token windows [B, T], with labels drawn from the model's own predictions."""
+    model = build_decoder(weights.spec, weights.arrays)
+    generator = torch.Generator().manual_seed(seed)
+    energy: dict[str, Tensor] = {}
+
+    def add(name: str, gradient_BTN: Tensor) -> None:
+        square = gradient_BTN.flatten(0, -2).square().sum(dim=0)
+        energy[name] = energy[name] + square if name in energy else square
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            out.register_hook(functools.partial(add, name))
+
+        return see
+
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_hook(watch(name))
+    pieces = _cut(windows, SENSITIVITY_WINDOW)
+    for ids_T in pieces:
+        # The gradient by this leaf is the one by the rows looked up; no other leaf is asked for one.
+        table_TD = model.table_VE[ids_T].requires_grad_()
+        x_BTD, _ = model.trunk(torch.arange(len(ids_T))[None], table_TD)
+        gradient_BTD, head_V = _label_gradients(x_BTD.detach(), model.head_weight_VE(model.table_VE), generator)
+        x_BTD.backward(gradient_BTD)
+        assert table_TD.grad is not None
+        add("lookup", table_TD.grad)
+        energy[weights.head] = energy.get(weights.head, 0) + head_V
+    tokens = sum(map(len, pieces))
+    counts_V = torch.bincount(torch.from_numpy(windows.reshape(-1)), minlength=weights.spec.vocab_size) / windows.size
+    lookup_D = energy.pop("lookup") / tokens
+    outputs = {name: square / tokens for name, square in energy.items()}
+    return Sensitivity(outputs=outputs, lookup_D=lookup_D, counts_V=counts_V)
+
+
+@torch.no_grad()
+def capture_moments(weights: DecoderWeights, windows: NDArray[np.int64], on_matrix: OnMatrix) -> None:
+    """One forward pass over token windows [B, T] that hands each matrix's input moments to `on_matrix`, in order.
+
+    What is not returned is freed: the moments of one matrix exist at a time.
+    """
+    model = build_decoder(weights.spec, weights.arrays)
+
+    def moments(x_BTK: Tensor) -> Tensor:
+        x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
+        return x_MK.T @ x_MK / len(x_MK)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if (values_NK := on_matrix(name, moments(inputs[0]))) is not None:
+                module.weight = nn.Parameter(values_NK, requires_grad=False)
+
+        return see
+
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    for layer in model.layers:
+        # The keys and values of all tokens, which nobody reads, would be kept till the end.
+        layer.register_forward_hook(lambda module, inputs, out: (out[0], None))
+    x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
+    on_matrix(weights.head, moments(x_BTD))
+
+
+def _layer_linears(weights: DecoderWeights) -> list[str]:
+    return [name for name in weights.linears if name != weights.head]
+
+
+def _cut(windows: NDArray[np.int64], length: int) -> list[Tensor]:
+    """Pieces of at most `length` tokens of the windows."""
+    return [piece for window in windows for piece in torch.from_numpy(window).split(length)]
+
+
+def _label_gradients(x_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The loss gradient by the head's inputs, for labels drawn from its own distribution; the squared one by logits."""
+    x_TD = x_BTD[0]
+    gradients, head_V = [], torch.zeros(len(head_VD))
+    for rows_RD in x_TD.split(LOGIT_ROWS):
+        p_RV = F.linear(rows_RD, head_VD).softmax(dim=-1)
+        labels_R = torch.multinomial(p_RV, 1, generator=generator)
+        # Over labels the mean squared gradient of a logit is p (1 - p), which has no noise.
+        head_V += (p_RV - p_RV.square()).sum(dim=0)
+        p_RV.scatter_add_(1, labels_R, torch.full(labels_R.shape, -1.0))
+        gradients.append(p_RV @ head_VD)
+    return torch.cat(gradients)[None], head_V

@@ -1,0 +1,109 @@
+"""Weights that a source holds in blocks of few bits already, and what MatMulNBits can hold of them without rounding.
+
+    # N output features, C blocks along K, E values of one block
+
+A value is `code * scale + minimum`. MatMulNBits' is `(code - zero) * scale` with a whole zero code: the same where the
+minimum is a whole multiple of the scale, which GGUF's symmetric types (Q4_0, Q5_0, Q8_0, Q6_K) are by construction and
+its types with a float minimum (Q4_1, Q5_1, Q4_K, Q5_K) are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ryot.deploy.matrices import BlockMatrix, ByteArray
+from ryot.deploy.settings import BLOCK_SIZES
+from ryot.models.tensors import FloatArray
+
+#: Values of a block in GGUF's types of one level.
+GGUF_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """A matrix as its source holds it: `code * scale + minimum`."""
+
+    codes_NCE: ByteArray
+    scales_NC: FloatArray
+    minimums_NC: FloatArray
+    """The value of code 0."""
+
+    def dequantize(self) -> FloatArray:
+        """The values, [N, K]."""
+        values = self.codes_NCE * self.scales_NC[..., None] + self.minimums_NC[..., None]
+        return values.reshape(len(values), -1)
+
+
+class BlockSource(Protocol):
+    """A source that may hold matrices in blocks; `blocks` returns None for one that it holds otherwise."""
+
+    def blocks(self, name: str) -> StoredBlocks | None: ...
+
+
+def repack(stored: StoredBlocks) -> BlockMatrix | None:
+    """The same values for MatMulNBits, at 4 bits if their codes allow; None where that would round.
+
+    A zero code that all blocks have in the middle is not stored.
+    """
+    codes, scales = stored.codes_NCE, np.where(stored.scales_NC == 0, np.float32(1), stored.scales_NC)
+    bits = 4 if codes.max(initial=0) < 16 else 8
+    # Where the scale is 0 so are all values, and any code stands for 0.
+    empty = stored.scales_NC == 0
+    if codes.shape[2] not in BLOCK_SIZES or (empty & (stored.minimums_NC != 0)).any():
+        return None
+    whole = np.rint(-stored.minimums_NC / scales)
+    if (whole * scales != -stored.minimums_NC).any() or whole.min(initial=0) < 0 or whole.max(initial=0) >= 1 << bits:
+        return None
+    middle = np.uint8(1 << (bits - 1))
+    zero_codes = np.where(empty, middle, whole.astype(np.uint8))
+    codes = np.where(empty[..., None], middle, codes)
+    num_inputs = codes.shape[1] * codes.shape[2]
+    return BlockMatrix(codes, scales, bits, num_inputs, None if (zero_codes == middle).all() else zero_codes)
+
+
+def read_gguf_blocks(rows: ByteArray, kind: str) -> StoredBlocks | None:
+    """The rows [N, bytes] of a GGUF tensor in blocks of 32; None for a type (`Q4_0`, …) that is held otherwise.
+
+    Layouts: ggml's `block_q4_0`, `block_q4_1` and `block_q8_0` (ggml-common.h, read 2026-11-26).
+    """
+    if kind not in _GGUF:
+        return None
+    size, read = _GGUF[kind]
+    return read(rows.reshape(len(rows), -1, size))
+
+
+def _read_q8_0(blocks: ByteArray) -> StoredBlocks:
+    scales = _half(blocks, 0)
+    codes = (blocks[..., 2:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)
+    return StoredBlocks(codes, scales, scales * -128)
+
+
+def _read_q4_0(blocks: ByteArray) -> StoredBlocks:
+    scales = _half(blocks, 0)
+    return StoredBlocks(_nibbles(blocks[..., 2:]), scales, scales * -8)
+
+
+def _read_q4_1(blocks: ByteArray) -> StoredBlocks:
+    return StoredBlocks(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2))
+
+
+def _half(blocks: ByteArray, offset: int) -> FloatArray:
+    """A float16 that stands at an offset of each block."""
+    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _nibbles(packed: ByteArray) -> ByteArray:
+    """Values of 4 bits: the low halves of all bytes first, then the high ones."""
+    return np.concatenate((packed & 15, packed >> 4), axis=-1)
+
+
+_GGUF: dict[str, tuple[int, Callable[[NDArray[np.uint8]], StoredBlocks]]] = {
+    "Q8_0": (2 + GGUF_BLOCK, _read_q8_0),
+    "Q4_0": (2 + GGUF_BLOCK // 2, _read_q4_0),
+    "Q4_1": (4 + GGUF_BLOCK // 2, _read_q4_1),
+}

@@ -1,0 +1,54 @@
+"""Matrices that a GGUF holds in blocks: read as gguf's own dequantizer reads them, repacked without rounding or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ryot.deploy.stored import StoredBlocks, read_gguf_blocks, repack
+
+gguf = pytest.importorskip("gguf", reason="the extra for GGUF files is not installed")
+from gguf.quants import dequantize, quantize  # noqa: E402
+
+
+def quantized(kind):
+    values = np.random.default_rng(0).standard_normal((24, 128)).astype(np.float32)
+    values[3, 32:64] = 0
+    tensor_type = gguf.GGMLQuantizationType[kind]
+    rows = quantize(values, tensor_type)
+    return rows, dequantize(rows, tensor_type)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_hold_what_ggufs_own_dequantizer_gives(kind):
+    rows, expected = quantized(kind)
+    # One rounding of float32: gguf subtracts the zero before it multiplies.
+    np.testing.assert_allclose(read_gguf_blocks(rows, kind).dequantize(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
+def test_symmetric_types_are_repacked_to_the_last_bit(kind, bits):
+    rows, expected = quantized(kind)
+    matrix = repack(read_gguf_blocks(rows, kind))
+    assert (matrix.bits, matrix.block_size, matrix.zeros_NC) == (bits, 32, None)
+    assert (matrix.dequantize() == expected).all()
+
+
+def test_a_float_minimum_is_not_repacked():
+    rows, _ = quantized("Q4_1")
+    assert repack(read_gguf_blocks(rows, "Q4_1")) is None
+
+
+def test_whole_zero_codes_are_kept_and_those_outside_the_codes_refused():
+    codes = np.random.default_rng(0).integers(0, 16, (2, 2, 32), dtype=np.uint8)
+    scales = np.array([[0.5, 0.1], [0.3, 0.7]], np.float32)
+    zeros = np.array([[3, 0], [15, 8]])
+    stored = StoredBlocks(codes, scales, (-zeros * scales).astype(np.float32))
+    matrix = repack(stored)
+    assert (matrix.zeros_NC == zeros).all()
+    np.testing.assert_allclose(matrix.dequantize(), stored.dequantize(), rtol=1e-5, atol=1e-6)
+    assert repack(StoredBlocks(codes, scales, scales * -16)) is None
+
+
+def test_other_types_are_left_to_the_dequantizer():
+    assert read_gguf_blocks(np.zeros((1, 144), np.uint8), "Q4_K") is None

@@ -31,11 +31,12 @@ from tokenizers import Tokenizer, models
 
 import ryot.deploy
 from ryot.config import ModelConfig, digest
-from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_form
+from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_unscored
 from ryot.deploy.forms import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
@@ -156,7 +157,7 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: ExportSe
             shutil.rmtree(target.parent, ignore_errors=True)  # made under another decision, or by another version
             precision = name.removeprefix("genai ").removesuffix(KV8)
             what = ExportOptions(settings=quantize)
-            export_form(checkpoint, precision, target, options=what, prompts=prompts[:1], cache=cache)
+            export_unscored(open_folder(checkpoint), precision, target, options=what, prompts=prompts[:1], cache=cache)
         made[name] = str(target)
 
     for form in ("fp32", *FORMS):
@@ -189,7 +190,7 @@ def _reference(cfg: DecoderSpec, checkpoint: Path) -> dict[str, Any]:
 
 def _read_bytes(cfg: DecoderSpec, checkpoint: Path, options: ExportSettings) -> dict[str, int]:
     """Bytes of weights that one decode step reads: all matrices, of an embedding that is no head only a row."""
-    weights = load_decoder_weights(checkpoint)
+    weights = load_decoder_weights(open_folder(checkpoint))
     found = {}
     for precision in ("fp32", "int8-dyn", "int8", "int4"):
         matrices = quantize_matrices(weights, precision, options)

@@ -1,8 +1,8 @@
-"""`ryot-deploy export`: a checkpoint as bundles, gated on parity and scored on held-out text."""
+"""`ryot-deploy export`: a model as bundles, gated on parity and scored on held-out text; or as a file for others."""
 
 from __future__ import annotations
 
-import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from click.core import ParameterSource
 from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, data_option, verbose_option
 from ryot.config import PRECISIONS
 
-log = logging.getLogger(__name__)
-
 
 @click.command("export", context_settings=HELP)
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("source")
 @click.option(
     "--precisions",
     metavar="LIST",
@@ -26,67 +24,144 @@ log = logging.getLogger(__name__)
     help=f"Weight formats, separated by commas: {', '.join(PRECISIONS)}",
 )
 @click.option(
+    "--context",
+    metavar="TOKENS",
+    type=click.IntRange(min=1),
+    help="Tokens that prompt and answer may have together  [default: as many as the model has]",
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="NAME",
+    multiple=True,
+    help="Device that the bundles must run on: a name or a file; may be repeated  [default: this machine]",
+)
+@click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
     default="float32",
     show_default=True,
     help="Type of the key-value cache: int8 takes a quarter of the memory and reads faster at depth",
 )
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["bundle", "hf", "gguf"]),
+    default="bundle",
+    show_default=True,
+    help="What to make: bundles, a Hugging Face folder, or a GGUF file",
+)
+@click.option(
+    "--gguf-type", type=click.Choice(["F16", "Q8_0"]), default="F16", show_default=True, help="Weights of a GGUF file"
+)
 @data_option
 @click.option(
-    "-o", "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder for the bundles"
+    "-o",
+    "--output",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the bundles; with --to the folder or file to write",
 )
 @verbose_option
 @click.pass_context
 def command(
     ctx: click.Context,
-    checkpoint: Path,
+    source: str,
     precisions: tuple[str, ...],
+    context: int | None,
+    targets: tuple[str, ...],
     kv_cache: Any,
+    form: str,
+    gguf_type: Any,
     data: tuple[str, ...],
     output: Path,
 ) -> int:
-    """Export a Hugging Face checkpoint (Llama or OPT) as one bundle a precision.
+    """Export a model as one bundle per precision.
 
-    The fp32 graph is checked against torch, the others against fp32 on held-out text: the test part of --data, by
-    default of the standard library's source. Ends with exit code 4 when a form named by
-    --precisions breaches its quality limit.
+    SOURCE is a Hugging Face folder, a .gguf file, or org/name[@revision] of the Hugging Face hub. The float32 graph is
+    checked against torch, and the reading of the model against transformers where that is installed; the others are
+    scored against float32 on held-out text: the test part of --data, by default of the standard library's source.
+    Ends with exit code 4 when a precision named by --precisions breaches its quality limit.
 
-    Example: ryot-deploy export /tmp/checkpoint --precisions fp32,int8 -o /tmp/forms
+    Example: ryot-deploy export ./SmolLM2-135M-Instruct --precisions int8,int4 -o /tmp/bundles
     """
+    from ryot.deploy.sources.opening import open_checkpoint
+    from ryot.errors import EXIT_OK, EXIT_QUALITY
+
+    checkpoint = open_checkpoint(source)
+    if form == "hf":
+        from ryot.deploy.sources.write_hf import write_hf
+
+        write_hf(checkpoint, output)
+        click.echo(output)
+        return EXIT_OK
+    if form == "gguf":
+        from ryot.deploy.sources.write_gguf import write_gguf
+
+        write_gguf(checkpoint, output, gguf_type)
+        click.echo(output)
+        return EXIT_OK
+
     check_output_folder(output)
     from tabulate import tabulate
 
     from ryot.config import replace
-    from ryot.deploy.export import ExportOptions, export_variant
+    from ryot.deploy.artifact import ExportOptions
+    from ryot.deploy.export import export_variant
+    from ryot.deploy.forms import check_precision
+    from ryot.deploy.quality import MAX_BPB_RATIO
     from ryot.deploy.settings import dynamic_bits
+    from ryot.deploy.text_check import open_text
     from ryot.deploy.tune import choose_inference, format_decision
-    from ryot.errors import EXIT_OK, EXIT_QUALITY
-    from ryot.train.checkpoint import load_tokenizer, read_checkpoint_spec
+    from ryot.deploy.weights import source_spec
+    from ryot.report.targets import load_targets
     from ryot.train.corpus import load_corpus
-    from ryot.train.dataset import HeldOutText
 
-    spec = read_checkpoint_spec(checkpoint)
-    text = HeldOutText(load_corpus(data), load_tokenizer(checkpoint))
+    begin = time.monotonic()
+
+    def tell(text: str) -> None:
+        click.echo(f"{time.monotonic() - begin:6.1f} s  {text}", err=True)
+
+    for precision in precisions:
+        check_precision(precision)
+    devices = load_targets(targets)
+    spec = source_spec(checkpoint, context)
+    text = open_text(checkpoint, load_corpus(data), spec)
+    tell(f"{checkpoint.where}: {spec.num_parameters / 1e6:.1f} M parameters, context {spec.max_seq_len}")
     decision = choose_inference(spec, cache_dir())
-    log.info("%s", format_decision(decision))
-    settings = replace(decision.settings, kv_dtype=kv_cache, dynamic_bits=dynamic_bits([None]))
-    options = ExportOptions(name="ryot", variant=checkpoint.name, settings=settings)
-    forms = export_variant(checkpoint, output, precisions, text, options=options)
+    tell(format_decision(decision).splitlines()[0])
+    bits = dynamic_bits([t.device.isa if t.device else None for t in devices] or [None])
+    options = ExportOptions(
+        name=Path(checkpoint.where).stem,
+        variant=Path(checkpoint.where).stem,
+        settings=replace(decision.settings, kv_dtype=kv_cache, dynamic_bits=bits),
+        context=context,
+        oracle=True,
+        max_bpb_ratio=max((t.limits.get("bpb_ratio", MAX_BPB_RATIO) for t in devices), default=MAX_BPB_RATIO),
+    )
+    results = export_variant(checkpoint, output, precisions, text, options=options, tell=tell)
     rows = [
         (
-            f.precision,
-            f"{f.size_bytes / 1e6:.2f}",
-            f"{f.quality.bpb:.4f}",
-            f"{f.quality.bpb_ratio:.4f}",
-            f"{f.quality.kl:.5f}",
-            f"{100 * f.quality.top1:.1f}",
-            "PASS" if f.passed else f"FAIL: {f.reason}",
-            f.path,
+            r.precision,
+            f"{r.size_bytes / 1e6:.2f}",
+            f"{r.quality.bpb:.4f}",
+            f"{r.quality.bpb_ratio:.4f}",
+            f"{r.quality.kl:.5f}",
+            f"{100 * r.quality.top1:.1f}",
+            f"{r.quality.tokens:,}",
+            "PASS" if r.passed else f"FAIL: {r.reason}",
+            r.path,
         )
-        for f in forms
+        for r in results
     ]
-    headers = ("precision", "MB", "bits/byte", "of fp32", "KL nats", "top-1 %", "quality", "bundle")
-    click.echo(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5, "left", "left")))
+    headers = ("precision", "MB", "bits/byte", "of fp32", "KL nats", "top-1 %", "tokens", "quality", "bundle")
+    click.echo(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 6, "left", "left")))
+    parity, oracle = results[0].parity, results[0].oracle
+    click.echo(f"Parity: logits within {parity.max_difference:.2g} of torch's (limit {parity.tolerance:.2g}).")
+    if oracle.oracle:
+        click.echo(f"Oracle: within {oracle.max_difference:.2g} of {oracle.oracle} (limit {oracle.tolerance:.2g}).")
+    else:
+        click.echo(f"Oracle: none, {oracle.reason}.")
     named = ctx.get_parameter_source("precisions") is not ParameterSource.DEFAULT
-    return EXIT_QUALITY if named and not all(f.passed for f in forms) else EXIT_OK
+    return EXIT_QUALITY if named and not all(r.passed for r in results) else EXIT_OK

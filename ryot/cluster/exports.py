@@ -12,9 +12,11 @@ import ryot
 from ryot.cluster.jobs import TrainResult
 from ryot.cluster.journal import Journal
 from ryot.config import digest, replace, to_mapping
-from ryot.deploy.export import ArtifactResult, ExportOptions, export_variant
+from ryot.deploy.artifact import ExportOptions
+from ryot.deploy.export import ArtifactResult, export_variant
 from ryot.deploy.quality import MAX_BPB_RATIO
 from ryot.deploy.settings import ExportSettings, dynamic_bits
+from ryot.deploy.sources.folder import open_folder
 from ryot.errors import QualityError
 from ryot.events import Event, GateEvent, StageEvent, StageStatus
 from ryot.plan import RunPlan
@@ -85,7 +87,7 @@ class Exporter:
             config=to_mapping(variant),
         )
         try:
-            exported = export_variant(result.checkpoint, root, precisions, self.dataset, options=options)
+            exported = export_variant(open_folder(result.checkpoint), root, precisions, self.dataset, options=options)
         except QualityError as error:
             self._gate(result, "parity", passed=False, detail=str(error))
             return [

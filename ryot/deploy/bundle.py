@@ -18,9 +18,12 @@ from typing import Any
 import ryot
 from ryot.atomic import atomic_folder
 from ryot.deploy.forms import STANDARD_GRAPH, graph_files
+from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge import bundle as edge_bundle
+from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.errors import ExportError
 from ryot.models.spec import DecoderSpec
+from ryot.models.token_ids import TokenIds
 
 PACKAGE = Path(ryot.__file__).parent
 RUNTIME = "runtime"
@@ -62,14 +65,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_checkpoint_files(checkpoint: Path, folder: Path) -> None:
-    """Copy config and tokenizer files byte for byte. Raises `ExportError` when config or tokenizer is missing."""
-    for name in CHECKPOINT_FILES:
-        source = checkpoint / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-        elif name in ("config.json", "tokenizer.json"):
-            raise ExportError(f"checkpoint {checkpoint}: {name} is missing")
+def write_checkpoint_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint's configs and its tokenizer's files. Raises `ExportError` when it has no tokenizer."""
+    if TOKENIZER_NAME not in checkpoint.files:
+        raise ExportError(f"checkpoint {checkpoint.where}: {TOKENIZER_NAME} is missing")
+    write_json(folder / "config.json", checkpoint.config)
+    if checkpoint.generation_config:
+        write_json(folder / "generation_config.json", checkpoint.generation_config)
+    for name, content in checkpoint.files.items():
+        (folder / name).write_bytes(content)
 
 
 @functools.cache
@@ -118,7 +122,7 @@ def write_requirements(folder: Path, onnxruntime_min: str) -> None:
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_genai_config(folder: Path, spec: DecoderSpec, *, token_ids: Mapping[str, int], shared_buffer: bool) -> None:
+def write_genai_config(folder: Path, spec: DecoderSpec, token_ids: TokenIds, *, shared_buffer: bool) -> None:
     """`genai_config.json`, with which onnxruntime-genai runs the standard graph.
 
     Its type `llama` feeds no positions, `decoder` feeds what the graph has: learned positions.
@@ -151,10 +155,19 @@ def write_genai_config(folder: Path, spec: DecoderSpec, *, token_ids: Mapping[st
         "context_length": spec.max_seq_len,
         "vocab_size": spec.vocab_size,
         "decoder": decoder,
-        **token_ids,
+        **_genai_token_ids(token_ids),
     }
     search = {"max_length": spec.max_seq_len, "do_sample": False, "past_present_share_buffer": shared_buffer}
     write_json(folder / "genai_config.json", {"model": model, "search": search})
+
+
+def _genai_token_ids(ids: TokenIds) -> dict[str, Any]:
+    """The ids as onnxruntime-genai wants them: it needs a pad id, for which an end of text serves."""
+    named: dict[str, Any] = {} if ids.bos is None else {"bos_token_id": ids.bos}
+    if ids.eos:
+        named["eos_token_id"] = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
+    pad = ids.pad if ids.pad is not None else next(iter(ids.eos), 0)
+    return named | {"pad_token_id": pad}
 
 
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:

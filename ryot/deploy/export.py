@@ -1,35 +1,29 @@
-"""Exports a checkpoint: one bundle folder for each precision, each scored against fp32."""
+"""Exports a checkpoint: one bundle folder per precision, each scored against float32."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-import ryot
 from ryot.deploy import bundle
-from ryot.deploy.blocks import OPSET
-from ryot.deploy.card import render_card
-from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import (
-    build_graphs,
-    check_precision,
-    pair_matrices,
-    serialize,
-    split_pair,
+from ryot.deploy.artifact import (
+    FLOAT_CACHE,
+    ExportOptions,
+    Origin,
+    Scores,
+    build_artifact,
+    measured_prompt_tokens,
+    onnxruntime_min,
 )
-from ryot.deploy.golden import make_golden
+from ryot.deploy.forms import check_precision, split_pair
+from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
 from ryot.deploy.quality import (
-    MAX_BPB_RATIO,
     REFERENCE,
     EvalData,
     Quality,
@@ -39,51 +33,31 @@ from ryot.deploy.quality import (
     worst,
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn
-from ryot.deploy.settings import ExportSettings
+from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.deploy.standard import StandardGraph
-from ryot.deploy.verify import PARITY_ROWS, PARITY_TOKENS, SAFETY, ParityResult, check_parity, reference_logits
-from ryot.deploy.weights import DecoderWeights, load_decoder_weights
-from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
+from ryot.deploy.text_check import check_text
+from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
+from ryot.deploy.weights import load_decoder_weights
+from ryot.edge.bundle import check_onnxruntime, load_bundle
 from ryot.scratch import scratch_folder
-from ryot.train.checkpoint import checkpoint_digest, load_model
-from ryot.train.tokenizer import END_OF_TEXT_ID
+from ryot.train.checkpoint import build_decoder
 
-log = logging.getLogger(__name__)
-
-#: Oldest onnxruntime that is supported, and the oldest whose attention reads an int8 cache: 1.24 refuses the graph, and
-#: 1.25 and 1.26 load it and fail when it is run. Bundles were run with 1.24 to 1.32.
-ONNXRUNTIME_MIN, ONNXRUNTIME_MIN_INT8_KV = "1.24", "1.27"
-FLOAT_CACHE = CacheFormat()
-#: Held-out prompts of the context's length that a bundle carries, for measuring.
+#: Held-out prompts that a bundle carries, for measuring.
 NUM_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportOptions:
-    """What a bundle says about itself, and how its weights are quantized and judged."""
-
-    name: str = "ryot"
-    variant: str = ""
-    seed: int = 0
-    settings: ExportSettings = field(default_factory=ExportSettings)
-    max_bpb_ratio: float = MAX_BPB_RATIO
-    """Bits per byte over those of fp32, above which a form is no candidate."""
-    split: str = "test"
-    """The split that quality is reported on."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved recipe, kept in the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactResult:
-    """One exported form and the judgement on its quality."""
+    """One exported artifact and the judgement on its quality."""
 
     precision: str
     path: Path
     size_bytes: int
     """Of all the bundle's files."""
     parity: ParityResult
-    """Of the fp32 graphs that the form was quantized from."""
+    """Of the fp32 graphs that the artifact was quantized from."""
+    oracle: OracleResult
+    """What else the reading of the checkpoint was held against."""
     quality: Quality
     passed: bool
     reason: str
@@ -91,45 +65,59 @@ class ArtifactResult:
 
 
 def export_variant(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     out_root: Path,
     precisions: Sequence[str],
     data: EvalData,
     *,
     options: ExportOptions,
     on_artifact: Callable[[ArtifactResult], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[ArtifactResult]:
     """Export a checkpoint in every precision to `out_root/PRECISION`, gate and score each.
 
-    The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all forms are scored against
-    them on one pass over the held-out text. Raises `QualityError` when parity fails and nothing can be trusted; a form
-    that is merely worse than the limit comes back with `passed` false.
+    The tokenizer is tried first. The fp32 graphs are checked against torch, also where `fp32` is not asked for, and the
+    checkpoint against transformers where `options` say so; all artifacts are scored against float32 on one pass over
+    the held-out text. Raises `QualityError` when parity fails and nothing can be trusted; an artifact that is merely
+    worse than the limit comes back with `passed` false. `tell` hears of each stage.
     """
     for precision in precisions:
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
-    weights = load_decoder_weights(checkpoint)
-    context = weights.spec.max_seq_len
-    parity_windows = data.windows(options.split, PARITY_ROWS, min(context, PARITY_TOKENS))[:, :-1]
-    halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
-    prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
-    identity = _Identity(checkpoint, weights, options, data.corpus_sha256, prompts)
     with scratch_folder("export") as scratch:
+        files = scratch / "files"
+        files.mkdir()
+        bundle.write_checkpoint_files(checkpoint, files)
+        weights = load_decoder_weights(checkpoint, options.context)
+        text = check_text(files, vocab_size=weights.spec.vocab_size)
+        prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
+        origin = Origin(checkpoint, weights, options, text.token_ids, data.corpus_sha256, prompts)
         quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch)
         singles = {"fp32": quantizer.quantize("fp32")}
-        parity = check_parity(
-            load_model(checkpoint),
-            _export(identity, scratch / "fp32", "fp32", singles, FLOAT_CACHE, None, 0.0),
-            parity_windows,
-        )
-        singles |= {half: quantizer.quantize(half) for half in halves if half not in singles}
+        rows, tokens = parity_size(weights.spec)
+        windows = data.windows(options.split, rows, tokens)[:, :-1]
+        tell("checking the float32 graphs against torch")
+        model = build_decoder(weights.spec, weights.arrays)
+        fp32 = build_artifact(origin, scratch / "fp32", "fp32", singles, FLOAT_CACHE, Scores())
+        parity = check_parity(model, fp32, windows)
+        oracle = NO_ORACLE
+        if options.oracle:
+            tell("checking what was read against transformers")
+            oracle = check_oracle(checkpoint, model, windows, parity.tolerance, scratch)
+        halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
+        for half in halves:
+            if half not in singles:
+                tell(f"quantizing to {half}")
+                singles[half] = quantizer.quantize(half)
         cache = quantizer.choose_cache()
+        tell(f"scoring {', '.join(precisions)}")
         qualities = _score(quantizer, precisions, singles, cache, data, options)
     results = []
     for precision in precisions:
-        quality = qualities[precision]
-        path = _export(identity, out_root / precision, precision, singles, cache, quality, parity.tolerance)
-        results.append(_judge(precision, path, parity, quality, options.max_bpb_ratio))
+        tell(f"writing {precision}")
+        scores = Scores(quality=qualities[precision], rounding_error=parity.tolerance, parity=parity, oracle=oracle)
+        path = build_artifact(origin, out_root / precision, precision, singles, cache, scores)
+        results.append(_judge(precision, path, scores, options.max_bpb_ratio))
         on_artifact(results[-1])
     return results
 
@@ -165,8 +153,8 @@ def _score(
     return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in precisions}
 
 
-def export_form(
-    checkpoint: Path,
+def export_unscored(
+    checkpoint: Checkpoint,
     precision: str,
     target: Path,
     *,
@@ -183,126 +171,27 @@ def export_form(
     assert cache.dtype == options.settings.kv_dtype
     check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
-    weights = load_decoder_weights(checkpoint)
+    weights = load_decoder_weights(checkpoint, options.context)
+    with scratch_folder("export") as files:
+        bundle.write_checkpoint_files(checkpoint, files)
+        text = check_text(files, vocab_size=weights.spec.vocab_size)
     singles = {half: quantize_rtn(weights, half, options.settings) for half in split_pair(precision)}
-    _, torch_error = reference_logits(load_model(checkpoint), prompts[:1])
-    identity = _Identity(checkpoint, weights, options, corpus_sha256, prompts)
-    return _export(identity, target, precision, singles, cache, None, SAFETY * torch_error)
+    _, tokens = parity_size(weights.spec)
+    _, torch_error = reference_logits(build_decoder(weights.spec, weights.arrays), prompts[:1, :tokens])
+    origin = Origin(checkpoint, weights, options, text.token_ids, corpus_sha256, prompts)
+    return build_artifact(origin, target, precision, singles, cache, Scores(rounding_error=SAFETY * torch_error))
 
 
-def onnxruntime_min(settings: ExportSettings) -> str:
-    """The oldest onnxruntime that runs graphs of these options."""
-    return ONNXRUNTIME_MIN_INT8_KV if settings.kv_dtype == "int8" else ONNXRUNTIME_MIN
-
-
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """What all forms of one checkpoint have in common."""
-
-    checkpoint: Path
-    weights: DecoderWeights
-    options: ExportOptions
-    corpus_sha256: str
-    prompts: NDArray[np.int64]
-
-
-def _judge(precision: str, path: Path, parity: ParityResult, quality: Quality, limit: float) -> ArtifactResult:
-    passed = quality.bpb_ratio <= limit
+def _judge(precision: str, path: Path, scores: Scores, limit: float) -> ArtifactResult:
+    assert scores.quality is not None and scores.parity is not None
+    passed = scores.quality.bpb_ratio <= limit
     return ArtifactResult(
         precision=precision,
         path=path,
         size_bytes=load_bundle(path, verify=False).size_bytes,
-        parity=parity,
-        quality=quality,
+        parity=scores.parity,
+        oracle=scores.oracle,
+        quality=scores.quality,
         passed=passed,
-        reason="" if passed else f"bits per byte {quality.bpb_ratio:.4f} of fp32's, limit {limit:.4f}",
+        reason="" if passed else f"bits per byte {scores.quality.bpb_ratio:.4f} of fp32's, limit {limit:.4f}",
     )
-
-
-def _export(
-    identity: _Identity,
-    target: Path,
-    precision: str,
-    singles: Mapping[str, Quantized],
-    cache: CacheFormat,
-    quality: Quality | None,
-    rounding_error: float,
-) -> Path:
-    weights = identity.weights
-    form = pair_matrices(weights, precision, {half: q.matrices for half, q in singles.items()})
-    with bundle.staged_folder(target) as stage:
-        with DataFile(stage / DATA_NAME) as data:
-            graphs = build_graphs(
-                weights,
-                precision,
-                form,
-                data,
-                kv_scales=cache.scales,
-                prefill_attention=identity.options.settings.prefill_attention,
-            )
-            for name, model in graphs.items():
-                (stage / name).write_bytes(serialize(model))
-        bundle.copy_checkpoint_files(identity.checkpoint, stage)
-        bundle.write_requirements(stage, onnxruntime_min(identity.options.settings))
-        bundle.write_genai_config(stage, weights.spec, token_ids=_token_ids(), shared_buffer=True)
-        bundle.copy_runtime(stage)
-        values = _manifest_values(identity, precision, singles, cache, quality)
-        bundle.write_manifest(stage, values)
-        golden, tolerance = make_golden(
-            load_bundle(stage, verify=False),
-            weights,
-            form,
-            identity.prompts,
-            rounding_error=rounding_error,
-        )
-        (stage / "README.md").write_text(render_card(values), encoding="utf-8")
-        bundle.write_manifest(stage, {**values, "golden": golden, "tolerance": tolerance})
-    log.info("%s: exported to %s", precision, target)
-    return target
-
-
-def _manifest_values(
-    identity: _Identity,
-    precision: str,
-    singles: Mapping[str, Quantized],
-    cache: CacheFormat,
-    quality: Quality | None,
-) -> dict[str, Any]:
-    """The manifest without its list of files and its golden prompts."""
-    options, spec = identity.options, identity.weights.spec
-    return {
-        "name": options.name,
-        "variant": options.variant,
-        "seed": options.seed,
-        **bundle.graph_entries(
-            spec,
-            precision,
-            cache.dtype,
-            # All scores at once take so much memory a row, and rows together are no faster.
-            prompt_by_row="+" in precision and options.settings.prefill_attention == "full",
-        ),
-        "eos_token_ids": [END_OF_TEXT_ID],
-        "bos_token_id": END_OF_TEXT_ID,
-        "opset": OPSET,
-        "onnxruntime_min": onnxruntime_min(options.settings),
-        "golden": [],
-        "tolerance": 0.0,
-        "prompts": identity.prompts[:NUM_PROMPTS].tolist(),
-        "quantization": {
-            **dataclasses.asdict(options.settings),
-            "kv_cache": dict(cache.record),
-            **{half: dict(singles[half].record) for half in split_pair(precision)},
-        },
-        "quality": {} if quality is None else quality.as_dict(),
-        "provenance": {
-            "checkpoint_sha256": checkpoint_digest(identity.checkpoint),
-            "corpus_sha256": identity.corpus_sha256,
-            "ryot_version": ryot.__version__,
-            **{f"{name}_version": version(name) for name in ("torch", "onnx", "onnxruntime")},
-        },
-        "config": json.loads(json.dumps(dict(options.config))),
-    }
-
-
-def _token_ids() -> dict[str, int]:
-    return {f"{name}_token_id": END_OF_TEXT_ID for name in ("bos", "eos", "pad")}

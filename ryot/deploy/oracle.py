@@ -1,7 +1,7 @@
-"""The independent oracle: transformers' own logits for a checkpoint, computed in a process of its own.
+"""The independent oracle: transformers' own logits, token ids and texts for a checkpoint, in a process of its own.
 
 The parity gate compares graphs with our torch decoder, and both come from one reading of the checkpoint, so a fault in
-that reading would pass it. Where transformers is installed it reads the same folder by itself.
+that reading would pass it. Where transformers is installed it reads the checkpoint by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,71 +19,108 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ryot.deploy.sources.checkpoint import Checkpoint
+from ryot.deploy.sources.write_hf import write_hf
 from ryot.errors import QualityError
-from ryot.models.tensors import FloatArray
+from ryot.train.model import Decoder
+
+log = logging.getLogger(__name__)
 
 #: How many times the tolerance of the parity gate: transformers makes its rotary angles in float32, which we do not.
 ANGLE_SAFETY = 4
-TIMEOUT_S = 600
+TIMEOUT_S = 1200
+#: Differences in texts that are listed; the rest is only counted.
+SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OracleResult:
     """What the checkpoint was held against, and what was found."""
 
-    oracle: str
+    oracle: str = ""
     """`transformers 5.1.0`, or empty where there was none."""
     reason: str = ""
     """Why there was none."""
+    converted: bool = False
+    """Whether it read a Hugging Face folder that was made here of another kind of file."""
     max_difference: float = 0.0
     """Largest difference of a logit."""
     tolerance: float = 0.0
     """What it may be."""
     tokens_compared: int = 0
     """Positions whose most likely token is sure enough that it has to be the same, and is."""
+    num_text_differences: int = 0
+    """Hard strings whose ids or text are others, and chats that are."""
+    text_differences: tuple[str, ...] = ()
+    """The first of them, in words."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def check_transformers(
-    folder: Path, ids_BT: NDArray[np.int64], expected_BTV: FloatArray, tolerance: float, scratch: Path
-) -> OracleResult:
-    """Compare transformers' float32 logits of the checkpoint in `folder` with ours.
+NO_ORACLE = OracleResult(reason="not asked")
 
-    Raises `QualityError` when they differ by more than a few times `tolerance`. A transformers that is not installed,
-    or cannot load this checkpoint, is no error: the result says so.
+
+def check_oracle(
+    checkpoint: Checkpoint, model: Decoder, ids_BT: NDArray[np.int64], tolerance: float, scratch: Path
+) -> OracleResult:
+    """Compare transformers' float32 logits of a checkpoint with those of `model`, and its texts with ours.
+
+    Raises `QualityError` when logits differ by more than a few times `tolerance`; a difference in texts is logged as a
+    warning. A transformers that is not installed, or cannot load this checkpoint, is no error: the result says so.
     """
     if importlib.util.find_spec("transformers") is None:
-        return OracleResult(oracle="", reason="transformers is not installed")
+        return OracleResult(reason="transformers is not installed")
+    # Where it has to be converted, transformers judges the config, the names and the shapes, not the dequantization.
+    converted = checkpoint.kind != "hf"
+    folder = scratch / "oracle" if converted else Path(checkpoint.where)
+    if converted:
+        write_hf(checkpoint, folder)
     np.save(scratch / "ids.npy", ids_BT)
     command = [sys.executable, "-m", "ryot.deploy.oracle", str(folder.resolve()), str(scratch)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=offline)
+    if converted:
+        shutil.rmtree(folder)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return OracleResult(oracle="", reason=f"transformers cannot run it: {lines[-1][:200]}")
-    name = json.loads((scratch / "oracle.json").read_text())["oracle"]
-    found_BTV = np.load(scratch / "logits.npy", mmap_mode="r")
+        return OracleResult(reason=f"transformers cannot run it: {lines[-1][:200]}")
+    said = json.loads((scratch / "oracle.json").read_text())
+    found_BTV = np.load(scratch / "logits.npy")
+    with torch.no_grad():
+        expected_BTV = model(torch.from_numpy(ids_BT)).numpy()
     tolerance *= ANGLE_SAFETY
     difference = float(np.abs(found_BTV - expected_BTV).max())
     if not difference <= tolerance:
         raise QualityError(
-            f"oracle: logits of {folder} differ from {name} by {difference:.3g}, expected at most {tolerance:.3g}",
+            f"oracle: logits of {checkpoint.where} differ from {said['oracle']} by {difference:.3g}, expected at most "
+            f"{tolerance:.3g}",
             hint="this checkpoint is read wrongly here; report it with its config.json",
         )
     best = np.partition(expected_BTV, -2, axis=-1)[..., -2:]
-    sure = best[..., 1] - best[..., 0] > 2 * tolerance
     # Logits as close as this order two tokens further apart in the same way, so the sure ones are equal.
-    return OracleResult(oracle=name, max_difference=difference, tolerance=tolerance, tokens_compared=int(sure.sum()))
+    sure = best[..., 1] - best[..., 0] > 2 * tolerance
+    for text in said["texts"][:SHOWN_DIFFERENCES]:
+        log.warning("%s: differs from %s: %s", checkpoint.where, said["oracle"], text)
+    return OracleResult(
+        oracle=said["oracle"],
+        converted=converted,
+        max_difference=difference,
+        tolerance=tolerance,
+        tokens_compared=int(sure.sum()),
+        num_text_differences=len(said["texts"]),
+        text_differences=tuple(said["texts"][:SHOWN_DIFFERENCES]),
+    )
 
 
 def _run(folder: Path, scratch: Path) -> None:
-    """Write transformers' logits for `ids.npy` beside it, and its version."""
-    import torch
+    """Write transformers' logits for `ids.npy` beside it, its version, and the texts that differ from ours."""
     import transformers
+
+    from ryot.deploy.text_check import compare_text
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -90,7 +129,8 @@ def _run(folder: Path, scratch: Path) -> None:
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(np.load(scratch / "ids.npy"))).logits
     np.save(scratch / "logits.npy", logits.numpy())
-    (scratch / "oracle.json").write_text(json.dumps({"oracle": f"transformers {transformers.__version__}"}))
+    said = {"oracle": f"transformers {transformers.__version__}", "texts": compare_text(folder)}
+    (scratch / "oracle.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
+from ryot.deploy.bundle import write_checkpoint_files
+from ryot.deploy.quality import WINDOW_TOKENS
+from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template, load_chat_template
 from ryot.edge.tokenizer import Tokenizer
 from ryot.edge.tokenizer_config import read_json
 from ryot.errors import BundleError, ConfigError, ExportError
+from ryot.models.spec import DecoderSpec
 from ryot.models.token_ids import TokenIds, read_token_ids
+from ryot.scratch import scratch_folder
+from ryot.train.checkpoint import load_tokenizer
+from ryot.train.corpus import Corpus
+from ryot.train.dataset import HeldOutText
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +60,6 @@ HARD_STRINGS = (
     "<s> </s> <unk> <pad> <bos> <eos> <|endoftext|> <|im_start|>user\nhi<|im_end|>",
     "<|begin_of_text|> <|eot_id|> <start_of_turn>model\nhi<end_of_turn>",
 )
-#: Differences from transformers that are listed; the rest is only counted.
-SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +75,6 @@ class TextCheck:
     num_lossless: int
     """Of these strings, how many come back from their ids unchanged."""
     chat_template: bool
-    reference: str
-    """What ids, texts and chats were compared with, such as `transformers 5.24.0`; empty if it is not installed."""
-    num_differences: int
-    differences: tuple[str, ...]
-    """The first of them, in words."""
 
 
 def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
@@ -83,8 +82,7 @@ def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
 
     `vocab_size` is the number of rows of the model's table. Raises `ExportError` for a tokenizer that cannot be read
     or streamed, that gives ids beyond the table for ordinary text, or with a template that jinja2 cannot read;
-    `CheckpointError` for a bos, eos or pad id beyond the table. Where transformers is installed what it does with the
-    same folder is compared; a difference is logged as a warning and recorded.
+    `CheckpointError` for a bos, eos or pad id beyond the table.
     """
     try:
         tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
@@ -99,9 +97,6 @@ def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
     if not token_ids.eos:
         log.warning("%s: no token ends a text; generation stops at the length asked for", checkpoint)
     num_lossless = _check_stream(tokenizer, checkpoint)
-    reference, differences = _compare(tokenizer, checkpoint, chat_template=chat_template)
-    for difference in differences[:SHOWN_DIFFERENCES]:
-        log.warning("%s: differs from %s: %s", checkpoint, reference, difference)
     return TextCheck(
         token_ids=token_ids,
         num_tokens=tokenizer.vocab_size,
@@ -109,9 +104,6 @@ def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
         num_strings=len(HARD_STRINGS),
         num_lossless=num_lossless,
         chat_template=chat_template,
-        reference=reference,
-        num_differences=len(differences),
-        differences=tuple(differences[:SHOWN_DIFFERENCES]),
     )
 
 
@@ -148,19 +140,31 @@ def _check_stream(tokenizer: Tokenizer, checkpoint: Path) -> int:
     return num_lossless
 
 
-def _compare(tokenizer: Tokenizer, checkpoint: Path, *, chat_template: bool) -> tuple[str, list[str]]:
-    """The reference and what differs from it; nothing where transformers is not installed or cannot read the folder."""
-    if find_spec("transformers") is None:
-        return "", []
+def open_text(checkpoint: Checkpoint, corpus: Corpus, spec: DecoderSpec) -> HeldOutText:
+    """A corpus under the tokenizer of a checkpoint, for scoring; each of its texts begins as the checkpoint's do.
+
+    Raises `ExportError` for a tokenizer that cannot be used, `CheckpointError` for token ids beyond the table, and
+    `DataError` for a corpus that is too short to score on.
+    """
+    with scratch_folder("tokenizer") as folder:
+        write_checkpoint_files(checkpoint, folder)
+        token_ids = check_text(folder, vocab_size=spec.vocab_size).token_ids
+        tokenizer = load_tokenizer(folder)
+    separator = next((i for i in (token_ids.bos, *token_ids.eos) if i is not None), None)
+    text = HeldOutText(corpus, tokenizer, separator)
+    text.check_sequences(min(spec.max_seq_len, WINDOW_TOKENS))
+    return text
+
+
+def compare_text(checkpoint: Path) -> list[str]:
+    """What ids, texts and chats of a checkpoint folder are other than in transformers, in words.
+
+    transformers must be installed. Raises what it raises when it cannot read the tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        other = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
-        log.warning(
-            "%s: transformers cannot read the tokenizer, so nothing was compared with it: %s", checkpoint, error
-        )
-        return "", []
+    tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
+    other = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     differences = []
     for text in HARD_STRINGS:
         for special in (True, False):
@@ -172,9 +176,9 @@ def _compare(tokenizer: Tokenizer, checkpoint: Path, *, chat_template: bool) -> 
         else:
             if tokenizer.decode(ids) != other.decode(ids, skip_special_tokens=True):
                 differences.append(f"text of the ids of {text[:30]!r}")
-    if chat_template:
+    if has_chat_template(checkpoint, tokenizer.config):
         differences += _compare_chat(tokenizer, checkpoint, other)
-    return f"transformers {version('transformers')}", differences
+    return differences
 
 
 def _compare_chat(tokenizer: Tokenizer, checkpoint: Path, other: object) -> list[str]:

@@ -23,6 +23,7 @@ from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import QualityError
+from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray
 from ryot.train.model import Decoder
 
@@ -32,6 +33,8 @@ SAFETY = 16
 #: Rows and tokens that parity is checked on, at most.
 PARITY_ROWS = 4
 PARITY_TOKENS = 256
+#: Logits that the check holds at a time, at most, as long as that leaves a few tokens.
+PARITY_LOGITS, MIN_PARITY_TOKENS = 8_000_000, 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +55,20 @@ class ParityResult:
         return dataclasses.asdict(self)
 
 
+def parity_size(spec: DecoderSpec) -> tuple[int, int]:
+    """Rows and tokens that parity is checked on: fewer tokens where a large vocabulary makes many logits of each."""
+    tokens = max(MIN_PARITY_TOKENS, PARITY_LOGITS // (PARITY_ROWS * spec.vocab_size))
+    return PARITY_ROWS, min(spec.max_seq_len, PARITY_TOKENS, tokens)
+
+
 def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) -> ParityResult:
     """Compare the fp32 bundle at `bundle_path` with `model` on token windows int64 [n, context or more].
 
     Prefill with an empty cache, cached decode at several past lengths, batches of one and more, and the greedy tokens
     of the fast graph. Raises `QualityError` naming the first part that is off.
     """
-    ids_BT = windows[:PARITY_ROWS, : min(windows.shape[1], model.spec.max_seq_len, PARITY_TOKENS)]
+    rows, length = parity_size(model.spec)
+    ids_BT = windows[:rows, :length]
     expected, torch_error = reference_logits(model, ids_BT)
     tolerance = SAFETY * torch_error
     graph = StandardGraph(bundle_path / load_bundle(bundle_path, verify=False).graphs["standard"])
@@ -66,9 +76,9 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
     for edges in _edges(ids_BT.shape[1]):
         # With a cache the fused attention takes one new token of each row, or several of one row.
         single = any(b - a > 1 for a, b in itertools.pairwise(edges[1:]))
-        rows = slice(0, 1) if single else slice(None)
-        found = _run_in_pieces(graph, ids_BT[rows], edges)
-        off = float(np.abs(found - expected[rows, : edges[-1]]).max())
+        some = slice(0, 1) if single else slice(None)
+        found = _run_in_pieces(graph, ids_BT[some], edges)
+        off = float(np.abs(found - expected[some, : edges[-1]]).max())
         if not off <= tolerance:
             raise QualityError(
                 f"parity: logits of {bundle_path.name} differ from torch by {off:.3g} with the text cut at {edges}, "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from ryot.models.spec import DecoderSpec, linear_names, table_names
+from ryot.deploy.sources.checkpoint import Checkpoint
+from ryot.models.registry import read_arrays, read_spec
+from ryot.models.spec import DecoderSpec, bounded_spec, linear_names, table_names
 from ryot.models.tensors import FloatArray
-from ryot.train.checkpoint import load_decoder_arrays, read_checkpoint_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,24 @@ class DecoderWeights:
         return table_names(self.spec)
 
 
-def load_decoder_weights(checkpoint: Path) -> DecoderWeights:
-    """Read `config.json` and `model.safetensors` of a checkpoint folder.
+def source_spec(checkpoint: Checkpoint, context: int | None = None) -> DecoderSpec:
+    """What the decoder of a checkpoint is made of, its context bounded to `context` tokens.
 
-    Raises `CheckpointError` for a family, a key or a tensor name that is not known, a head size that the runtime cannot
-    take, a file that is missing or cut short, a shape that does not fit the config, and values that are not finite.
+    Raises `CheckpointError` for a family or a key of its config that is not known, `ConfigError` for a context that the
+    model does not have.
     """
-    spec = read_checkpoint_spec(checkpoint)
-    return DecoderWeights(spec=spec, arrays=load_decoder_arrays(checkpoint, spec))
+    return bounded_spec(read_spec(checkpoint.config, checkpoint.where), context)
+
+
+def load_decoder_weights(checkpoint: Checkpoint, context: int | None = None) -> DecoderWeights:
+    """Read all of a checkpoint's weights, for a context of at most `context` tokens.
+
+    Raises like `source_spec`, and `CheckpointError` for a tensor that is missing, not known, of another shape than the
+    config says, or not finite.
+    """
+    spec = source_spec(checkpoint)
+    arrays = dict(read_arrays(spec, checkpoint.names(), checkpoint.load, checkpoint.where))
+    spec = bounded_spec(spec, context)
+    if spec.learned_positions:
+        arrays["positions.weight"] = arrays["positions.weight"][: spec.max_seq_len + spec.position_offset]
+    return DecoderWeights(spec=spec, arrays=arrays)

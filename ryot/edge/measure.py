@@ -45,11 +45,12 @@ _CHILD_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_
 
 
 def build_spec(bundle: Bundle, /, **overrides: Any) -> MeasureSpec:
-    """The default measurement of a bundle: a prompt that fills the context, three quarters decoded behind a quarter.
+    """The default measurement of a bundle: a prompt as long as those it carries, and decoding of such a length.
 
-    That is `pp128` and `tg96 @ d32` for a context of 128. Cores: the last ones of those allowed, as many as threads.
+    That is `pp128` and `tg96 @ d32`, three quarters behind a quarter, for prompts of 128. Cores: the last ones of
+    those allowed, as many as threads.
     """
-    context = bundle.model.context_length
+    context = min([bundle.model.context_length, *map(len, bundle.prompts)])
     threads = overrides.get("threads", 1)
     defaults: dict[str, Any] = {
         "bundle": str(bundle.path),

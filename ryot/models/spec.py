@@ -278,6 +278,17 @@ def _norm(name: str, spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]
         yield f"{name}.{kind}", (spec.dim,)
 
 
+def bounded_spec(spec: DecoderSpec, context: int | None) -> DecoderSpec:
+    """The same decoder with a context of at most `context` tokens; as it is for None.
+
+    Raises `ConfigError` for a context that the model does not have.
+    """
+    if context is None:
+        return spec
+    _require(0 < context <= spec.max_seq_len, "context", context, f"1 to the model's own {spec.max_seq_len} tokens")
+    return dataclasses.replace(spec, max_seq_len=context)
+
+
 def narrow_spec(spec: DecoderSpec, width: int) -> DecoderSpec:
     """The decoder that `spec` is cut to at `dim` = `width`: heads, kv heads and `ff_dim` in proportion.
 

@@ -73,17 +73,18 @@ class Dataset:
 class HeldOutText:
     """A corpus under any tokenizer, encoded split by split when it is asked for; for scoring, not for training."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, separator_id: int | None = END_OF_TEXT_ID):
+        """`separator_id` stands in front of each text; None for nothing."""
         self.corpus_sha256 = corpus.sha256
         self.byte_lengths = byte_lengths(tokenizer)
-        self._corpus, self._tokenizer = corpus, tokenizer
+        self._corpus, self._tokenizer, self._separator_id = corpus, tokenizer, separator_id
         self._tokens: dict[str, np.ndarray] = {}
 
     def check_sequences(self, length: int) -> None:
         """Raise `DataError` when a split has no sequence of `length`; takes far less than encoding all of the text."""
         for split in SPLITS:
             head = np.empty(0, np.int64)
-            for ids in encode_stream(self._tokenizer, self._corpus.texts(split), END_OF_TEXT_ID):
+            for ids in encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id):
                 head = np.concatenate([head, ids])
                 if len(head) > length:
                     break
@@ -92,7 +93,7 @@ class HeldOutText:
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
         """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
         if split not in self._tokens:
-            ids = encode_stream(self._tokenizer, self._corpus.texts(split), END_OF_TEXT_ID)
+            ids = encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id)
             dtype = _token_dtype(self._tokenizer.get_vocab_size())
             self._tokens[split] = np.concatenate([np.empty(0, dtype), *(i.astype(dtype) for i in ids)])
         return spread_windows(self._tokens[split], count, length, f"the {split} split")

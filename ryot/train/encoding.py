@@ -26,8 +26,8 @@ TELL_EVERY_S = 5.0
 Split = Callable[[str], Sequence[object]]
 
 
-def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], separator_id: int) -> Iterator[NDArray[np.int64]]:
-    """The ids of all texts, `separator_id` in front of each, in batches: int64 [n]."""
+def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], separator_id: int | None) -> Iterator[NDArray[np.int64]]:
+    """The ids of all texts, `separator_id` in front of each if there is one, in batches: int64 [n]."""
     batch: list[str] = []
     begins: list[bool] = []
     size = 0
@@ -35,7 +35,7 @@ def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], separator_id: int)
     def encode() -> NDArray[np.int64]:
         ids: list[int] = []
         for first, encoding in zip(begins, tokenizer.encode_batch_fast(batch, add_special_tokens=False)):
-            ids += [separator_id, *encoding.ids] if first else encoding.ids
+            ids += [separator_id, *encoding.ids] if first and separator_id is not None else encoding.ids
         return np.asarray(ids, dtype=np.int64)
 
     for text in texts:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ryot.deploy.calibration import capture_moments, measure_sensitivity
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.weights import load_decoder_weights
 from ryot.train.checkpoint import build_decoder
 
@@ -20,7 +21,7 @@ WITHIN = 5
 
 @pytest.fixture(scope="module")
 def weights(checkpoint):
-    return load_decoder_weights(checkpoint)
+    return load_decoder_weights(open_folder(checkpoint))
 
 
 @pytest.fixture(scope="module")

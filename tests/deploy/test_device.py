@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.artifact import ExportOptions
+from ryot.deploy.export import export_unscored
+from ryot.deploy.sources.folder import open_folder
 from ryot.edge.bundle import load_bundle
 from tests.conftest import build_environment
 
@@ -29,7 +31,9 @@ def device_python(tmp_path_factory):
 
 def test_a_bundle_verifies_and_generates_there(checkpoint, device_python, tmp_path):
     prompts = np.random.default_rng(0).integers(0, 384, (4, CONTEXT))
-    bundle = export_form(checkpoint, "int8-dyn+int4", tmp_path / "bundle", options=ExportOptions(), prompts=prompts)
+    bundle = export_unscored(
+        open_folder(checkpoint), "int8-dyn+int4", tmp_path / "bundle", options=ExportOptions(), prompts=prompts
+    )
     wanted = (device_python.parents[2] / "requirements.txt").read_text()
     assert (bundle / "requirements.txt").read_text() == wanted
     absent = "import importlib.util as u; assert not [m for m in ('torch', 'onnx', 'ray', 'ryot') if u.find_spec(m)]"
@@ -43,7 +47,9 @@ def test_a_bundle_verifies_and_generates_there(checkpoint, device_python, tmp_pa
 
 def test_changed_weights_are_refused_there(checkpoint, device_python, tmp_path):
     prompts = np.zeros((1, CONTEXT), np.int64)
-    bundle = export_form(checkpoint, "int8", tmp_path / "bundle", options=ExportOptions(), prompts=prompts)
+    bundle = export_unscored(
+        open_folder(checkpoint), "int8", tmp_path / "bundle", options=ExportOptions(), prompts=prompts
+    )
     data = bytearray((bundle / "model.onnx.data").read_bytes())
     data[1000] ^= 1
     (bundle / "model.onnx.data").write_bytes(data)

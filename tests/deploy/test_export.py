@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from ryot.config import PRECISIONS, ModelConfig
+from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.bundle import finish_bundle, runtime_modules
-from ryot.deploy.export import ExportOptions, export_variant
+from ryot.deploy.export import export_variant
 from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
 from ryot.deploy.quantize import Quantizer
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.verify import check_parity, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import load_bundle
@@ -60,7 +62,7 @@ def trained(request, tmp_path_factory, tokenizer, data):
 @pytest.fixture(scope="module")
 def forms(trained, data, tmp_path_factory):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
-    results = export_variant(trained, tmp_path_factory.mktemp("forms"), PRECISIONS, data, options=options)
+    results = export_variant(open_folder(trained), tmp_path_factory.mktemp("forms"), PRECISIONS, data, options=options)
     return {form.precision: form for form in results}
 
 
@@ -101,7 +103,7 @@ def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, t
     lost = max(four["bpb_ratio"] - 1, four["kl"] / four["reference_loss"])
     # A limit between what 4 bits cost and what 8 bits cost.
     limit = 1 + lost / 3
-    [form] = export_variant(trained, tmp_path, ["int4"], data, options=ExportOptions(max_bpb_ratio=limit))
+    [form] = export_variant(open_folder(trained), tmp_path, ["int4"], data, options=ExportOptions(max_bpb_ratio=limit))
     record = load_bundle(form.path).manifest["quantization"]["int4"]
     assert {label.split()[0] for label in record["formats"].values()} == {"4", "8"}
     assert four["bytes"] < record["bytes"] < forms["int8"].size_bytes
@@ -119,7 +121,7 @@ def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(train
             asked.append(split)
             return super().windows(split, count, length)
 
-    weights = load_decoder_weights(trained)
+    weights = load_decoder_weights(open_folder(trained))
     quantizer = Quantizer(
         weights, Asked(data.tokens, data.byte_lengths), ExportSettings(kv_dtype="int8"), 1.0001, tmp_path
     )
@@ -140,7 +142,7 @@ def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, forms, data
 
 
 def test_temporary_graphs_leave_the_disk_once_they_are_loaded(trained, data, tmp_path):
-    quantizer = Quantizer(load_decoder_weights(trained), data, ExportSettings(), 1.01, tmp_path)
+    quantizer = Quantizer(load_decoder_weights(open_folder(trained)), data, ExportSettings(), 1.01, tmp_path)
     graphs = [quantizer.graph(quantizer.quantize(precision).matrices) for precision in ("int8", "int4")]
     assert list(tmp_path.iterdir()) == []
     ids = data.windows("val", 1, CONTEXT)[:, :-1]
@@ -150,14 +152,14 @@ def test_temporary_graphs_leave_the_disk_once_they_are_loaded(trained, data, tmp
 
 def test_a_chosen_form_is_byte_identical_when_built_again(trained, data, tmp_path, forms):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
-    [again] = export_variant(trained, tmp_path, ["int4"], data, options=options)
+    [again] = export_variant(open_folder(trained), tmp_path, ["int4"], data, options=options)
     for path in sorted(p for p in again.path.rglob("*") if p.is_file()):
         first = forms["int4"].path / path.relative_to(again.path)
         assert first.read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_form_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_path):
-    [form] = export_variant(trained, tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5))
+    [form] = export_variant(open_folder(trained), tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5))
     assert not form.passed
     assert form.reason == f"bits per byte {form.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
 
@@ -165,7 +167,7 @@ def test_a_form_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_pat
 @pytest.mark.parametrize("precision", ["fp32", "int8-dyn+int8"])
 def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision):
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8"))
-    [form] = export_variant(trained, tmp_path, [precision], data, options=options)
+    [form] = export_variant(open_folder(trained), tmp_path, [precision], data, options=options)
     assert form.passed
     assert form.quality.kl > 0
     bundle = load_bundle(form.path)
@@ -191,7 +193,7 @@ def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(train
         uneven, spec=cfg, state=model.state_dict(), tokenizer_json=(trained / "tokenizer.json").read_bytes()
     )
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8"))
-    [form] = export_variant(uneven, tmp_path / "forms", ["fp32"], data, options=options)
+    [form] = export_variant(open_folder(uneven), tmp_path / "forms", ["fp32"], data, options=options)
     record = load_bundle(form.path).manifest["quantization"]["kv_cache"]
     kl = {c["method"]: c["kl"] for c in record["candidates"]}
     assert record["method"] == "per-channel"

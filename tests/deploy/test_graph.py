@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from ryot.config import PRECISIONS
+from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.export import export_unscored
 from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph, float_matrices
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
@@ -48,7 +50,9 @@ def run_standard(session, ids, past, start):
 def form(checkpoint, tmp_path_factory):
     """The fp32 bundle of each architecture and its torch model."""
     target = tmp_path_factory.mktemp("fp32") / "bundle"
-    export_form(checkpoint, "fp32", target, options=ExportOptions(), prompts=np.zeros((1, CONTEXT), np.int64))
+    export_unscored(
+        open_folder(checkpoint), "fp32", target, options=ExportOptions(), prompts=np.zeros((1, CONTEXT), np.int64)
+    )
     return target, load_model(checkpoint)
 
 
@@ -84,7 +88,7 @@ def test_a_prompt_may_come_in_pieces_for_one_row(form, ids):
 
 def run_fast(checkpoint, folder, ids, prompt_length, *, attention, kv_scales=None):
     """Logits [B, S - prompt_length + 1, V] of the fast graph: of the prompt's last position, then one a step."""
-    weights = load_decoder_weights(checkpoint)
+    weights = load_decoder_weights(open_folder(checkpoint))
     folder.mkdir()
     with DataFile(folder / DATA_NAME) as data:
         model = build_graph("fast", weights, float_matrices(weights), data, kv_scales=kv_scales, attention=attention)
@@ -132,7 +136,7 @@ def test_both_ways_to_attend_read_an_int8_cache_alike(form, checkpoint, ids, tmp
 
 def run_prompt(checkpoint, folder, ids, kind, **options):
     """Logits [B, V] of a prompt's last position, and the cache of CONTEXT positions that it leaves."""
-    weights = load_decoder_weights(checkpoint)
+    weights = load_decoder_weights(open_folder(checkpoint))
     folder.mkdir()
     with DataFile(folder / DATA_NAME) as data:
         model = build_graph(kind, weights, float_matrices(weights), data, **options)
@@ -184,8 +188,8 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
 ):
     observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
-    path = export_form(
-        checkpoint,
+    path = export_unscored(
+        open_folder(checkpoint),
         "int8-dyn+int8",
         tmp_path / "pair",
         options=options,
@@ -212,8 +216,8 @@ def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_b
 ):
     observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
-    path = export_form(
-        checkpoint,
+    path = export_unscored(
+        open_folder(checkpoint),
         "int8-dyn+int8",
         tmp_path / "pair",
         options=options,
@@ -247,7 +251,9 @@ def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_b
 def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_path, precision, engine, monkeypatch):
     options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
-    bundle = load_bundle(export_form(checkpoint, precision, tmp_path / "b", options=options, prompts=prompts))
+    bundle = load_bundle(
+        export_unscored(open_folder(checkpoint), precision, tmp_path / "b", options=options, prompts=prompts)
+    )
     whole = engine(bundle, batch_size=3)
     whole.prefill(ids)
     monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", 16)
@@ -279,8 +285,12 @@ def test_fast_graph_decodes_torchs_greedy_tokens(form, ids, batch_size, prompt_l
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_equal_bytes_are_stored_once(checkpoint, precision, tmp_path):
-    export_form(
-        checkpoint, precision, tmp_path / "b", options=ExportOptions(), prompts=np.zeros((1, CONTEXT), np.int64)
+    export_unscored(
+        open_folder(checkpoint),
+        precision,
+        tmp_path / "b",
+        options=ExportOptions(),
+        prompts=np.zeros((1, CONTEXT), np.int64),
     )
     model = load_model(checkpoint)
     cfg = model.spec
@@ -305,7 +315,7 @@ def test_equal_bytes_are_stored_once(checkpoint, precision, tmp_path):
 def test_a_bundle_built_twice_is_byte_identical(checkpoint, precision, tmp_path):
     for name in ("first", "second"):
         prompts = np.zeros((1, CONTEXT), np.int64)
-        export_form(checkpoint, precision, tmp_path / name, options=ExportOptions(), prompts=prompts)
+        export_unscored(open_folder(checkpoint), precision, tmp_path / name, options=ExportOptions(), prompts=prompts)
     files = {p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "second") for p in (tmp_path / "second").rglob("*") if p.is_file()}
     for file in files:
@@ -316,7 +326,7 @@ def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkp
     options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     for precision in ("int8-dyn", "int8-dyn+int8"):
         prompts = np.zeros((1, CONTEXT), np.int64)
-        export_form(checkpoint, precision, tmp_path / precision, options=options, prompts=prompts)
+        export_unscored(open_folder(checkpoint), precision, tmp_path / precision, options=options, prompts=prompts)
     graphs = sorted(tmp_path.rglob("*.onnx"))
     with_sink = [path.name for path in graphs if b"no_head_sink" in path.read_bytes()]
     assert len(graphs) == 5
@@ -327,7 +337,9 @@ def test_only_the_prefill_graph_of_a_pair_attends_with_all_scores_at_once(checkp
 def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alone(checkpoint, ids, tmp_path):
     options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
-    bundle = load_bundle(export_form(checkpoint, "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts))
+    bundle = load_bundle(
+        export_unscored(open_folder(checkpoint), "int8-dyn+int8", tmp_path / "pair", options=options, prompts=prompts)
+    )
     together, alone = OnnxruntimeEngine(bundle, batch_size=len(ids)), OnnxruntimeEngine(bundle)
     together.prefill(ids)
     for row, logits in zip(ids, together.logits):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ryot.config import list_named, resolve_variant
-from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.artifact import ExportOptions
+from ryot.deploy.export import export_unscored
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.verify import check_parity
 from ryot.train.checkpoint import save_checkpoint
 
@@ -26,7 +28,9 @@ def test_fp32_graphs_have_torchs_logits_and_tokens(preset, variant, tokenizer, t
     length = min(cfg.max_seq_len, 16_000_000 // cfg.num_parameters * 16 + 32)
     windows = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, length))
     options = ExportOptions()
-    form = export_form(checkpoint, "fp32", tmp_path / "form", options=options, prompts=windows[:1, : cfg.max_seq_len])
+    form = export_unscored(
+        open_folder(checkpoint), "fp32", tmp_path / "form", options=options, prompts=windows[:1, : cfg.max_seq_len]
+    )
     parity = check_parity(model, form, windows)
     assert parity.tokens_total == 2 * (length - length // 2)
     assert parity.tokens_compared > 0

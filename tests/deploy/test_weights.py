@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ryot.deploy.export import ExportOptions, export_form
+from ryot.deploy.artifact import ExportOptions
+from ryot.deploy.export import export_unscored
+from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.weights import load_decoder_weights
 from ryot.errors import BundleError, CheckpointError, ConfigError, ExportError
 from ryot.models.spec import parameter_shapes
@@ -27,7 +29,9 @@ def changed(checkpoint, tmp_path):
 
 
 def export(checkpoint, tmp_path, precision="int8"):
-    return export_form(checkpoint, precision, tmp_path / "out" / "form", options=ExportOptions(), prompts=PROMPTS)
+    return export_unscored(
+        open_folder(checkpoint), precision, tmp_path / "out" / "form", options=ExportOptions(), prompts=PROMPTS
+    )
 
 
 def change_tensors(checkpoint, change):
@@ -43,7 +47,7 @@ def change_config(checkpoint, **values):
 
 def test_names_and_shapes_are_those_of_the_torch_decoder(checkpoint):
     state = load_model(checkpoint).state_dict()
-    weights = load_decoder_weights(checkpoint)
+    weights = load_decoder_weights(open_folder(checkpoint))
     assert parameter_shapes(weights.spec) == {name: tuple(t.shape) for name, t in state.items()}
     for name, tensor in state.items():
         np.testing.assert_array_equal(weights[name], tensor.numpy())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ryot.errors import CheckpointError
@@ -115,11 +116,35 @@ def test_null_means_what_it_means_to_transformers(family: str) -> None:
             values = SIZES.get(family, {}) | {key: None}
             expected = read_spec(cls(**values).to_dict(), "stated")
             found = read_spec({"model_type": family, **values}, "null")
-        except Exception:  # refused by transformers, whose exceptions are many, or by us
+        except (CheckpointError, TypeError, ValueError, StrictDataclassError):  # refused by us or by transformers
             continue
         assert found == expected, key
         agreed += 1
     assert agreed > 10
+
+
+def test_other_values_mean_what_they_mean_to_transformers(family: str) -> None:
+    cls, sizes = config_class(family), SIZES.get(family, {})
+    stated, plain = cls(**sizes).to_dict(), read_spec({"model_type": family, **sizes}, "plain")
+    changed = set()
+    for key in known_keys(family) - HARMLESS:
+        before = stated.get(key, getattr(cls(), key, None))
+        match before:
+            case bool():
+                other: Any = not before
+            case int() | float():
+                other = before * 2
+            case _:
+                continue
+        values = sizes | {key: other}
+        try:
+            expected = read_spec(cls(**values).to_dict(), "stated")
+            found = read_spec({"model_type": family, **values}, "other")
+        except (CheckpointError, ValueError, StrictDataclassError):  # refused by us or by transformers
+            continue
+        assert found == expected, key
+        changed |= {key} if found != plain else set()
+    assert len(changed) >= 7, changed
 
 
 def test_unknown_keys_are_ignored(family: str) -> None:

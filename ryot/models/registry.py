@@ -96,12 +96,12 @@ def read_arrays(
     a tied head that is not the embedding, and later as `ryot.models.tensors.load_arrays` says.
     """
     family, maps = find_family(spec.family, where), tensor_maps(spec)
-    unused = family.unused_tensors(spec)
+    optional = {*family.unused_tensors(spec), *(entry.copy for entry in maps)}
     stored = {name: name for name in found}
-    for name in (*unused, *(n for entry in maps for n in (*entry.tensors, entry.copy))):
+    for name in (*optional, *(name for entry in maps for name in entry.tensors)):
         if name not in stored and (other := family.other_name(name)) in stored:
             stored[name] = stored.pop(other)
-    check_names(maps, stored, unused, where)
+    check_names(spec, maps, stored, optional, where)
 
     def load_stored(name: str) -> FloatArray:
         return load(stored[name])

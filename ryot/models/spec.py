@@ -1,7 +1,6 @@
 """DecoderSpec: what one decoder is made of, whatever family it comes from.
 
-    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim
-    # Q width of all query heads, KV of all key (or value) heads
+    # D model dim, E embedding dim, F feed-forward dim, V vocabulary, H head dim, Q all query heads, KV all kv heads
 
 The torch decoder and the graph builder read this description and nothing else. A layer is
 
@@ -108,6 +107,8 @@ class DecoderSpec:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         for name, known in (("norm", Norm), ("norm_place", NormPlace), ("activation", Activation), ("qk_norm", QKNorm)):
             _require(getattr(self, name) in get_args(known), name, getattr(self, name), " or ".join(get_args(known)))
+        if self.parallel_residual:
+            _require(self.norm_place == "pre", "norm_place", self.norm_place, "pre with parallel_residual")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -129,12 +130,6 @@ class DecoderSpec:
             "layer_rotaries",
             self.layer_rotaries,
             f"indices below {len(self.rotaries)}, or -1",
-        )
-        _require(
-            not self.parallel_residual or self.norm_place == "pre",
-            "norm_place",
-            self.norm_place,
-            "pre with parallel_residual",
         )
         for rotary in self.rotaries:
             _require(

@@ -7,7 +7,7 @@ Each array comes from one tensor or from several stacked by rows, after a change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,13 +89,14 @@ def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str
     return tensors
 
 
-def check_names(maps: Sequence[TensorMap], found: Iterable[str], optional: Iterable[str], where: str) -> None:
-    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there."""
+def check_names(
+    spec: DecoderSpec, maps: Iterable[TensorMap], found: Iterable[str], optional: Iterable[str], where: str
+) -> None:
+    """Raise `CheckpointError` for a tensor that is missing or not known; `optional` ones may be there unread."""
     known = {name for entry in maps for name in entry.tensors}
     names = set(found)
-    copies = {entry.copy for entry in maps}
-    if extra := sorted(names - known - copies - set(optional)):
-        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of this model (config.json says what is)")
+    if extra := sorted(names - known - set(optional)):
+        raise CheckpointError(f"{where}: tensor {extra[0]} is not part of a {spec.family} model of this config.json")
     if missing := sorted(known - names):
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
 

@@ -87,7 +87,10 @@ def checkpoint_digest(directory: Path) -> str:
 
 
 def read_checkpoint_spec(directory: Path) -> DecoderSpec:
-    """What the decoder of a checkpoint is made of. Raises `CheckpointError` when it cannot be run."""
+    """What the decoder of a checkpoint is made of.
+
+    Raises `CheckpointError` when it is no checkpoint or of a kind that cannot be run.
+    """
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(

@@ -42,7 +42,7 @@ class RotaryTables(nn.Module):
             self.register_buffer(f"sin_{i}", torch.from_numpy(sin), persistent=False)
 
     def rotate(self, x_BNTH: Tensor, kind: int, start: int) -> Tensor:
-        """Rotate the first channels of each head by position `start` and on, half with half."""
+        """Rotate the first channels of each head, half of them with the other half, by position `start` and on."""
         T, dim = x_BNTH.shape[2], self._dims[kind]
         cos = self.get_buffer(f"cos_{kind}")[start : start + T]
         sin = self.get_buffer(f"sin_{kind}")[start : start + T]

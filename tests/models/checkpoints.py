@@ -40,6 +40,7 @@ _OPT = {
 }
 _GPT2 = {**_TOKENS, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
 _NEOX = {key: value for key, value in _SHAPE.items() if key != "num_key_value_heads"}
+_NEOX |= {"hidden_size": 128, "num_attention_heads": 2}
 _GEMMA = {**_SHAPE, "head_dim": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 4, "pad_token_id": 0}
 
 
@@ -152,7 +153,7 @@ _add(
     "gpt_neox",
     "GPTNeoXConfig",
     "GPTNeoXForCausalLM",
-    _NEOX | {"hidden_size": 128},
+    _NEOX,
     plain={},
     sequential={"use_parallel_residual": False, "rotary_pct": 0.5, "tie_word_embeddings": True},
     whole_heads={"attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 500, "hidden_act": "gelu_new"},

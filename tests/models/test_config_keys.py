@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ryot.errors import CheckpointError
@@ -34,6 +35,8 @@ HARMLESS = {
     *("chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "output_attentions", "output_hidden_states"),
     *("pretraining_tp", "reorder_and_upcast_attn", "return_dict", "use_cache"),
 }
+#: GPT-NeoX's default sizes rotate 24 channels of a head, which the fused attention does not take.
+SIZES = {"gpt_neox": {"hidden_size": 8192}}
 #: Attributes of a config in transformers' source that are no keys of the file.
 NOT_KEYS = {"get", "get_text_config", "standardize_rope_params", "to_dict", "vision_config", "text_config"}
 
@@ -88,7 +91,7 @@ def known_keys(family: str) -> set[str]:
 
 def test_every_key_is_read_or_harmless(family: str, hf_checkpoint: Callable[[str], Path]) -> None:
     read: set[str] = set()
-    read_spec(Recorder({"model_type": family}, read), "empty")
+    read_spec(Recorder({"model_type": family, **SIZES.get(family, {})}, read), "empty")
     for name in CHECKPOINTS:
         values = json.loads((hf_checkpoint(name) / "config.json").read_text())
         if values["model_type"] == family:
@@ -101,26 +104,53 @@ def test_every_key_is_read_or_harmless(family: str, hf_checkpoint: Callable[[str
 
 
 def test_missing_keys_take_transformers_defaults(family: str) -> None:
-    stated = config_class(family)().to_dict()
-    assert read_spec({"model_type": family}, "empty") == read_spec(stated, "stated")
+    sizes = SIZES.get(family, {})
+    stated = config_class(family)(**sizes).to_dict()
+    assert read_spec({"model_type": family, **sizes}, "empty") == read_spec(stated, "stated")
 
 
 def test_null_means_what_it_means_to_transformers(family: str) -> None:
     cls, agreed = config_class(family), 0
     for key in known_keys(family):
         try:
-            expected = read_spec(cls(**{key: None}).to_dict(), "stated")
-            found = read_spec({"model_type": family, key: None}, "null")
-        except Exception:  # refused by transformers, whose exceptions are many, or by us
+            values = SIZES.get(family, {}) | {key: None}
+            expected = read_spec(cls(**values).to_dict(), "stated")
+            found = read_spec({"model_type": family, **values}, "null")
+        except (CheckpointError, TypeError, ValueError, StrictDataclassError):  # refused by us or by transformers
             continue
         assert found == expected, key
         agreed += 1
     assert agreed > 10
 
 
+def test_other_values_mean_what_they_mean_to_transformers(family: str) -> None:
+    cls, sizes = config_class(family), SIZES.get(family, {})
+    stated, plain = cls(**sizes).to_dict(), read_spec({"model_type": family, **sizes}, "plain")
+    changed = set()
+    for key in known_keys(family) - HARMLESS:
+        before = stated.get(key, getattr(cls(), key, None))
+        match before:
+            case bool():
+                other: Any = not before
+            case int() | float():
+                other = before * 2
+            case _:
+                continue
+        values = sizes | {key: other}
+        try:
+            expected = read_spec(cls(**values).to_dict(), "stated")
+            found = read_spec({"model_type": family, **values}, "other")
+        except (CheckpointError, ValueError, StrictDataclassError):  # refused by us or by transformers
+            continue
+        assert found == expected, key
+        changed |= {key} if found != plain else set()
+    assert len(changed) >= 7, changed
+
+
 def test_unknown_keys_are_ignored(family: str) -> None:
-    values = {"model_type": family, "mlx_quant": 4, "unsloth_fixed": True, "_name_or_path": "x"}
-    assert read_spec(values, "extra") == read_spec({"model_type": family}, "plain")
+    plain = {"model_type": family, **SIZES.get(family, {})}
+    values = plain | {"mlx_quant": 4, "unsloth_fixed": True, "_name_or_path": "x"}
+    assert read_spec(values, "extra") == read_spec(plain, "plain")
 
 
 REFUSED: dict[str, dict[str, Any]] = {

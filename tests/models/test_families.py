@@ -144,13 +144,13 @@ def changed_specs(spec: DecoderSpec) -> Iterator[tuple[str, DecoderSpec]]:
     if spec.norm_eps > 1e-3:
         yield "norm_eps", dataclasses.replace(spec, norm_eps=1e-6)
     for i, rotary in enumerate(spec.rotaries):
-        others = {"dim": rotary.dim - 2, "theta": rotary.theta * 3}
+        others: dict[str, float | str] = {"theta": rotary.theta * 3}
+        if rotary.dim > 16:
+            others["dim"] = 16
         if rotary.scaling not in ("default", "dynamic"):
-            others |= {"scaling": "default"}
+            others["scaling"] = "default"
         for field, value in others.items():
-            changed = dataclasses.replace(rotary, **{field: value, "short_factors": rotary.short_factors[:-1]})
-            if field != "dim":
-                changed = dataclasses.replace(changed, short_factors=rotary.short_factors)
+            changed = dataclasses.replace(rotary, **{field: value})
             rotaries = (*spec.rotaries[:i], changed, *spec.rotaries[i + 1 :])
             yield f"rotary {field}", dataclasses.replace(spec, rotaries=rotaries)
 

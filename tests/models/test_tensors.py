@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
     "extra": (
         "llama",
         lambda t: {**t, "model.layers.0.self_attn.q_proj.lora_A": torch.zeros(2)},
-        r"tensor model\.layers\.0\.self_attn\.q_proj\.lora_A is not part of this model",
+        r"tensor model\.layers\.0\.self_attn\.q_proj\.lora_A is not part of a llama model",
     ),
     "classifier": ("qwen2", lambda t: {**t, "score.weight": torch.zeros(2, 64)}, r"score\.weight is not part"),
     "vocabulary": (

@@ -89,10 +89,10 @@ def test_the_buffers_are_as_large_as_the_tokens_need_and_not_as_the_context(
 def test_a_prompt_in_pieces_equals_a_prompt_whole(
     make_engine: type[Engine], long_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = prompt(2 * PIECE_TOKENS + 276)
+    ids = prompt(4 * PIECE_TOKENS + 76)
     pieces, whole = make_engine(long_bundle), make_engine(long_bundle)
     pieces.prefill([ids])
-    assert sorted(num_tokens for _, _, num_tokens in pieces._calls) == [276, PIECE_TOKENS]  # type: ignore[attr-defined]
+    assert sorted(num_tokens for _, _, num_tokens in pieces._calls) == [76, PIECE_TOKENS]  # type: ignore[attr-defined]
     monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", CONTEXT)
     whole.prefill([ids])
     np.testing.assert_allclose(whole.logits[0], full_logits(long_bundle, ids)[-1], atol=tolerance(long_bundle))
@@ -101,7 +101,7 @@ def test_a_prompt_in_pieces_equals_a_prompt_whole(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_long_prompts_of_a_batch_equal_each_alone(make_engine: type[Engine], long_bundle: Bundle, shared: bool) -> None:
-    prompts = [prompt(700, seed=0 if shared else row) for row in range(4)]
+    prompts = [prompt(500, seed=0 if shared else row) for row in range(4)]
     batch, alone = make_engine(long_bundle, batch_size=4), make_engine(long_bundle)
     if shared:
         batch.prefill_shared(prompts[0])

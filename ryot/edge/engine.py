@@ -31,8 +31,8 @@ KEPT_CALLS = 8
 #: Positions that the buffers begin with, where the context has more.
 FIRST_CAPACITY = 256
 #: The most tokens of a sequence that go through a graph in one call, where the graph takes tokens that have a past.
-#: Of 128, 256, 512, 1024 and 2048, at the width of a model of 135 M parameters and 8 and 4 bits, 256 took the least time
-#: for prompts of 512 and of 2047 tokens (there a quarter less than in one call), and half the memory of 512.
+#: Of 128, 256, 512, 1024 and 2048, at the width of a model of 135 M parameters and 8 and 4 bits, 256 took the least
+#: time for prompts of 512 and of 2047 tokens (there a quarter less than in one call), and less memory than those above.
 PIECE_TOKENS = 256
 
 # How every engine sets its sessions up, for one sequence generator on cores that it may not have for itself. No

@@ -13,7 +13,7 @@ from ryot.edge.engine import FIRST_CAPACITY, PIECE_TOKENS, Engine
 from ryot.errors import BundleError, ContextError
 
 from .reference import TOLERANCE, full_logits, prompt
-from .tiny_bundle import write_bundle
+from .tiny_bundle import write_bundle, write_manifest
 
 CONTEXT = 8192
 # An int8 cache rounds a float32 value that was computed in another order now and then to the code beside it. A code
@@ -194,3 +194,25 @@ def test_every_engine_gives_its_tokens_as_one_type(make_engine: type[Engine], ll
     assert isinstance(tokens, memoryview)
     assert (tokens.format, tokens.shape, tokens.readonly) == ("q", (3,), False)
     assert tokens.tolist() == engine.logits.argmax(-1).tolist()
+
+
+def test_a_graph_that_rounds_behind_the_prompt_takes_it_in_pieces_where_the_bundle_says_so(
+    make_engine: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_bundle(tmp_path / "pair", context=512, kv_dtype="int8", two_sessions=True)
+    rounds_first = make_engine(load_bundle(write_bundle(tmp_path / "one", context=512, kv_dtype="int8")))
+    ids = prompt(400)
+    whole = make_engine(load_bundle(path))  # of this kind and without the field: the prompt goes in one call
+    whole.prefill([ids])
+    write_manifest(path, prefill_takes_past=True)
+    monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", 64)
+    pieces = make_engine(load_bundle(path))
+    pieces.prefill([ids[:350]])
+    pieces.extend(ids[350:])
+    rounds_first.prefill([ids])
+    # A whole prompt attends in float32. Pieces attend to rounded keys and values of the pieces before, which is no
+    # worse than to attend to rounded ones alone.
+    exact = full_logits(load_bundle(write_bundle(tmp_path / "float", context=512)), ids)[-1]
+    np.testing.assert_allclose(whole.logits[0], exact, atol=TOLERANCE)
+    off_pieces, off_rounded = (np.square(e.logits[0] - exact).mean() ** 0.5 for e in (pieces, rounds_first))
+    assert 0 < off_pieces < 1.25 * off_rounded

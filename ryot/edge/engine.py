@@ -148,6 +148,7 @@ class Engine(ABC):
     def extend(self, ids: Ids, row: int = 0) -> None:
         """Append tokens to what a row holds; `next_token` and `logits` of the row are then those after the last.
 
+        A token that `next_token` holds and no `step` has fed is not among what the row holds.
         Other rows stay as they are. Where the bundle's prefill graph takes no past (`Bundle.prefill_takes_past`), the
         tokens go through the decode graph one by one. Raises like `prefill`.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,20 @@ def test_tokens_that_do_not_fit_are_refused_and_the_row_is_as_it_was(
     assert engine.capacity == 400
     with pytest.raises(ContextError, match="context of 400 tokens is full"):
         engine.step()
+
+
+def test_buffers_for_which_there_is_no_memory_are_a_memory_error(
+    make_engine: type[Engine], long_bundle: Bundle
+) -> None:
+    engine = make_engine(long_bundle, batch_size=128)  # 67 MB a buffer at least
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 20_000_000, limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            engine.reserve(CONTEXT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_every_engine_gives_its_tokens_as_one_type(make_engine: type[Engine], llama_path: Path) -> None:

@@ -219,9 +219,11 @@ class _DecoderGraph:
         """The stream itself, with what is pending."""
         stream = self.stream
         if stream.pending is not None:
-            assert stream.pending_bias is None
             stream.total = self.g.node("Add", [stream.total, stream.pending], [name])
-            stream.pending = None
+            if stream.pending_bias is not None:
+                bias = self.g.constant(f"{name}.input_bias", stream.pending_bias)
+                stream.total = self.g.node("Add", [stream.total, bias], [f"{name}.biased"])
+            stream.pending = stream.pending_bias = None
         return stream.total
 
     def _norm_weights(self, name: str) -> NormWeights:

@@ -88,7 +88,10 @@ class CApiEngine(Engine):
         for _ in range(2 * self.bundle.model.num_layers):
             # Anonymous pages: zero, aligned, and a forked process has its own. They take no memory before they are
             # touched, 2 MB at a time where the system gives huge pages unasked.
-            buffer = mmap.mmap(-1, heads * new_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                buffer = mmap.mmap(-1, heads * new_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                raise MemoryError(f"keys and values of {capacity} tokens: {error.strerror}") from error
             if used:
                 before = memoryview(old.pop(0))  # and gone with the next, so that one is there twice and not all
                 after, size = memoryview(buffer), used * position_bytes

@@ -119,7 +119,7 @@ class Generation:
 
 
 def generate(
-    decoder: Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -134,26 +134,26 @@ def generate(
     At most `max_new_tokens` tokens, by default as many as the context has room for. Raises `ContextError` before any
     work when prompt and tokens together do not fit, `ConfigError` for a number below 1.
     """
-    assert decoder.batch_size == 1
-    ids, num_tokens = _plan(decoder, tokenizer, [prompt], max_new_tokens)
-    eos = () if ignore_eos else decoder.bundle.eos_token_ids
+    assert engine.batch_size == 1
+    ids, num_tokens = _plan(engine, tokenizer, [prompt], max_new_tokens)
+    eos = () if ignore_eos else engine.bundle.eos_token_ids
     row = _Row(tokenizer, ids[0], num_tokens, eos, stop, continues=isinstance(prompt, str))
     sampler = _build_samplers(sampling, ids)
 
     def pieces() -> Iterator[str]:
-        decoder.prefill(ids)
+        engine.prefill(ids)
         while True:
-            if text := row.push(_next_token(decoder, sampler, 0)):
+            if text := row.push(_next_token(engine, sampler, 0)):
                 yield text
             if row.done:
                 return
-            decoder.step()
+            engine.step()
 
     return Generation(pieces(), row.completion)
 
 
 def generate_batch(
-    decoder: Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -162,20 +162,20 @@ def generate_batch(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> list[Completion]:
-    """Continue `decoder.batch_size` prompts together; each row ends by itself. Raises like `generate`."""
-    assert len(prompts) == decoder.batch_size
-    ids, num_tokens = _plan(decoder, tokenizer, prompts, max_new_tokens)
-    eos = () if ignore_eos else decoder.bundle.eos_token_ids
+    """Continue `engine.batch_size` prompts together; each row ends by itself. Raises like `generate`."""
+    assert len(prompts) == engine.batch_size
+    ids, num_tokens = _plan(engine, tokenizer, prompts, max_new_tokens)
+    eos = () if ignore_eos else engine.bundle.eos_token_ids
     rows = [
         _Row(tokenizer, row_ids, num_tokens, eos, stop, continues=isinstance(prompt, str))
         for prompt, row_ids in zip(prompts, ids, strict=True)
     ]
-    decoder.prefill(ids)
-    return _complete(decoder, rows, _build_samplers(sampling, ids))
+    engine.prefill(ids)
+    return _complete(engine, rows, _build_samplers(sampling, ids))
 
 
 def generate_candidates(
-    decoder: Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -184,49 +184,49 @@ def generate_candidates(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> list[Completion]:
-    """`decoder.batch_size` continuations of one prompt, which is computed once; each row draws by itself.
+    """`engine.batch_size` continuations of one prompt, which is computed once; each row draws by itself.
 
     Raises like `generate`, and `ConfigError` when the sampling would make all of them the same.
     """
-    if sampling.temperature == 0 and decoder.batch_size > 1:
+    if sampling.temperature == 0 and engine.batch_size > 1:
         raise ConfigError("temperature: got 0, which makes all candidates the same, expected a number above 0")
-    ids, num_tokens = _plan(decoder, tokenizer, [prompt], max_new_tokens)
-    eos = () if ignore_eos else decoder.bundle.eos_token_ids
+    ids, num_tokens = _plan(engine, tokenizer, [prompt], max_new_tokens)
+    eos = () if ignore_eos else engine.bundle.eos_token_ids
     continues = isinstance(prompt, str)
-    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(decoder.batch_size)]
-    decoder.prefill_shared(ids[0])
-    return _complete(decoder, rows, _build_samplers(sampling, ids * decoder.batch_size))
+    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(engine.batch_size)]
+    engine.prefill_shared(ids[0])
+    return _complete(engine, rows, _build_samplers(sampling, ids * engine.batch_size))
 
 
-def _complete(decoder: Engine, rows: list[_Row], samplers: list[Sampler] | None) -> list[Completion]:
+def _complete(engine: Engine, rows: list[_Row], samplers: list[Sampler] | None) -> list[Completion]:
     """Step all rows until each is done; what a row gives after its end is not looked at."""
     while True:
         for index, row in enumerate(rows):
             if not row.done:
-                row.push(_next_token(decoder, samplers, index))
+                row.push(_next_token(engine, samplers, index))
         if all(row.done for row in rows):
             return [row.completion for row in rows]
-        decoder.step()
+        engine.step()
 
 
-def check_golden(decoder: Engine) -> int:
-    """Compare the bundle's golden prompts with what `decoder` answers; returns how many tokens were compared.
+def check_golden(engine: Engine) -> int:
+    """Compare the bundle's golden prompts with what `engine` answers; returns how many tokens were compared.
 
     Tokens must be equal up to the first position where the reference's margin between its two best logits is below
     the bundle's tolerance: from there on another CPU's rounding may rightly choose the other. Raises `BundleError`
     at the first difference before that.
     """
-    bundle = decoder.bundle
-    assert decoder.batch_size == 1
+    bundle = engine.bundle
+    assert engine.batch_size == 1
     compared = 0
     for number, golden in enumerate(bundle.golden, start=1):
-        decoder.prefill([golden.ids])
+        engine.prefill([golden.ids])
         for position, (expected, margin) in enumerate(zip(golden.tokens, golden.margins, strict=True)):
             if margin < bundle.tolerance:
                 break
             if position:
-                decoder.step()
-            token = int(decoder.next_token[0])
+                engine.step()
+            token = int(engine.next_token[0])
             if token != expected:
                 raise BundleError(
                     f"bundle {bundle.path}: golden prompt {number}: token {position + 1} is {token}, "
@@ -250,18 +250,18 @@ def encode_prompt(decoder: Engine, tokenizer: Tokenizer, prompt: Prompt) -> list
 
 
 def _plan(
-    decoder: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int | None
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int | None
 ) -> tuple[list[list[int]], int]:
     """The ids of each prompt and how many tokens to generate."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: got {max_new_tokens}, expected a whole number above 0")
-    ids = [encode_prompt(decoder, tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(engine, tokenizer, prompt) for prompt in prompts]
     longest = max(len(row) for row in ids)
-    room = decoder.max_len - longest
+    room = engine.max_len - longest
     if room < 1 or (max_new_tokens or 1) > room:
         wanted = "" if max_new_tokens is None else f" and {max_new_tokens} new ones"
         raise ContextError(
-            f"a prompt of {longest} tokens{wanted} does not fit the context of {decoder.max_len} tokens",
+            f"a prompt of {longest} tokens{wanted} does not fit the context of {engine.max_len} tokens",
             hint=f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
         )
     return ids, max_new_tokens or room
@@ -276,10 +276,10 @@ def _build_samplers(sampling: SamplingParams | None, ids: list[list[int]]) -> li
     return [Sampler(sampling, row_ids, row=row) for row, row_ids in enumerate(ids)]
 
 
-def _next_token(decoder: Engine, samplers: list[Sampler] | None, row: int) -> int:
+def _next_token(engine: Engine, samplers: list[Sampler] | None, row: int) -> int:
     if samplers is not None:
-        decoder.next_token[row] = samplers[row].choose(decoder.logits[row])
-    return int(decoder.next_token[row])
+        engine.next_token[row] = samplers[row].choose(engine.logits[row])
+    return int(engine.next_token[row])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -41,7 +41,7 @@ class Candidate:
 
 
 def choose_best(
-    decoder: Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompt: str,
     reward: Reward,
@@ -51,12 +51,12 @@ def choose_best(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> list[Candidate]:
-    """All `decoder.batch_size` candidates, best reward first, equal ones in the order of their rows.
+    """All `engine.batch_size` candidates, best reward first, equal ones in the order of their rows.
 
     Raises like `generate.generate_candidates`.
     """
     completions = generate_candidates(
-        decoder,
+        engine,
         tokenizer,
         prompt,
         sampling=sampling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ryot.edge.engine import FIRST_CAPACITY, PIECE_TOKENS, Engine
 from ryot.errors import BundleError, ContextError
 
 from .reference import TOLERANCE, full_logits, prompt
-from .tiny_bundle import write_bundle
+from .tiny_bundle import write_bundle, write_manifest
 
 CONTEXT = 8192
 # An int8 cache rounds a float32 value that was computed in another order now and then to the code beside it. A code
@@ -89,10 +90,10 @@ def test_the_buffers_are_as_large_as_the_tokens_need_and_not_as_the_context(
 def test_a_prompt_in_pieces_equals_a_prompt_whole(
     make_engine: type[Engine], long_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = prompt(2 * PIECE_TOKENS + 276)
+    ids = prompt(4 * PIECE_TOKENS + 76)
     pieces, whole = make_engine(long_bundle), make_engine(long_bundle)
     pieces.prefill([ids])
-    assert sorted(num_tokens for _, _, num_tokens in pieces._calls) == [276, PIECE_TOKENS]  # type: ignore[attr-defined]
+    assert sorted(num_tokens for _, _, num_tokens in pieces._calls) == [76, PIECE_TOKENS]  # type: ignore[attr-defined]
     monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", CONTEXT)
     whole.prefill([ids])
     np.testing.assert_allclose(whole.logits[0], full_logits(long_bundle, ids)[-1], atol=tolerance(long_bundle))
@@ -101,7 +102,7 @@ def test_a_prompt_in_pieces_equals_a_prompt_whole(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_long_prompts_of_a_batch_equal_each_alone(make_engine: type[Engine], long_bundle: Bundle, shared: bool) -> None:
-    prompts = [prompt(700, seed=0 if shared else row) for row in range(4)]
+    prompts = [prompt(500, seed=0 if shared else row) for row in range(4)]
     batch, alone = make_engine(long_bundle, batch_size=4), make_engine(long_bundle)
     if shared:
         batch.prefill_shared(prompts[0])
@@ -187,6 +188,20 @@ def test_tokens_that_do_not_fit_are_refused_and_the_row_is_as_it_was(
         engine.step()
 
 
+def test_buffers_for_which_there_is_no_memory_are_a_memory_error(
+    make_engine: type[Engine], long_bundle: Bundle
+) -> None:
+    engine = make_engine(long_bundle, batch_size=128)  # 67 MB a buffer at least
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 20_000_000, limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            engine.reserve(CONTEXT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def test_every_engine_gives_its_tokens_as_one_type(make_engine: type[Engine], llama_path: Path) -> None:
     engine = make_engine(load_bundle(llama_path), batch_size=3)
     engine.prefill([[5], [6, 7], [8]])
@@ -194,3 +209,25 @@ def test_every_engine_gives_its_tokens_as_one_type(make_engine: type[Engine], ll
     assert isinstance(tokens, memoryview)
     assert (tokens.format, tokens.shape, tokens.readonly) == ("q", (3,), False)
     assert tokens.tolist() == engine.logits.argmax(-1).tolist()
+
+
+def test_a_graph_that_rounds_behind_the_prompt_takes_it_in_pieces_where_the_bundle_says_so(
+    make_engine: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_bundle(tmp_path / "pair", context=512, kv_dtype="int8", two_sessions=True)
+    rounds_first = make_engine(load_bundle(write_bundle(tmp_path / "one", context=512, kv_dtype="int8")))
+    ids = prompt(400)
+    whole = make_engine(load_bundle(path))  # of this kind and without the field: the prompt goes in one call
+    whole.prefill([ids])
+    write_manifest(path, prefill_takes_past=True)
+    monkeypatch.setattr("ryot.edge.engine.PIECE_TOKENS", 64)
+    pieces = make_engine(load_bundle(path))
+    pieces.prefill([ids[:350]])
+    pieces.extend(ids[350:])
+    rounds_first.prefill([ids])
+    # A whole prompt attends in float32. Pieces attend to rounded keys and values of the pieces before, which is no
+    # worse than to attend to rounded ones alone.
+    exact = full_logits(load_bundle(write_bundle(tmp_path / "float", context=512)), ids)[-1]
+    np.testing.assert_allclose(whole.logits[0], exact, atol=TOLERANCE)
+    off_pieces, off_rounded = (np.square(e.logits[0] - exact).mean() ** 0.5 for e in (pieces, rounds_first))
+    assert 0 < off_pieces < 1.25 * off_rounded

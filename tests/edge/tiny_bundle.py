@@ -76,10 +76,12 @@ def write_graph(
     position_ids: bool,
     kv_dtype: str = "float32",
     window: int | None = None,
+    rounds_behind: bool = False,
 ) -> onnx.ModelProto:
     """A pre-norm decoder; `standard` takes an attention mask and gives the logits of all positions.
 
-    With `window` a token attends to itself and the `window - 1` tokens before it.
+    With `window` a token attends to itself and the `window - 1` tokens before it. With `rounds_behind` new tokens
+    attend to each other in float32, and their keys and values are rounded to an int8 cache only then.
     """
     g = GraphWriter(weights)
     ms = "com.microsoft"
@@ -93,6 +95,13 @@ def write_graph(
     x = g.op("Gather", [g.weight("embed"), "input_ids"], "x")
     if position_ids:
         x = g.op("Add", [x, g.op("Gather", [g.weight("positions"), "position_ids"], "x.pos")], "x.sum")
+    if rounds_behind:
+        g.constant("0", np.array([0], np.int64)), g.constant("2", np.array([2], np.int64))
+        g.constant("scale", np.array(KV_SCALE, np.float32)), g.constant("zero", np.array(0, np.int8))
+        g.op("Cast", ["total_sequence_length"], "total", to=TensorProto.INT64)
+        g.op("Sub", ["total", g.op("Shape", ["input_ids"], "new", start=1, end=2)], "past_length")
+        g.op("Sub", [g.op("Shape", ["past_key_values.0.key"], "room", start=2, end=3), "total"], "unused")
+        g.op("Concat", ["0", "unused"], "pads", axis=0)
     values = {}
     for layer in range(LAYERS):
         p = f"{layer}"
@@ -105,14 +114,22 @@ def write_graph(
             "kv_num_heads": KV_HEADS,
             "do_rotary": int(not position_ids),
         }
-        if kv_dtype == "int8":
+        if rounds_behind:
+            for at, name in enumerate(past):
+                cut = g.op("Slice", [name, "0", "past_length", "2"], f"{name}.cut")
+                inputs[3 + at] = g.op("DequantizeLinear", [cut, "scale", "zero"], f"{name}.float")
+        elif kv_dtype == "int8":
             scale = g.constant("kv_scale", np.full(1, KV_SCALE, np.float32))
             inputs += ["", "", "", scale, scale]
             attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
         if window is not None:
             attributes["local_window_size"] = window
         present = [f"present.{p}.key", f"present.{p}.value"]
-        a = g.op("GroupQueryAttention", inputs, f"{p}.attn", *present, domain=ms, **attributes)
+        made = [f"{name}.float" for name in present] if rounds_behind else present
+        a = g.op("GroupQueryAttention", inputs, f"{p}.attn", *made, domain=ms, **attributes)
+        for name in present if rounds_behind else ():
+            codes = g.op("QuantizeLinear", [f"{name}.float", "scale", "zero"], f"{name}.codes")
+            g.op("Pad", [codes, "pads", "", "2"], name)
         x = g.op("Add", [x, g.linear(a, f"{p}.o")], f"{p}.x1")
         h = g.op("SimplifiedLayerNormalization", [x, g.weight(f"{p}.norm2")], f"{p}.h2", axis=-1, epsilon=1e-5)
         h = g.op("QuickGelu", [g.linear(h, f"{p}.up")], f"{p}.act", domain=ms, alpha=1.0)
@@ -209,6 +226,8 @@ def write_bundle(
     names = ("prefill.onnx", "decode.onnx") if two_sessions else ("fast.onnx",)
     for name in names:
         graphs[name] = onnx.ModelProto.FromString(fast.SerializeToString())
+    if two_sessions and kv_dtype == "int8":
+        graphs["prefill.onnx"] = write_graph(weights, standard=False, rounds_behind=True, **kind)
     share_data(graphs, folder)
     write_tokenizer(folder / "tokenizer.json")
     rng = np.random.default_rng(seed + 1)

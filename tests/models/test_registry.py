@@ -17,7 +17,7 @@ ROOT = Path(ryot.__file__).parent
 #: GGUF has names of its own for families and tokenizers, some of them equal, which its reader and writer translate.
 GGUF = re.compile(r"deploy/sources/(\w*gguf\w*|pretokenizers)\.py")
 #: "llama" is also onnxruntime-genai's word for the kind of its engine; the last two go when the graph reads the spec.
-ALLOWED = {("deploy/bundle.py", "llama"), ("deploy/bundle.py", "opt"), ("deploy/graph.py", "llama")}
+ALLOWED = {("deploy/bundle.py", "llama")}
 
 
 @pytest.mark.parametrize("name", family_names())

@@ -12,9 +12,9 @@ from pathlib import Path
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template, load_chat_template
 from ryot.edge.tokenizer import Tokenizer
-from ryot.edge.tokenizer_config import read_json
+from ryot.edge.tokenizer_config import load_token_ids
 from ryot.errors import BundleError, ConfigError, ExportError
-from ryot.models.token_ids import TokenIds, read_token_ids
+from ryot.models.token_ids import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,10 @@ def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
     try:
         tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
         num_unreachable = _check_table(tokenizer, checkpoint / TOKENIZER_NAME, vocab_size)
-        config, generation_config = (read_json(checkpoint / f) for f in ("config.json", "generation_config.json"))
         chat_template = _check_template(checkpoint, tokenizer.config)
+        token_ids = load_token_ids(checkpoint, tokenizer, vocab_size=vocab_size)
     except BundleError as error:
         raise ExportError(str(error), hint=error.hint) from error
-    token_ids = read_token_ids(
-        config, generation_config, tokenizer.config, tokenizer, vocab_size=vocab_size, where=str(checkpoint)
-    )
     if not token_ids.eos:
         log.warning("%s: no token ends a text; generation stops at the length asked for", checkpoint)
     num_lossless = _check_stream(tokenizer, checkpoint)

@@ -172,8 +172,15 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _plain_message(message: Message) -> dict[str, object]:
-    """A message without the keys that say nothing, which templates would print as `None`."""
-    return {key: value for key, value in message.items() if value is not None}
+    """A message without the keys that say nothing, which templates would print, and with its reasoning by every name.
+
+    Templates look for it as `reasoning_content` or `thinking`.
+    """
+    plain = {key: value for key, value in message.items() if value is not None}
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        if key in plain:
+            return {"thinking": plain[key], **plain, "reasoning_content": plain[key]}
+    return plain
 
 
 class Chat:

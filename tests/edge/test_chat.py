@@ -58,6 +58,7 @@ TEMPLATES = {
   {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
   {{- loop.index0 ~ content.startswith(' ')|string ~ loop.last ~ message.get('name', 'none') }}
 {%- endfor %}
+{%- for message in messages %}{{ message.reasoning_content }}{{ message.thinking }}{%- endfor %}
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>' }}{%- endif %}""",
     "alternating, macro, content parts": """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
@@ -90,7 +91,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [
         {"role": "system", "content": " Be <b>brief</b>. "},
         {"role": "user", "content": " Grüße \n", "name": None},
-        {"role": "assistant", "content": "<think>so</think>\nyes & no"},
+        {"role": "assistant", "content": "<think>so</think>\nyes & no", "reasoning": "so"},
         {"role": "user", "content": "'日本'\t\"x\""},
     ],
 ]

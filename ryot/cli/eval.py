@@ -40,6 +40,7 @@ def command(bundle: Path, reference: Path | None, data: tuple[str, ...], tokens:
 
     from ryot.deploy.quality import evaluate_bundle
     from ryot.edge.bundle import TOKENIZER_NAME, load_bundle
+    from ryot.models.token_ids import TokenIds
     from ryot.train.corpus import load_corpus
     from ryot.train.dataset import spread_windows
     from ryot.train.tokenizer import byte_lengths, encode_texts
@@ -49,8 +50,10 @@ def command(bundle: Path, reference: Path | None, data: tuple[str, ...], tokens:
     corpus = load_corpus(data)
     texts = [d.text for d in corpus.documents] if data else corpus.texts("test")
     tokenizer = Tokenizer.from_file(str(bundle / TOKENIZER_NAME))
-    windows = spread_windows(encode_texts(tokenizer, texts), -(-tokens // context), context, corpus.name)
-    quality = evaluate_bundle(bundle, reference or bundle, windows, byte_lengths(tokenizer))
+    separator = TokenIds(bos=loaded.bos_token_id, eos=loaded.eos_token_ids, pad=None).separator
+    ids = encode_texts(tokenizer, texts, separator)
+    windows = spread_windows(ids, -(-tokens // context), context, corpus.name)
+    quality = evaluate_bundle(bundle, reference or bundle, windows, byte_lengths(tokenizer, separator))
     values = {
         "schema": 1,
         "bundle": str(bundle),

@@ -21,6 +21,8 @@ from ryot.deploy.forms import STANDARD_GRAPH, graph_files
 from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME
+from ryot.edge.chat import has_chat_template
+from ryot.edge.tokenizer_config import read_tokenizer_config
 from ryot.errors import ExportError
 from ryot.models.spec import DecoderSpec
 from ryot.models.token_ids import TokenIds
@@ -117,8 +119,10 @@ def copy_runtime(folder: Path) -> None:
 
 
 def write_requirements(folder: Path, onnxruntime_min: str) -> None:
-    """`requirements.txt`: all that a device needs."""
+    """`requirements.txt`: all that a device needs, and as a comment what a chat needs where there is a template."""
     lines = [f"onnxruntime>={onnxruntime_min},<2", "numpy>=2.0,<3", "tokenizers>=0.21,<1"]
+    if has_chat_template(folder, read_tokenizer_config(folder)):
+        lines.append("# for run.py --chat: jinja2>=3.1.6,<4")
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -13,10 +13,10 @@ from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template, load_chat_template
 from ryot.edge.tokenizer import Tokenizer
-from ryot.edge.tokenizer_config import read_json
+from ryot.edge.tokenizer_config import load_token_ids
 from ryot.errors import BundleError, ConfigError, ExportError
 from ryot.models.spec import DecoderSpec
-from ryot.models.token_ids import TokenIds, read_token_ids
+from ryot.models.token_ids import TokenIds
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import load_tokenizer
 from ryot.train.corpus import Corpus
@@ -87,13 +87,10 @@ def check_text(checkpoint: Path, *, vocab_size: int) -> TextCheck:
     try:
         tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
         num_unreachable = _check_table(tokenizer, checkpoint / TOKENIZER_NAME, vocab_size)
-        config, generation_config = (read_json(checkpoint / f) for f in ("config.json", "generation_config.json"))
         chat_template = _check_template(checkpoint, tokenizer.config)
+        token_ids = load_token_ids(checkpoint, tokenizer, vocab_size=vocab_size)
     except BundleError as error:
         raise ExportError(str(error), hint=error.hint) from error
-    token_ids = read_token_ids(
-        config, generation_config, tokenizer.config, tokenizer, vocab_size=vocab_size, where=str(checkpoint)
-    )
     if not token_ids.eos:
         log.warning("%s: no token ends a text; generation stops at the length asked for", checkpoint)
     num_lossless = _check_stream(tokenizer, checkpoint)
@@ -150,8 +147,7 @@ def open_text(checkpoint: Checkpoint, corpus: Corpus, spec: DecoderSpec) -> Held
         write_checkpoint_files(checkpoint, folder)
         token_ids = check_text(folder, vocab_size=spec.vocab_size).token_ids
         tokenizer = load_tokenizer(folder)
-    separator = next((i for i in (token_ids.bos, *token_ids.eos) if i is not None), None)
-    text = HeldOutText(corpus, tokenizer, separator)
+    text = HeldOutText(corpus, tokenizer, token_ids.separator)
     text.check_sequences(min(spec.max_seq_len, WINDOW_TOKENS))
     return text
 

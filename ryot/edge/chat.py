@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryot.edge.generate import Generation, generate
+from ryot.edge.plain_tokens import PlainTokens
 from ryot.edge.tokenizer_config import TOKENIZER_CONFIG_NAME, named_tokens, read_json
 from ryot.errors import BundleError, ConfigError, ContextError
 
@@ -42,6 +43,8 @@ class ChatTemplate:
         environment = _build_environment()
         from jinja2 import TemplateError
 
+        #: The program's text.
+        self.source = source
         self._where = where
         self._tokens = dict(tokens)
         self._error = TemplateError
@@ -172,19 +175,38 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _plain_message(message: Message) -> dict[str, object]:
-    """A message without the keys that say nothing, which templates would print as `None`."""
-    return {key: value for key, value in message.items() if value is not None}
+    """A message without the keys that say nothing, which templates would print, and with its reasoning by every name.
+
+    Templates look for it as `reasoning_content` or `thinking`.
+    """
+    plain = {key: value for key, value in message.items() if value is not None}
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        if key in plain:
+            return {"thinking": plain[key], **plain, "reasoning_content": plain[key]}
+    return plain
 
 
 class Chat:
     """A conversation with a bundle: each answer is given with all messages before it in view."""
 
-    def __init__(self, decoder: Engine, tokenizer: Tokenizer, template: ChatTemplate, *, system: str | None = None):
-        """`system`, where given, is the first message, from which the model takes its role."""
+    def __init__(
+        self,
+        decoder: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        system: str | None = None,
+        split_special_tokens: bool = False,
+    ):
+        """`system`, where given, is the first message, from which the model takes its role.
+
+        With `split_special_tokens` the template's tokens are plain text where a message holds them.
+        """
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._template = template
         self._system = [{"role": "system", "content": system}] if system is not None else []
+        self._plain_tokens = PlainTokens(tokenizer, template.source) if split_special_tokens else None
         self.messages: list[Message] = []
         """What was said, without the system message."""
         self.num_forgotten = 0
@@ -244,5 +266,11 @@ class Chat:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation; the template has written bos itself where the model wants it."""
-        text = self._template.render([*self._system, *messages])
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        messages = [*self._system, *messages]
+        if (plain := self._plain_tokens) is not None:
+            return plain.encode(self._template.render([_marked(plain, message) for message in messages]))
+        return self._tokenizer.encode(self._template.render(messages), add_special_tokens=False)
+
+
+def _marked(plain: PlainTokens, message: Message) -> Message:
+    return {key: plain.mark(value) for key, value in message.items()}

@@ -79,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     text.add_argument(
-        "--split-special-tokens", action="store_true", help="take special tokens in the prompt as plain text"
+        "--split-special-tokens",
+        action="store_true",
+        help="take special tokens in the prompt or messages as plain text",
     )
     text.add_argument("--ignore-eos", action="store_true", help="go on after the end of a text")
     text.add_argument(
@@ -156,10 +158,14 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     limits = {"stop": options.stop, "ignore_eos": options.ignore_eos, "sampling": sampling}
     if options.chat:
+        from ryot.edge.chat import Chat, load_chat_template
         from ryot.edge.repl import converse
 
+        template = load_chat_template(bundle.path, tokenizer.config)
+        split = options.split_special_tokens
+        chat = Chat(decoder, tokenizer, template, system=options.system, split_special_tokens=split)
         limits["max_new_tokens"] = DEFAULT_ANSWER_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-        converse(decoder, tokenizer, prompt, system=options.system, write=_write, **limits)
+        converse(chat, prompt, write=_write, **limits)
         return EXIT_OK
     tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
     num_tokens = options.max_new_tokens
@@ -189,8 +195,6 @@ def _check_text_options(options: argparse.Namespace) -> None:
         raise ConfigError("--system: is for a chat; give --chat too")
     if options.chat and options.reward is not None:
         raise ConfigError("--best-of: is for --prompt alone, not for a chat")
-    if options.chat and options.split_special_tokens:
-        raise ConfigError("--split-special-tokens: is for --prompt alone, a chat's template needs its special tokens")
 
 
 def _write(pieces: Iterable[str]) -> None:

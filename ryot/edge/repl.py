@@ -7,29 +7,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ryot.edge.chat import Chat, load_chat_template
 from ryot.errors import ContextError, DataError
 
 if TYPE_CHECKING:
-    from ryot.edge.engine import Engine
-    from ryot.edge.tokenizer import Tokenizer
+    from ryot.edge.chat import Chat
 
 
-def converse(
-    decoder: Engine,
-    tokenizer: Tokenizer,
-    message: str | None,
-    *,
-    system: str | None,
-    write: Callable[[Iterable[str]], None],
-    **options: Any,
-) -> None:
+def converse(chat: Chat, message: str | None, *, write: Callable[[Iterable[str]], None], **options: Any) -> None:
     """Answer `message`, or each line of stdin until it ends. `options` are those of `Chat.answer`.
 
     A line that the context does not hold is left out, and said so; the conversation goes on.
     """
-    template = load_chat_template(decoder.bundle.path, tokenizer.config)
-    chat = Chat(decoder, tokenizer, template, system=system)
     if message is not None:
         _answer(chat, message, write, options)
         return

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import codecs
 import json
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from tokenizers import Regex, decoders
 from tokenizers import Tokenizer as RustTokenizer
 
 UNKNOWN = "\ufffd"
+#: One part of a decoder, as `tokenizer.json` writes it.
+Stage = Mapping[str, Any]
 
 
 class Decoding(NamedTuple):
@@ -198,23 +201,24 @@ def read_decoding(tokenizer: RustTokenizer) -> Decoding:
     )
 
 
-def _stages(decoder: dict) -> list[dict]:
+def _stages(decoder: Stage) -> list[Stage]:
     """The parts of a decoder in their order."""
     if decoder["type"] == "Sequence":
         return [stage for part in decoder["decoders"] for stage in _stages(part)]
     return [decoder]
 
 
-def _replace(stage: dict) -> decoders.Decoder:
+def _replace(stage: Stage) -> decoders.Decoder:
     ((kind, pattern),) = stage["pattern"].items()
     return decoders.Replace(pattern if kind == "String" else Regex(pattern), stage["content"])
 
 
+def _metaspace(stage: Stage) -> decoders.Decoder:
+    return decoders.Metaspace(stage["replacement"], stage["prepend_scheme"])
+
+
 #: Decoders that act on each token by itself, and how each is built from its JSON.
-_PER_TOKEN = {
-    "Replace": _replace,
-    "Metaspace": lambda s: decoders.Metaspace(s["replacement"], s["prepend_scheme"]),
-}
+_PER_TOKEN: Mapping[str, Callable[[Stage], decoders.Decoder]] = {"Replace": _replace, "Metaspace": _metaspace}
 
 
 def _fallback_byte(name: str) -> bytes | None:

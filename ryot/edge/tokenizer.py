@@ -59,6 +59,17 @@ class Tokenizer:
         ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of `text` as if there were no added tokens, special or not."""
+        normalizer, pre_tokenizer = self._rust.normalizer, self._rust.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        words = [text] if pre_tokenizer is None else [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._rust.model.tokenize(word)]
+
+    def added_tokens(self) -> dict[str, bool]:
+        """The text of each added token, and whether it is special."""
+        return {token.content: token.special for token in self._rust.get_added_tokens_decoder().values()}
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
         return str(self._rust.decode([int(i) for i in ids], skip_special_tokens=True))

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from ryot.errors import BundleError
-from ryot.models.token_ids import token_text
+from ryot.models.token_ids import TokenIds, Vocabulary, read_token_ids, token_text
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 #: Where checkpoints of before 2024 name their special tokens.
@@ -25,6 +25,18 @@ def read_tokenizer_config(folder: Path) -> dict[str, object]:
     if "added_tokens_decoder" not in config:
         config |= read_json(folder / SPECIAL_TOKENS_NAME)
     return config
+
+
+def load_token_ids(folder: Path, tokenizer: Vocabulary, *, vocab_size: int) -> TokenIds:
+    """The bos, eos and pad ids that the files of a checkpoint folder say; raises as `read_token_ids` does."""
+    return read_token_ids(
+        read_json(folder / "config.json"),
+        read_json(folder / "generation_config.json"),
+        read_tokenizer_config(folder),
+        tokenizer,
+        vocab_size=vocab_size,
+        where=str(folder),
+    )
 
 
 def named_tokens(config: Mapping[str, object]) -> dict[str, str]:

@@ -17,6 +17,11 @@ class TokenIds(NamedTuple):
     """Each of these ends a text."""
     pad: int | None
 
+    @property
+    def separator(self) -> int | None:
+        """What stands in front of each text where texts follow each other, as in training and scoring."""
+        return self.eos[0] if self.bos is None and self.eos else self.bos
+
 
 class Vocabulary(Protocol):
     """What is asked of a tokenizer; `tokenizers.Tokenizer` has it."""

@@ -76,7 +76,7 @@ class HeldOutText:
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, separator_id: int | None = END_OF_TEXT_ID):
         """`separator_id` stands in front of each text; None for nothing."""
         self.corpus_sha256 = corpus.sha256
-        self.byte_lengths = byte_lengths(tokenizer)
+        self.byte_lengths = byte_lengths(tokenizer, separator_id)
         self._corpus, self._tokenizer, self._separator_id = corpus, tokenizer, separator_id
         self._tokens: dict[str, np.ndarray] = {}
 

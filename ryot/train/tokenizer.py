@@ -59,22 +59,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """All texts as one row of token ids, int64, the end-of-text token in front of each."""
-    return np.concatenate([np.empty(0, np.int64), *encode_stream(tokenizer, texts, END_OF_TEXT_ID)])
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], separator_id: int | None = END_OF_TEXT_ID) -> np.ndarray:
+    """All texts as one row of token ids, int64, `separator_id` in front of each: our own end of text by default.
+
+    Of a checkpoint from elsewhere it is `TokenIds.separator`; None puts nothing there.
+    """
+    return np.concatenate([np.empty(0, np.int64), *encode_stream(tokenizer, texts, separator_id)])
 
 
-def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+def byte_lengths(tokenizer: Tokenizer, separator_id: int | None = None) -> np.ndarray:
     """Bytes of text that each token stands for in the middle of a text, int64 [V]; 0 for special tokens.
 
-    Where the tokenizer changes text before it reads it (NFC, lower case) or has a token for what it does not know,
-    the bytes are those of the text that it makes of it. Raises `ConfigError` for a tokenizer that `ryot.edge` refuses.
+    Where the tokenizer begins each text with a space that the text does not have, the separator in front of it takes
+    that back with -1, so that a stream of texts adds up to its bytes. Where the tokenizer changes text before it reads
+    it (NFC, lower case) or has a token for what it does not know, the bytes are those of the text that it makes of it.
+    Raises `ConfigError` for a tokenizer that `ryot.edge` refuses.
     """
     pieces = _pieces(tokenizer)
     ids = tokenizer.get_vocab().values()
     lengths = np.zeros(max(ids) + 1, np.int64)
     for token in ids:
         lengths[token] = pieces.num_bytes(token)
+    if separator_id is not None:
+        lengths[separator_id] -= leading_space_bytes(tokenizer)
     return lengths
 
 

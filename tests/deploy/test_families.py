@@ -16,8 +16,8 @@ from ryot.deploy.standard import write_standard_graph
 from ryot.deploy.weights import load_decoder_weights
 from tests.models.checkpoints import CHECKPOINTS
 
-#: float32 in another order of sums: seen up to 1.5e-5 of logits up to 10.
-TOLERANCE = 1e-4
+#: Share of the largest logit that float32 in another order of sums may change: 1.5e-5 was seen.
+TOLERANCE = 5e-5
 
 
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
@@ -30,12 +30,13 @@ def test_logits_are_those_of_transformers(name: str, hf_checkpoint: Callable[[st
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
+    tolerance = TOLERANCE * float(np.abs(expected).max())
     whole, _ = graph.run(ids)
-    np.testing.assert_allclose(whole, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=tolerance)
     # Cached: a prompt, then a token at a time, past any window.
     first, past = graph.run(ids[:, : length - 3])
     steps = [first[:, -1:]]
     for position in range(length - 3, length):
         logits, past = graph.run(ids[:, position : position + 1], past)
         steps.append(logits)
-    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected[:, length - 4 :], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected[:, length - 4 :], rtol=0, atol=tolerance)

@@ -138,7 +138,7 @@ def test_the_package_imports_only_what_a_device_has() -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(json.loads(run.stdout))
     assert {"numpy", "onnxruntime", "tokenizers", "ryot"} <= loaded
-    forbidden = {"torch", "onnx", "ray", "click", "tabulate", "safetensors", "transformers", "matplotlib"}
+    forbidden = {"torch", "onnx", "ray", "click", "tabulate", "safetensors", "transformers", "matplotlib", "jinja2"}
     assert not forbidden & loaded
 
 

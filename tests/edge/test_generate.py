@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
 
 from ryot.edge.bundle import Bundle, GoldenPrompt, load_bundle
 from ryot.edge.engine import Engine
@@ -20,7 +22,8 @@ from ryot.edge.text_stream import byte_alphabet
 from ryot.edge.tokenizer import Tokenizer, load_tokenizer
 from ryot.errors import BundleError, ConfigError, ContextError
 
-from .tiny_bundle import TEXT
+from .tiny_bundle import TEXT, write_manifest
+from .tokenizer_kinds import unigram, write_tokenizer_folder
 
 SAMPLED = SamplingParams(temperature=1.5, top_k=50, seed=4)
 
@@ -201,6 +204,57 @@ def test_by_default_the_context_is_filled_and_no_more(decoder: Engine, tokenizer
 
 def test_an_empty_prompt_begins_a_text(decoder: Engine, tokenizer: Tokenizer) -> None:
     assert generate(decoder, tokenizer, "").completion.prompt_ids == [0]
+
+
+@pytest.fixture(scope="module")
+def foreign(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with a tokenizer that puts bos and a space before each text."""
+    path = Path(shutil.copytree(llama_path, tmp_path_factory.mktemp("bundle") / "foreign"))
+    tokenizer = unigram()
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", special_tokens=bos)
+    write_tokenizer_folder(path, tokenizer)
+    write_manifest(path, bos_token_id=1, eos_token_ids=[2, 3])
+    return load_bundle(path)
+
+
+def test_a_text_prompt_gets_bos_and_its_continuation_keeps_every_space(foreign: Bundle) -> None:
+    tokenizer, decoder = load_tokenizer(foreign), OnnxruntimeEngine(foreign)
+    begins_with_space = 0
+    for prompt in ("", *string.ascii_letters, "The quick", "one", "lazy dog"):
+        completion = (generation := generate(decoder, tokenizer, prompt, max_new_tokens=5, ignore_eos=True)).completion
+        text = "".join(generation)
+        assert completion.prompt_ids == [1, *tokenizer.encode(prompt, add_special_tokens=False)]
+        before = tokenizer.decode(completion.prompt_ids)
+        assert before + text == tokenizer.decode(completion.prompt_ids + completion.tokens)
+        # The same tokens as a text of their own, which has no space before it.
+        begins_with_space += text == " " + tokenizer.decode(completion.tokens)
+    assert begins_with_space
+
+
+def test_token_ids_begin_a_text_of_their_own(foreign: Bundle) -> None:
+    tokenizer, decoder = load_tokenizer(foreign), OnnxruntimeEngine(foreign)
+    for prompt in ("The quick", "one", "def", "lazy dog"):
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        completion = (generation := generate(decoder, tokenizer, ids, max_new_tokens=25, ignore_eos=True)).completion
+        assert "".join(generation) == tokenizer.decode(completion.tokens)
+        assert completion.prompt_ids == ids
+
+
+def test_an_empty_prompt_needs_a_token_that_begins_a_text(bundle: Bundle, tokenizer: Tokenizer) -> None:
+    decoder = OnnxruntimeEngine(bundle._replace(bos_token_id=None))
+    with pytest.raises(ConfigError, match="prompt: is empty, and this model has no token that begins a text"):
+        generate(decoder, tokenizer, "")
+    assert generate(decoder, tokenizer, "x").completion.prompt_ids == tokenizer.encode("x")
+
+
+def test_a_manifest_may_name_no_token_that_begins_a_text(llama_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(llama_path, tmp_path / "copy"))
+    write_manifest(path, bos_token_id=None)
+    assert load_bundle(path).bos_token_id is None
+    write_manifest(path, bos_token_id="1")
+    with pytest.raises(BundleError, match="bos_token_id: got '1', expected int"):
+        load_bundle(path)
 
 
 def test_more_than_the_context_holds_is_refused_before_any_work(decoder: Engine, tokenizer: Tokenizer) -> None:

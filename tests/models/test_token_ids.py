@@ -66,3 +66,8 @@ def test_an_id_that_the_model_does_not_have_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(config, generation, tokenizer_config)
+
+
+def test_texts_are_separated_by_what_begins_them_or_else_by_what_ends_them() -> None:
+    ids = [TokenIds(0, (5,), None), TokenIds(None, (5, 6), 7), TokenIds(None, (), 7)]
+    assert [i.separator for i in ids] == [0, 5, None]

@@ -9,7 +9,15 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ryot.deploy.text_check import HARD_STRINGS
 from ryot.errors import ConfigError
-from ryot.train.tokenizer import byte_lengths, count_bytes, leading_space_bytes, train_tokenizer
+from ryot.train.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    byte_lengths,
+    count_bytes,
+    encode_texts,
+    leading_space_bytes,
+    train_tokenizer,
+)
 from tests.edge.tokenizer_kinds import KINDS, byte_level, sentencepiece, unigram
 
 
@@ -26,6 +34,18 @@ def test_the_bytes_of_a_texts_tokens_are_those_of_the_text(kind: str) -> None:
             compared += 1
     # Unigram without bytes knows few characters; Metaspace takes a text's own first space for its own.
     assert compared >= {"unigram": 2, "metaspace": 25}.get(kind, 27)
+
+
+@pytest.mark.parametrize("kind", ["byte level, bos", "prepend", "gemma", "unigram, bytes"])
+def test_a_stream_of_texts_adds_up_to_its_bytes(kind: str) -> None:
+    tokenizer: Tokenizer = KINDS[kind]()
+    texts = [text for text in HARD_STRINGS if text and tokenizer.decode(tokenizer.encode(text).ids) == text]
+    separator = tokenizer.token_to_id("<|turn|>")
+    ids = encode_texts(tokenizer, texts, separator)
+    assert (ids == separator).sum() == len(texts)
+    assert tokenizer.token_to_id("<s>") not in ids
+    assert byte_lengths(tokenizer, separator)[ids].sum() == sum(len(text.encode()) for text in texts)
+    assert len(encode_texts(tokenizer, texts, None)) == len(ids) - len(texts)
 
 
 def test_special_tokens_have_no_bytes_and_added_ones_those_of_their_text() -> None:

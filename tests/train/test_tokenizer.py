@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ryot.train.hf import END_OF_TEXT, END_OF_TEXT_ID
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ryot.deploy.text_check import HARD_STRINGS

@@ -119,6 +119,16 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
     return _generate(bundle, options)
 
 
+def _read_prompt(given: str) -> str:
+    """The prompt, from stdin for `-`; UTF-8, whatever the locale is."""
+    data = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {data[error.start]:#04x} at offset {error.start}"
+        raise ConfigError(f"--prompt: is not UTF-8 ({where})") from error
+
+
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.engines import open_decoder
     from ryot.edge.sampling_params import SamplingParams
@@ -136,7 +146,7 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         raise ConfigError(f"--best-of: got {options.best_of}, expected a whole number above 0")
     if (options.best_of > 1) != (options.reward is not None):
         raise ConfigError("--best-of N and --reward CHECK are used together")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _read_prompt(options.prompt)
     tokenizer = load_tokenizer(bundle)
     decoder = open_decoder(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     num_tokens = options.max_new_tokens

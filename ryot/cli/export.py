@@ -55,10 +55,12 @@ def command(
     Example: ryot-deploy export /tmp/checkpoint --precisions fp32,int8 -o /tmp/forms
     """
     check_output_folder(output)
+    cache = cache_dir()
     from tabulate import tabulate
 
     from ryot.config import replace
     from ryot.deploy.export import ExportOptions, export_variant
+    from ryot.deploy.forms import check_precision
     from ryot.deploy.tune import choose_inference, format_decision
     from ryot.errors import EXIT_OK, EXIT_QUALITY
     from ryot.train.checkpoint import load_tokenizer, read_model_config
@@ -66,8 +68,11 @@ def command(
     from ryot.train.dataset import HeldOutText
 
     cfg = read_model_config(checkpoint)
+    for precision in precisions:
+        check_precision(precision)
     text = HeldOutText(load_corpus(data), load_tokenizer(checkpoint))
-    decision = choose_inference(cfg, cache_dir())
+    text.check_sequences(cfg.max_seq_len)
+    decision = choose_inference(cfg, cache)
     log.info("%s", format_decision(decision))
     options = ExportOptions(
         name="ryot", variant=checkpoint.name, quantize=replace(decision.quantize, kv_dtype=kv_cache)

@@ -84,7 +84,8 @@ def data_option(function: F) -> F:
         "--data",
         metavar="PATH",
         multiple=True,
-        help="UTF-8 text, .jsonl, .gz or .zst: a file, folder or glob; may be repeated  [default: the standard library's source]",
+        help="UTF-8 text, also .jsonl, .gz, .zst: a file, folder or glob; may be repeated  "
+        "[default: the standard library's source]",
     )(function)
 
 

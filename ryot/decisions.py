@@ -27,9 +27,12 @@ def recall(path: Path, build: Callable[[Mapping[str, Any]], T], measure: Callabl
         return build(json.loads(path.read_text(encoding="utf-8"))), True
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         log.info("%s: measured again, what was kept there cannot be read (%s)", path, error)
     decision = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(dataclasses.asdict(decision), indent=1))  # type: ignore[call-overload]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dataclasses.asdict(decision), indent=1))  # type: ignore[call-overload]
+    except OSError as error:
+        log.warning("%s: not kept, it will be measured again next time (%s)", path, error.strerror or error)
     return decision, False

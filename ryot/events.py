@@ -24,8 +24,9 @@ class Event:
     """Seconds since the epoch, by the clock of the machine that made the event."""
 
 
-#: `cached`: found done already; `lost`: its worker died and it begins again; `rejected`: a checkpoint was damaged.
-StageStatus = Literal["begin", "end", "cached", "failed", "lost", "rejected"]
+#: `progress`: how far it is; `cached`: found done already; `lost`: its worker died and it begins again;
+#: `rejected`: a checkpoint was damaged.
+StageStatus = Literal["begin", "progress", "end", "cached", "failed", "lost", "rejected"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

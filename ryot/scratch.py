@@ -1,7 +1,7 @@
-"""Temporary folders that nobody has to remember: locked while their owner lives, removed by the next one after a kill.
+"""Temporary folders that nobody has to remember: locked while their owner lives, and gone with it however it ends.
 
-The names begin with `ryot-`. A process that is killed cannot clean up, so whoever makes a folder of the same kind
-first removes those whose lock is free.
+The names begin with `ryot-`. A process that is killed cannot clean up, so a small one waits beside it and does; where
+both are killed, whoever makes a folder of the same kind first removes those whose lock is free.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ import contextlib
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LOCK_FILE = "owner.lock"
+
+#: Waits until the other end of its stdin is closed, which the end of its owner does, and removes a folder.
+_REAPER = """
+import os, shutil, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.read(0, 1)
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
 
 
 @contextlib.contextmanager
@@ -25,10 +36,27 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     sweep_stale(base, prefix)
     folder, lock = make_folder(base, prefix)
     try:
-        yield folder
+        with _reaper(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _reaper(folder: Path) -> Iterator[None]:
+    """Remove `folder` when the block or this process ends, by SIGKILL too."""
+    # A session of its own: what is sent to all processes of a terminal or a job does not end it.
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _REAPER, folder],
+        # Without the mark of an embedded cluster, all of whose processes are killed when its driver dies.
+        env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ):
+        yield
 
 
 def make_folder(base: Path, prefix: str) -> tuple[Path, int]:

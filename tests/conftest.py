@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A cluster that someone works with is none of the tests'.
+os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
 import torch
@@ -21,6 +24,11 @@ from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.loop import Trainer, TrainJob
 
 torch.set_num_threads(1)
+# What the shell ignores or blocks (SIGINT under `nohup pytest &`) would go on to every process that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 VOCAB_SIZE = 384
 CONTEXT = 32

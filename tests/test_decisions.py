@@ -21,6 +21,13 @@ def build(values):
     return build_from_mapping(Decision, values, "decision")
 
 
+def test_a_decision_that_cannot_be_kept_still_counts(tmp_path, caplog):
+    (tmp_path / "file").write_text("where the cache's folder should be")
+    measured = Decision(64, (1.5,))
+    assert recall(tmp_path / "file" / "one.json", build, lambda: measured) == (measured, False)
+    assert "not kept, it will be measured again next time (File exists)" in caplog.text
+
+
 def test_a_decision_is_measured_once(tmp_path):
     path = tmp_path / "shapes" / "one.json"
     measured = Decision(64, (1.5, 2.5))

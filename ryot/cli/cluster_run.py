@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -143,6 +141,7 @@ def command(ctx: click.Context, **options: Any) -> int:
         run_dir = output or _default_folder(plan.options.preset)
         if not options["dry_run"]:
             check_output_folder(run_dir)
+            _check_cluster(options["address"])
     if options["dry_run"]:
         click.echo(plan_to_toml(plan), nl=False)
         return 0
@@ -161,6 +160,14 @@ def _plan_to_resume(run_dir: Path, given: dict[str, Any], load_plan: Any) -> Any
     return load_plan(run_dir / "run.toml")
 
 
+def _check_cluster(address: str | None) -> None:
+    """Raise `ClusterError` when nothing answers where a cluster should be; said before anything heavy is loaded."""
+    if address:
+        from ryot.cluster.address import probe_address, resolve_address
+
+        probe_address(*resolve_address(address))
+
+
 def _default_folder(preset: str) -> Path:
     import time
 
@@ -174,10 +181,6 @@ def _carry_out(run_dir: Path, plan: Any, options: dict[str, Any], *, resume: boo
     from ryot.cluster.runtime import ClusterOptions
     from ryot.report.table import render
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
     with Progress() as progress:
         settings = RunSettings(
             command=" ".join(["ryot-deploy", *sys.argv[1:]]),

@@ -104,6 +104,7 @@ def command(
         return EXIT_OK
 
     check_output_folder(output)
+    cache = cache_dir()
     from tabulate import tabulate
 
     from ryot.config import replace
@@ -129,7 +130,7 @@ def command(
     spec = source_spec(checkpoint, context)
     text = open_text(checkpoint, load_corpus(data), spec)
     tell(f"{checkpoint.where}: {spec.num_parameters / 1e6:.1f} M parameters, context {spec.max_seq_len}")
-    decision = choose_inference(spec, cache_dir())
+    decision = choose_inference(spec, cache)
     tell(format_decision(decision).splitlines()[0])
     bits = dynamic_bits([t.device.isa if t.device else None for t in devices] or [None])
     options = ExportOptions(

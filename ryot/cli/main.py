@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from typing import NoReturn
 import click
 
 from ryot import __version__
+from ryot.cli.options import check_utf8
+from ryot.cluster.signals import interrupt_on_signals
 from ryot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RyotError
 
 #: Command, module under `ryot.cli`. A module is imported only when its command is asked for or listed in full.
@@ -81,7 +84,13 @@ def run(args: list[str] | None = None) -> None:
     """Run a command and end the process with its exit code (see `ryot/errors.py`)."""
     arguments = sys.argv[1:] if args is None else args
     verbose = bool({"-v", "--verbose"} & set(arguments))
+    interrupt_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not a test's
+            stream.reconfigure(errors="backslashreplace")
     try:
+        for number, argument in enumerate(arguments, start=1):
+            check_utf8(f"argument {number}", argument)
         code = main.main(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:

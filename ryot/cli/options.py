@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import stat
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +15,8 @@ from typing import Any, TypeVar
 import click
 
 from ryot.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,13 +84,70 @@ def data_option(function: F) -> F:
         "--data",
         metavar="PATH",
         multiple=True,
-        help="UTF-8 text: a file, folder or glob; may be repeated  [default: the standard library's source]",
+        help="UTF-8 text, also .jsonl, .gz, .zst: a file, folder or glob; may be repeated  "
+        "[default: the standard library's source]",
     )(function)
 
 
 def cache_dir() -> Path:
-    """Folder for what runs share: RYOT_CACHE_DIR, by default ~/.cache/ryot."""
-    return Path(os.environ.get("RYOT_CACHE_DIR") or Path("~/.cache/ryot").expanduser())
+    """Folder for what runs share: RYOT_CACHE_DIR, by default ~/.cache/ryot; it is there and can be written to.
+
+    Where the default cannot be, a temporary folder of this user's is taken, and that is said. Raises `ConfigError` when
+    RYOT_CACHE_DIR is no such folder.
+    """
+    if given := os.environ.get("RYOT_CACHE_DIR"):
+        check_utf8("RYOT_CACHE_DIR", given)
+        if reason := _why_not_writable(Path(given)):
+            raise ConfigError(
+                f"cache {given}: {reason}", hint="set RYOT_CACHE_DIR to a folder that can be written to, or unset it"
+            )
+        return Path(given)
+    try:
+        folder = Path("~/.cache/ryot").expanduser()
+        check_utf8("home", str(folder))
+        reason = _why_not_writable(folder)
+    except (RuntimeError, ConfigError) as error:
+        folder, reason = Path("~/.cache/ryot"), str(error)
+    if not reason:
+        return folder
+    instead = _temporary_cache()
+    log.warning("cache %s: %s; %s is used instead (RYOT_CACHE_DIR chooses another)", folder, reason, instead)
+    return instead
+
+
+def _why_not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder, which is made itself if need be; empty when one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def _temporary_cache() -> Path:
+    """The same folder each time, so that it serves the next run too; a new one where that is not ours alone."""
+    folder = Path(tempfile.gettempdir()) / f"ryot-cache-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+        # Compiled code lies in it: it must not be someone else's, nor a link to where they like.
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="ryot-cache-"))
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Raise `ConfigError` for text from the system, as Python reads it, whose bytes are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(text).decode("utf-8", errors="backslashreplace")
+        encoding = sys.getfilesystemencoding().upper()
+        hint = "rename the file, or give the text in UTF-8"
+        if encoding != "UTF-8":
+            hint = "this locale asks for it: set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale"
+        raise ConfigError(f"{what}: {shown} is not {encoding}", hint=hint) from error
 
 
 def check_output_folder(path: Path) -> None:

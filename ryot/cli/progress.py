@@ -49,6 +49,10 @@ class Progress:
         elif isinstance(event, CheckpointEvent):
             pass  # every slice has one; the journal keeps them
 
+    def tell_data(self, detail: str) -> None:
+        """Show how far the preparation of a corpus is, outside a run."""
+        self(StageEvent(stage="data", status="progress", detail=detail))
+
     def _step(self, event: StepEvent) -> None:
         key = f"{event.variant}/{event.seed}"
         share = event.step / event.num_steps
@@ -73,6 +77,14 @@ class Progress:
 
     def _stage(self, event: StageEvent) -> None:
         who = f" {event.variant} seed {event.seed}" if event.variant else ""
+        if event.status == "progress":
+            self._rows[event.stage] = f"{event.stage}{who} in progress: {event.detail}"
+            if self._live:
+                self._draw()
+            else:
+                self._say(self._rows.pop(event.stage))
+            return
+        self._rows.pop(event.stage, None)
         took = f" in {event.wall_s:.1f} s" if event.wall_s is not None else ""
         detail = f": {event.detail}" if event.detail else ""
         words: dict[StageStatus, str] = {

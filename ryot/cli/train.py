@@ -69,10 +69,13 @@ def command(
     from ryot.train.dataset import prepare_dataset
     from ryot.train.loop import Trainer, TrainJob
 
-    dataset, _ = prepare_dataset(load_corpus(data), recipe.model.vocab_size, cache_dir())
+    cache = cache_dir()
+    with Progress() as show:
+        dataset, _ = prepare_dataset(load_corpus(data), recipe.model.vocab_size, cache, on_progress=show.tell_data)
+    dataset.check_sequences(recipe.model.max_seq_len, recipe.train.batch_size)
     plan = recipe.kernels
     if not no_tune:
-        decision = choose_kernels(recipe, dataset, cache_dir(), threads=threads)
+        decision = choose_kernels(recipe, dataset, cache, threads=threads)
         plan = decision.plan
         if decision.candidates:
             click.echo(format_decision(recipe.name, decision), err=True)

@@ -30,20 +30,26 @@ def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what
 
     Example: ryot-deploy tune --what inference
     """
+    from ryot.cli.progress import Progress
     from ryot.config import resolve_variant
     from ryot.scratch import scratch_folder
 
     recipe = resolve_variant(variant, preset)
+    cache = cache_dir()
     decisions: dict[str, object] = {}
     with scratch_folder("tune") as scratch:
-        found = scratch if again else cache_dir()
+        found = scratch if again else cache
         if what != "inference":
             from ryot.optimize.kernels import choose_kernels
             from ryot.optimize.kernels import format_decision as format_training
             from ryot.train.corpus import load_corpus
             from ryot.train.dataset import prepare_dataset
 
-            dataset, _ = prepare_dataset(load_corpus(data), recipe.model.vocab_size, cache_dir())
+            with Progress() as show:
+                dataset, _ = prepare_dataset(
+                    load_corpus(data), recipe.model.vocab_size, cache, on_progress=show.tell_data
+                )
+            dataset.check_sequences(recipe.model.max_seq_len, recipe.train.batch_size)
             training = choose_kernels(recipe, dataset, found, threads=threads)
             decisions["training"] = dataclasses.asdict(training)
             if fmt == "table":

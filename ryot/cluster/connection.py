@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ryot.cluster.address import describe_address
 from ryot.cluster.signals import hold_signals
 from ryot.errors import ClusterError
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path) -> Iterator[None]:
     """Connected to Ray, with stdout, the signal handlers and the environment as they were."""
+    where = arguments["address"] if arguments["address"] == "local" else describe_address(arguments["address"])
     with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers():
         import ray
         import ray._private.worker
@@ -37,7 +39,7 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
         except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            raise _explain(error, arguments, said.read_text(errors="replace")) from error
+            raise _explain(error, where, said.read_text(errors="replace")) from error
         except KeyboardInterrupt:
             with hold_signals(), contextlib.suppress(Exception):
                 ray.shutdown()
@@ -61,20 +63,19 @@ def _reread_environment() -> None:
     setattr(ray_constants, "ENABLE_RAY_CLUSTER", several_hosts)  # noqa: B010 (mypy: it takes it for a constant)
 
 
-def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> ClusterError:
+def _explain(error: Exception, where: str, said: str) -> ClusterError:
     """Ray's failure to connect in one line; some of its reasons stand only in what it wrote to stderr."""
-    where = arguments["address"]
     everything = f"{error}\n{said}"
     if "ersion mismatch" in everything:
         reason = " ".join(str(error).split())
         return ClusterError(
-            f"cluster {where}: its versions are not ours: {reason}",
+            f"{where}: its versions are not ours: {reason}",
             hint="install the same Ray and Python minor version on the cluster and here",
         )
     if "nauthenticated" in everything or "UNAUTHENTICATED" in everything or "token" in str(error).lower():
         given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
         return ClusterError(
-            f"cluster {where}: it {'does not accept our' if given else 'demands a'} token",
+            f"{where}: it {'does not accept our' if given else 'demands a'} token",
             hint="set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token",
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -83,7 +84,7 @@ def _explain(error: Exception, arguments: Mapping[str, Any], said: str) -> Clust
             f"embedded Ray does not start: {first}", hint="logs/ray.log in the run folder has what Ray said"
         )
     return ClusterError(
-        f"cluster {where}: cannot connect: {first}", hint="check the address with 'ray status --address HOST:PORT'"
+        f"{where}: cannot connect: {first}", hint="check the address with 'ray status --address HOST:PORT'"
     )
 
 

@@ -63,6 +63,7 @@ from ryot.report.targets import Target
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.loop import TrainJob
+from ryot.train.parallel import check_shares
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class Outcome:
 
 def start_run(run_dir: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     """Begin a run in an empty folder, or one that does not exist yet, and carry it through."""
+    for variant in plan.variants:
+        check_shares(TrainJob(variant=variant, seed=0, dataset_dir=""), plan.options.workers_per_variant)
     with _disk_errors(run_dir, "start the run again"):
         run_dir.mkdir(parents=True, exist_ok=True)
         _check_disk(run_dir, plan)
@@ -209,11 +212,13 @@ class _Run:
         with self._stage("data") as said:
             vocab_size = self.plan.variants[0].model.vocab_size
             corpus = load_corpus(self.options.data)
-            dataset, cached = prepare_dataset(corpus, vocab_size, self.settings.cache_dir)
+            dataset, cached = prepare_dataset(corpus, vocab_size, self.settings.cache_dir, on_progress=self._tell_data)
             for variant in self.plan.variants:
                 dataset.check_sequences(variant.model.max_seq_len, variant.train.batch_size)
             said["status"] = "cached" if cached else "end"
             said["detail"] = f"{dataset.name}, {dataset.num_tokens['train'] / 1e6:.2f} M training tokens"
+            if corpus.num_copies:
+                said["detail"] += f", {corpus.num_copies} of {len(corpus.documents)} documents are copies"
         known = self.journal.find_stage("data", "corpus", "corpus")
         if known and known["sha256"] != dataset.corpus_sha256:
             raise DataError(
@@ -224,6 +229,9 @@ class _Run:
         if not known:
             self.journal.finish_stage("data", "corpus", "corpus", sha256=dataset.corpus_sha256)
         return dataset
+
+    def _tell_data(self, detail: str) -> None:
+        self.events.emit(StageEvent(stage="data", status="progress", detail=detail))
 
     # Training and export
 

@@ -13,10 +13,28 @@ from typing import Any
 
 from ryot.errors import EXIT_INTERRUPTED
 
+#: What asks a process to end: Ctrl-C, kill and most service managers, a terminal that is closed.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _minded() -> list[signal.Signals]:
+    """The stopping signals that were not ignored when we were started, as `nohup ... &` does: those stay ignored."""
+    return [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def interrupt_on_signals() -> None:
+    """Make every stopping signal raise `KeyboardInterrupt`, so that what cleans up is run; for a main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in _minded():
+        signal.signal(number, interrupt)
+
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Put SIGINT and SIGTERM off until the block has ended: what cleans up is not to be cut short.
+    """Put stopping signals off until the block has ended: what cleans up is not to be cut short.
 
     The first that came is then delivered to the handler of before. Outside the main thread nothing is held.
     """
@@ -24,7 +42,7 @@ def hold_signals() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _minded()}
     try:
         yield
     finally:
@@ -35,7 +53,7 @@ def hold_signals() -> Iterator[None]:
 
 
 class StopSignals:
-    """Counts SIGINT and SIGTERM while it is entered; a third one ends the process on the spot.
+    """Counts stopping signals while it is entered; a third one ends the process on the spot.
 
     Outside the main thread, where Python delivers no signals, it counts nothing.
     """
@@ -57,16 +75,17 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count == 1:
-            os.write(
-                sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                b"\nstopping after the slice in flight; once more to stop at once\n",
-            )
+            with contextlib.suppress(OSError):  # a closed terminal takes no words
+                os.write(
+                    sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                    b"\nstopping after the slice in flight; once more to stop at once\n",
+                )
         elif self.count >= 3:
             os._exit(EXIT_INTERRUPTED)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _minded():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

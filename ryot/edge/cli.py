@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
-from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, DataError, RyotError
+from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -136,6 +136,16 @@ def _run(bundle_path: Path, options: argparse.Namespace) -> int:
     return _generate(bundle, options)
 
 
+def _read_prompt(given: str) -> str:
+    """The prompt, from stdin for `-`; UTF-8, whatever the locale is."""
+    data = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {data[error.start]:#04x} at offset {error.start}"
+        raise ConfigError(f"--prompt: is not UTF-8 ({where})") from error
+
+
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.engines import open_engine
     from ryot.edge.generate import encode_prompt
@@ -151,7 +161,7 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     _check_text_options(options)
-    prompt = _read_stdin() if options.prompt == "-" else options.prompt
+    prompt = None if options.prompt is None else _read_prompt(options.prompt)
     tokenizer = load_tokenizer(bundle)
     decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     # Text may hold any character, whatever the terminal's encoding.
@@ -175,14 +185,6 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         num_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_len - length))
     _write(_pieces(decoder, tokenizer, prompt, options.reward, max_new_tokens=num_tokens, **limits))
     return EXIT_OK
-
-
-def _read_stdin() -> str:
-    sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise DataError(f"stdin: is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _check_text_options(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,10 @@ RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
 
 def ryot(
-    *arguments: object, cwd: Path | None = None, before: Callable[[], None] | None = None
+    *arguments: object,
+    cwd: Path | None = None,
+    before: Callable[[], None] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command; `before` is called in its process first."""
     return subprocess.run(
@@ -26,6 +29,7 @@ def ryot(
         capture_output=True,
         text=True,
         cwd=cwd,
+        env={**os.environ, **(env or {})},
         timeout=120,
         check=False,
         preexec_fn=before,
@@ -142,7 +146,11 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
         ("binary.dat", b"\x00\x01" * 50, "is a binary file, expected UTF-8 text"),
         ("latin.txt", "größe".encode("latin-1"), "is not UTF-8"),
         ("tiny.txt", b"short", "too few for a"),
-        ("small.txt", b"the same words again and again\n" * 4000, "this corpus carries only"),
+        (
+            "small.txt",
+            b"".join((b"yes\n", b"no\n")[i.bit_count() % 2] for i in range(40_000)),
+            "this corpus carries only",
+        ),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
@@ -159,6 +167,31 @@ def test_a_truncated_checkpoint_is_refused(trained: Path, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:1000])
     check_refused(ryot("export", path, "-o", tmp_path / "out"), 1, r"model\.safetensors cannot be read")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("trained", ["optimized"], indirect=True)
+@pytest.mark.parametrize(
+    ("arguments", "text", "code", "message"),
+    [
+        ((), "a few words\n" * 30, 1, "too few for a|expected more than one sequence of 32"),
+        (("--precisions", "fp32,int6"), "a few words\n" * 30, 2, "precision: 'int6' is not known"),
+    ],
+)
+def test_an_export_that_cannot_be_scored_is_refused_before_it_tunes(
+    trained: Path, arguments: tuple[str, ...], text: str, code: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(text)
+    cache = {"RYOT_CACHE_DIR": str(tmp_path / "cache")}
+    result = ryot("export", trained, "--data", tmp_path / "text.txt", "-o", tmp_path / "out", *arguments, env=cache)
+    check_refused(result, code, message)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    cache = {"RYOT_CACHE_DIR": str(tmp_path / "cache")}
+    result = ryot("cluster-run", "--workers-per-variant", "3", "-o", tmp_path / "run", env=cache)
+    check_refused(result, 2, "workers per variant: got 3, but baseline has a batch of 8 sequences")
+    assert not (tmp_path / "run").exists() and list((tmp_path / "cache").iterdir()) == []
 
 
 def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:

@@ -124,6 +124,52 @@ def test_auto_is_ray_address_when_that_is_set(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_address("auto") == ("10.0.0.1", 6379)
 
 
+def test_an_address_that_ray_address_gave_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(ClusterError, match=rf"cluster 127.0.0.1:{port} \(RAY_ADDRESS\): cannot connect") as error:
+        probe_address(*resolve_address("auto"))
+    assert "unset it" in str(error.value.hint)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS: got 'ray://head:10001'"):
+        resolve_address("auto")
+
+
+def test_a_host_name_is_tried_at_each_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.2", "127.0.0.1")]
+        look_up = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda host, *a, **k: answers if host == "head" else look_up(host, *a, **k)
+        )
+        with pytest.raises(ClusterError, match=f"cluster head:{port}: what answers there is no Ray head"):
+            probe_address("head", port)
+        server.shutdown()
+
+
+def test_a_name_server_that_does_not_answer_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent.wait(60)][1:])
+    begin = time.monotonic()
+    with pytest.raises(ClusterError, match="cluster head:6379: no answer within 3 s"):
+        probe_address("head", 6379)
+    assert time.monotonic() - begin < 10
+    silent.set()
+
+
+def test_a_run_names_a_stale_ray_address_before_any_other_work(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and says nothing
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        run = [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", "-o", str(tmp_path / "run")]
+        done = subprocess.run(run, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: cluster {address} (RAY_ADDRESS): no answer within 3 s\nhint: ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dead_port_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -179,6 +225,29 @@ with StopSignals() as signals:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "twice\n")
     assert "stopping after the slice in flight" in done.stderr
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+    # As under `nohup ... &`: Ctrl-C and the terminal's end are for others, SIGTERM is not.
+    program = """
+import os, signal
+from ryot.cluster.signals import StopSignals, hold_signals, interrupt_on_signals
+interrupt_on_signals()
+with StopSignals() as signals, hold_signals():
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not signals.stop
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.stop
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ignoring = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", sys.executable, "-c", program]
+    done = subprocess.run(ignoring, capture_output=True, text=True)
+    assert done.stdout == "goes on\n"
+    assert done.stderr.strip().endswith("KeyboardInterrupt")
 
 
 def test_an_export_that_a_second_ctrl_c_gave_up_does_not_hold_or_abort_the_end_of_the_process() -> None:

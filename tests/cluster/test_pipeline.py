@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -59,9 +60,9 @@ def options(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> list
     ]
 
 
-def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:
+def start(*arguments: str, cache: Path, through: Sequence[str] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*RYOT, "cluster-run", *arguments],
+        [*through, *RYOT, "cluster-run", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -179,13 +180,19 @@ def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
     }
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_result(
+def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_result(
     finished: tuple[Path, subprocess.CompletedProcess[str]], options: list[str], cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "stopped"
-    process = start(*options, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
+    # What a shell does for `nohup ... &`; test_recovery has Ctrl-C.
+    nohup = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]
+    process = start(*options, "--precisions", "fp32", "-o", str(run_dir), cache=cache, through=nohup)
     wait_for_steps(run_dir, process, 2)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == "" and f"--resume {run_dir}" in err and "Traceback" not in err

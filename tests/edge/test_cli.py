@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,21 @@ def test_sampling_options_are_passed_on(llama_path: Path) -> None:
 def test_a_prompt_is_continued_as_far_as_the_context_goes_by_default(llama_path: Path) -> None:
     run = run_cli(llama_path, "--prompt", "def " * 12, "--ignore-eos")
     assert (run.returncode, run.stdout) == (0, expected_text(llama_path, "def " * 12, ignore_eos=True) + "\n")
+
+
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_prompt_is_utf8_in_every_locale(llama_path: Path, stdin: bool) -> None:
+    c_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+    def run(prompt: bytes) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-c", RUN, llama_path, "--prompt", "-" if stdin else prompt, "--max-new-tokens", "4"]
+        return subprocess.run(command, input=prompt, capture_output=True, env=os.environ | c_locale, check=False)
+
+    good = run("größe ".encode())
+    assert (good.returncode, good.stdout.decode()) == (0, expected_text(llama_path, "größe ", max_new_tokens=4) + "\n")
+    bad = run(b"caf\xe9")
+    assert (bad.returncode, bad.stdout) == (2, b"")
+    assert bad.stderr == b"Error: --prompt: is not UTF-8 (byte 0xe9 at offset 3)\n"
 
 
 def test_verify_checks_hashes_and_golden_tokens(llama_path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""What enters by options and the environment: a cache that cannot be written, arguments that are not UTF-8."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ryot.cli.options import cache_dir
+from ryot.errors import ConfigError
+
+RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, with no RYOT_CACHE_DIR and a home in which nothing can be made."""
+    (tmp_path / "home").write_text("a file, so that root cannot make a folder in it either")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.delenv("RYOT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def test_the_cache_is_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RYOT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache/ryot"
+    assert list(cache_dir().iterdir()) == []
+
+
+def test_a_home_that_cannot_be_written_is_not_the_end(temporary: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = cache_dir()
+    assert found == temporary / f"ryot-cache-{os.getuid()}"
+    assert found.stat().st_mode & 0o777 == 0o700
+    [said] = caplog.records
+    assert said.getMessage() == (
+        f"cache {temporary.parent}/home/.cache/ryot: Not a directory; {found} is used instead "
+        "(RYOT_CACHE_DIR chooses another)"
+    )
+    assert cache_dir() == found
+
+
+@pytest.mark.parametrize("trap", ["link", "open to all", "file"])
+def test_a_temporary_cache_that_others_could_have_made_is_not_taken(temporary: Path, trap: str) -> None:
+    made = temporary / f"ryot-cache-{os.getuid()}"
+    if trap == "link":
+        (temporary / "theirs").mkdir()
+        made.symlink_to(temporary / "theirs")
+    elif trap == "file":
+        made.write_text("")
+    else:
+        made.mkdir()
+        made.chmod(0o777)
+    found = cache_dir()
+    assert found != made and found.parent == temporary
+    assert found.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_asked_for_by_name_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RYOT_CACHE_DIR", str(tmp_path / "file/cache"))
+    with pytest.raises(ConfigError, match=f"cache {tmp_path}/file/cache: Not a directory") as error:
+        cache_dir()
+    assert "RYOT_CACHE_DIR" in str(error.value.hint)
+
+
+def run(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*RYOT, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_an_argument_that_is_not_utf8_is_refused_in_one_line() -> None:
+    done = run("export", b"caf\xe9", "-o", "/tmp/none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        r"Error: argument 2: caf\xe9 is not UTF-8",
+        "hint: rename the file, or give the text in UTF-8",
+    ]
+
+
+def test_the_c_locale_is_told_what_it_lacks() -> None:
+    # As it was before Python 3.7, and is with these two settings.
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = run("export", "größe", "-o", "/tmp/none", **ascii_only)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].endswith("is not ASCII")
+    assert "PYTHONUTF8=1" in done.stderr
+    assert run("targets", **ascii_only).returncode == 0

@@ -49,11 +49,11 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_completion() -> str:
-    """llama.cpp's program, where somebody has built it."""
-    program = os.environ.get("RYOT_LLAMA_COMPLETION") or shutil.which("llama-completion")
+def llama_server() -> str:
+    """llama.cpp's server, where somebody has built it."""
+    program = os.environ.get("RYOT_LLAMA_SERVER") or shutil.which("llama-server")
     if program is None:
-        pytest.skip("llama.cpp's llama-completion is neither on PATH nor named by RYOT_LLAMA_COMPLETION")
+        pytest.skip("llama.cpp's llama-server is neither on PATH nor named by RYOT_LLAMA_SERVER")
     return program
 
 

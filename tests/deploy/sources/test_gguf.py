@@ -24,7 +24,7 @@ from ryot.deploy.sources.opening import open_checkpoint
 from ryot.deploy.sources.write_gguf import write_gguf
 from ryot.deploy.sources.write_hf import write_hf
 from ryot.errors import CheckpointError, ExportError
-from tests.deploy.sources.tiny import FAMILIES, byte_level, logits_of
+from tests.deploy.sources.tiny import FAMILIES, logits_of
 
 FolderOf = Callable[[str], Path]
 
@@ -308,34 +308,3 @@ def test_weights_that_are_no_numbers_or_too_large_leave_no_file(llama_folder: Pa
         with pytest.raises(CheckpointError, match=f"{name} has values that are not finite"):
             write_gguf(open_checkpoint(str(llama_folder)), tmp_path / "out.gguf", "F16")
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["large.gguf"]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_llama_cpp_continues_as_transformers_does(
-    name: str, kind: str, family_folder: FolderOf, llama_completion: str, tmp_path: Path
-) -> None:
-    write_gguf(open_checkpoint(str(family_folder(name))), tmp_path / "model.gguf", kind)  # type: ignore[arg-type]
-    write_hf(open_checkpoint(str(tmp_path / "model.gguf")), tmp_path / "weights")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "weights", dtype=torch.float32)
-    tokenizer, prompt = byte_level(), "def f(x): return x + 1 The quick"
-    ids, expected = tokenizer(prompt, return_tensors="pt").input_ids, []
-    with torch.no_grad():
-        for _ in range(12):
-            logits = model(torch.cat([ids, torch.tensor([expected], dtype=torch.long)], 1)).logits[0, -1]
-            best = logits.topk(2)
-            # llama.cpp rounds what it multiplies with to float16, or to 8 bits in blocks of 32.
-            if best.values[0] - best.values[1] < (0.02 if kind == "F16" else 0.3):
-                break
-            expected.append(int(best.indices[0]))
-    options = ["-n", "12", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io", "--special", "--ignore-eos"]
-    done = subprocess.run(
-        [llama_completion, "-m", str(tmp_path / "model.gguf"), "-p", prompt, *options, "-t", "1", "-c", "128"],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-500:]
-    # A character that is cut at either end decodes to the same mark.
-    assert done.stdout.decode(errors="replace").startswith(tokenizer.decode(expected).rstrip("�"))

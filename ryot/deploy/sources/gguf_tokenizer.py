@@ -97,6 +97,12 @@ class _Vocabulary:
             )
         return value
 
+    def join_spaces(self) -> None:
+        """Give the user's tokens the sign for a space that the others have; llama.cpp looks for them in plain text."""
+        for index, kind in enumerate(self.types):
+            if kind == TokenType.USER_DEFINED:
+                self.tokens[index] = self.tokens[index].replace(" ", _SPACE)
+
     def merges(self) -> list[list[str]]:
         values = self.file.metadata.get(f"{_PREFIX}.merges")
         if not isinstance(values, list):
@@ -159,6 +165,7 @@ def _sentencepiece_like(vocabulary: _Vocabulary, model: str) -> dict[str, Json]:
         normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = vocabulary.special_id("unknown")
+    vocabulary.join_spaces()
     merges = list(_merges_by_score(vocabulary)) if model == "llama" else vocabulary.merges()
     return _spec(
         normalizer={"type": "Sequence", "normalizers": normalizers},
@@ -175,10 +182,18 @@ def _sentencepiece_like(vocabulary: _Vocabulary, model: str) -> dict[str, Json]:
 
 
 def _merges_by_score(vocabulary: _Vocabulary) -> Iterator[list[str]]:
-    """Every way to make a token of two others, best token first: what SentencePiece's search comes to."""
+    """Every way to make a token of two others, best token first: what SentencePiece's search comes to.
+
+    The user's own tokens go before all others there, so runs of spaces are joined first, the longest before shorter.
+    """
     normal = (int(TokenType.NORMAL), int(TokenType.USER_DEFINED))
     ids = {t: i for i, (t, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types)) if kind in normal}
-    for token in sorted(ids, key=lambda token: -vocabulary.scores[ids[token]]):
+
+    def order(token: str) -> tuple[bool, float]:
+        own = vocabulary.types[ids[token]] == TokenType.USER_DEFINED
+        return (not own, -len(token) if own else -vocabulary.scores[ids[token]])
+
+    for token in sorted(ids, key=order):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
         for left, right in sorted(known):

@@ -124,19 +124,39 @@ def with_tokenizer(checkpoint: Checkpoint, text: str) -> Checkpoint:
     )
 
 
+def cut_to(spec: dict, size: int) -> dict:  # type: ignore[type-arg]
+    """The first `size` tokens, and the merges among them."""
+    model = spec["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= model["vocab"].keys()]
+    return spec
+
+
+def with_runs_of_spaces(spec: dict) -> dict:  # type: ignore[type-arg]
+    """Gemma's way: runs are added tokens, and are merged before all else, the longest first."""
+    runs = ["▁" * length for length in (4, 3, 2)]
+    for index, run in enumerate(runs, 317):
+        spec["model"]["vocab"][run] = index
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        spec["added_tokens"].append({"id": index, "content": run, **flags})
+    merges = [[run[:cut], run[cut:]] for run in runs for cut in range(1, len(run))]
+    spec["model"]["merges"] = merges + spec["model"]["merges"]
+    return spec
+
+
+@pytest.mark.parametrize("runs", [False, True])
 def test_a_sentencepiece_like_tokenizer_comes_back_the_same(
-    family_folder: Callable[[str], Path], tmp_path: Path
+    runs: bool, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     spec = complete(json.loads(sentencepiece_like().to_str()))
-    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if i < 320}
-    known = spec["model"]["vocab"].keys()
-    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if {*pair, "".join(pair)} <= known]
+    spec = with_runs_of_spaces(cut_to(spec, 317)) if runs else cut_to(spec, 320)
     source = with_tokenizer(open_checkpoint(str(family_folder("llama"))), json.dumps(spec))
     write_gguf(source, tmp_path / "model.gguf", "F16")
+    tokens = GgufFile(tmp_path / "model.gguf").metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list) and (tokens[319] == "  ") == runs
     back = open_checkpoint(str(tmp_path / "model.gguf"))
     ours, theirs = (Tokenizer.from_str(c.files["tokenizer.json"].decode()) for c in (back, source))
-    for text in HARD:
-        # llama.cpp, like SentencePiece, knows the begin and end of text only as control tokens.
+    for text in (*HARD, *("\n".join("a" + " " * n + "the" for n in range(12)).split("\n")), " " * 9):
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False).ids == ids, text
         assert ours.decode(ids) == theirs.decode(ids)

@@ -82,6 +82,27 @@ def test_llama_cpp_continues_as_transformers_does(
     assert tokens[: len(expected)] == expected
 
 
+#: Relative error that each of llama.cpp's kinds leaves of random weights; bits and block size of ggml's blocks say so.
+QUANTIZED = {"BF16": 0.003, "Q8_0": 0.01, "Q6_K": 0.03, "Q5_K_M": 0.06, "Q5_1": 0.06, "Q5_0": 0.06, "Q4_K_M": 0.1}
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, "Q4_1", "Q4_0"])
+def test_what_llama_cpp_quantized_is_read_near_to_what_it_was(
+    kind: str, family_folder: Callable[[str], Path], llama_server: str, tmp_path: Path
+) -> None:
+    program = Path(llama_server).with_name("llama-quantize")
+    if not program.exists():
+        pytest.skip(f"{program} is not there")
+    source = open_checkpoint(str(family_folder("llama_rope_llama3")))
+    write_gguf(source, tmp_path / "f16.gguf", "F16")
+    subprocess.run([program, tmp_path / "f16.gguf", tmp_path / "q.gguf", kind], check=True, capture_output=True)
+    back = open_checkpoint(str(tmp_path / "q.gguf"))
+    assert kind.removesuffix("_M") in {back.dtype(name) for name in back.names()}
+    for name in source.names():
+        values, error = source.load(name), back.load(name) - source.load(name)
+        assert (error**2).mean() <= QUANTIZED.get(kind, 0.11) ** 2 * (values**2).mean(), name
+
+
 def test_llama_cpp_answers_from_smollm2_written_again(llama_server: str, smollm2_gguf: Path, tmp_path: Path) -> None:
     """The whole way with real weights, GGUF Q4_1 in and F16 out, and the answer that transformers gives.
 

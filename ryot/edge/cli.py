@@ -177,6 +177,7 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         limits["max_new_tokens"] = DEFAULT_ANSWER_TOKENS if options.max_new_tokens is None else options.max_new_tokens
         converse(chat, prompt, write=_write, **limits)
         return EXIT_OK
+    assert prompt is not None  # one of the options is there
     tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
     num_tokens = options.max_new_tokens
     if num_tokens is None:

@@ -248,12 +248,18 @@ def test_a_bundle_without_a_template_has_no_chat(llama_path: Path) -> None:
     assert "hint: use --prompt" in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--chat"], ["--prompt", "-"]], ids=" ".join)
-def test_stdin_that_is_not_utf8_is_refused_in_one_line(chat_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat"], b"Error: stdin: is not UTF-8 (invalid start byte at byte 1)\n"),
+        (["--prompt", "-"], b"Error: --prompt: is not UTF-8 (byte 0xff at offset 1)\n"),
+    ],
+)
+def test_stdin_that_is_not_utf8_is_refused_in_one_line(chat_path: Path, arguments: list[str], message: bytes) -> None:
     command = [sys.executable, "-c", RUN, str(chat_path), *arguments]
     run = subprocess.run(command, input=b"a\xff\n", capture_output=True, check=False)
-    assert (run.returncode, run.stdout) == (1, b"")
-    assert run.stderr == b"Error: stdin: is not UTF-8 (invalid start byte at byte 1)\n"
+    assert (run.returncode, run.stdout) == (1 if arguments == ["--chat"] else 2, b"")
+    assert run.stderr == message
 
 
 def test_special_tokens_in_a_prompt_can_be_plain_text(chat_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gguf import TokenType
-from tokenizers import Tokenizer
 
 from ryot.deploy.sources.checkpoint import Json
 from ryot.deploy.sources.gguf_file import GgufFile
@@ -49,10 +48,6 @@ def tokenizer_from_metadata(file: GgufFile) -> GgufTokenizer:
     spec["added_tokens"] = list(_added_tokens(vocabulary))
     spec["post_processor"] = _post_processor(vocabulary, bos if add_bos else None, model == "gpt2")
     text = json.dumps(spec, ensure_ascii=False)
-    try:
-        Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise CheckpointError(f"checkpoint {file.path}: its vocabulary makes no tokenizer ({error})") from error
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": vocabulary.special_id("unknown")}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -101,6 +96,12 @@ class _Vocabulary:
                 f"expected an id below {len(self.tokens)}"
             )
         return value
+
+    def join_spaces(self) -> None:
+        """Give the user's tokens the sign for a space that the others have; llama.cpp looks for them in plain text."""
+        for index, kind in enumerate(self.types):
+            if kind == TokenType.USER_DEFINED:
+                self.tokens[index] = self.tokens[index].replace(" ", _SPACE)
 
     def merges(self) -> list[list[str]]:
         values = self.file.metadata.get(f"{_PREFIX}.merges")
@@ -164,6 +165,7 @@ def _sentencepiece_like(vocabulary: _Vocabulary, model: str) -> dict[str, Json]:
         normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = vocabulary.special_id("unknown")
+    vocabulary.join_spaces()
     merges = list(_merges_by_score(vocabulary)) if model == "llama" else vocabulary.merges()
     return _spec(
         normalizer={"type": "Sequence", "normalizers": normalizers},
@@ -180,10 +182,18 @@ def _sentencepiece_like(vocabulary: _Vocabulary, model: str) -> dict[str, Json]:
 
 
 def _merges_by_score(vocabulary: _Vocabulary) -> Iterator[list[str]]:
-    """Every way to make a token of two others, best token first: what SentencePiece's search comes to."""
+    """Every way to make a token of two others, best token first: what SentencePiece's search comes to.
+
+    The user's own tokens go before all others there, so runs of spaces are joined first, the longest before shorter.
+    """
     normal = (int(TokenType.NORMAL), int(TokenType.USER_DEFINED))
     ids = {t: i for i, (t, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types)) if kind in normal}
-    for token in sorted(ids, key=lambda token: -vocabulary.scores[ids[token]]):
+
+    def order(token: str) -> tuple[bool, float]:
+        own = vocabulary.types[ids[token]] == TokenType.USER_DEFINED
+        return (not own, -len(token) if own else -vocabulary.scores[ids[token]])
+
+    for token in sorted(ids, key=order):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
         for left, right in sorted(known):

@@ -81,12 +81,13 @@ def _sentencepiece_like(spec: Mapping[str, Json], tokens: list[str], types: list
     model = spec["model"]
     assert isinstance(model, dict)
     merges = _merges(model)
-    order = [left + right for left, right in merges]
-    first = {token: rank for rank, token in reversed(list(enumerate(order)))}
     normal = {token for token, kind in zip(tokens, types) if kind == TokenType.NORMAL and not _is_byte(token)}
+    # Tokens that are added (Gemma's runs of white space) are found before anything is merged.
+    order = [left + right for left, right in merges if left + right in normal]
+    first = {token: rank for rank, token in reversed(list(enumerate(order)))}
     pairs = sum(t[:cut] in normal and t[cut:] in normal for t in normal for cut in range(1, len(t)))
     turns = sum(before != after for before, after in pairwise(order)) + bool(order)
-    if sum(token in normal for token in order) < pairs or turns != len(first):
+    if len(order) < pairs or turns != len(first):
         raise ExportError(
             f"checkpoint {where}: its merges are not those of SentencePiece, which GGUF keeps as scores",
             hint="--to hf keeps them",
@@ -97,6 +98,8 @@ def _sentencepiece_like(spec: Mapping[str, Json], tokens: list[str], types: list
             types[index] = int(TokenType.BYTE)
         elif token == unknown:
             types[index] = int(TokenType.UNKNOWN)
+        elif types[index] == TokenType.USER_DEFINED:
+            tokens[index] = token.replace(_SPACE, " ")
     prefix = _has(spec.get("normalizer"), "Prepend") or _has(spec.get("pre_tokenizer"), "Metaspace")
     return {
         f"{_PREFIX}.model": "llama",

@@ -52,7 +52,8 @@ def fetch_from_hub(source: str) -> tuple[Path, str]:
         wanted = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_wanted(file.rfilename)}
         _check_disk(source, Path(huggingface_hub.constants.HF_HUB_CACHE), sum(wanted.values()))
         logger.info("model %s: %.1f MB from the hub, less what is cached", source, sum(wanted.values()) / 1e6)
-        folder = huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=list(PATTERNS))
+        # By its name and not by the commit, so that the cache can tell without a network what the name meant.
+        folder = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(PATTERNS))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"model {source}: is gated, and you are not (or not known to be) among those who may read it",
@@ -66,11 +67,11 @@ def fetch_from_hub(source: str) -> tuple[Path, str]:
             hint="check its name; for a private model log in with 'hf auth login' or set HF_TOKEN",
         ) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no"
-        raise CheckpointError(f"model {source}: the hub answered with {status} status", hint="try again") from error
+        status = error.response.status_code if error.response is not None else "unknown"
+        raise CheckpointError(f"model {source}: the hub answered with status {status}", hint="try again") from error
     except (errors.HTTPError, OSError) as error:
         return _from_cache(source, name, revision, error)
-    return Path(folder), str(info.sha)
+    return Path(folder), Path(folder).name
 
 
 def _from_cache(source: str, name: str, revision: str, reason: Exception) -> tuple[Path, str]:

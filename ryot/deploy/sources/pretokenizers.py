@@ -134,4 +134,8 @@ def _comparable(value: Json) -> list[Json]:
     inner = value.get("pretokenizers")
     if value.get("type") == "Sequence" and isinstance(inner, list):
         return [step for item in inner for step in _comparable(item)]
-    return [{key: item for key, item in value.items() if key != "trim_offsets"}]
+    step = {key: item for key, item in value.items() if key != "trim_offsets"}
+    if (step.get("behavior"), step.get("invert")) == ("Removed", True):
+        # Removing what no pattern matches and keeping the matches is the same, for patterns that match everything.
+        step |= {"behavior": "Isolated", "invert": False}
+    return [step]

@@ -63,7 +63,7 @@ def check_space(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise CheckpointError(
-            f"checkpoint {target}: needs {num_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            f"checkpoint {target}: needs {num_bytes / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free",
             hint="give a path on a larger disk",
         )
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ryot.deploy.reference import share_decoder
-from ryot.deploy.weights import DecoderWeights
+from ryot.deploy.weights import DecoderWeights, FloatArray
 
 #: Tokens of one backward pass: its activations are what takes memory.
 SENSITIVITY_WINDOW = 128
@@ -114,6 +114,22 @@ def capture_moments(weights: DecoderWeights, windows: NDArray[np.int64], on_matr
         layer.register_forward_hook(lambda module, inputs, out: (out[0], None))
     x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VD)
     on_matrix(weights.head, moments(x_BTD))
+
+
+@torch.no_grad()
+def measure_input_sizes(weights: DecoderWeights, windows: NDArray[np.int64]) -> dict[str, FloatArray]:
+    """Mean absolute value of each input [K] of every matrix product over token windows [B, T]."""
+    model = share_decoder(weights)
+    sizes: dict[str, FloatArray] = {}
+
+    def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] = inputs[0].abs().mean(dim=(0, 1)).numpy()
+
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name))
+    x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VD)
+    sizes[weights.head] = x_BTD.abs().mean(dim=(0, 1)).numpy()
+    return sizes
 
 
 def _layer_linears(weights: DecoderWeights) -> list[str]:

@@ -38,7 +38,7 @@ from ryot.deploy.quality import (
     quality_windows,
     worst,
 )
-from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn
+from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.verify import PARITY_ROWS, PARITY_TOKENS, SAFETY, ParityResult, check_parity, reference_logits
@@ -110,6 +110,8 @@ def export_variant(
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     weights = load_decoder_weights(checkpoint)
     context = weights.cfg.max_seq_len
+    if any(precision != "fp32" for precision in precisions):
+        weights = smooth_for(weights, data)
     parity_windows = data.windows(options.split, PARITY_ROWS, min(context, PARITY_TOKENS))[:, :-1]
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
     prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]

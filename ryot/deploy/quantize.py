@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ryot.deploy.calibration import Sensitivity, capture_moments, measure_sensitivity
+from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.forms import FormMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
@@ -32,6 +32,7 @@ from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts,
 from ryot.deploy.reference import TorchScorer
 from ryot.deploy.selection import Ladder, Option, find_smallest
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights, FloatArray
 
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 #: Training tokens that the inputs of each matrix are observed over, in windows of at most this length.
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8_192, 512
+#: Training tokens that the size of each input is averaged over.
+SMOOTHING_TOKENS = 1_024
 #: Training tokens that gradients are taken over.
 SENSITIVITY_TOKENS = 2_048
 #: Validation tokens that a choice is made on.
@@ -97,6 +100,14 @@ def quantize_rtn(weights: DecoderWeights, precision: str, settings: ExportSettin
     matrices = quantize_matrices(weights, precision, settings)
     method = "none" if precision == "fp32" else "rtn"
     return Quantized(matrices=matrices, record={"method": method, "bytes": num_bytes(matrices)})
+
+
+def smooth_for(weights: DecoderWeights, data: EvalData) -> DecoderWeights:
+    """The same decoder, prepared for rounded inputs by what a little training text puts into its matrices."""
+    if not foldable(weights.cfg):
+        return weights
+    windows = quality_windows(data, "train", weights.cfg.max_seq_len, tokens=SMOOTHING_TOKENS)[:, :-1]
+    return smooth(weights, measure_input_sizes(weights, windows))
 
 
 class Quantizer:

@@ -1,7 +1,9 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
-`int8-dyn` and `int8` are rounded to nearest. `int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that
-stays within the limit on the validation split (selection.py).
+`int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
+the loss allowed and of the smallest otherwise: blocks also decide how finely the runtime rounds a matrix's inputs.
+`int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that stays within the limit on the validation
+split (selection.py).
 
 An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
 that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32.
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ryot.config import replace
 from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.forms import FormMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
@@ -46,11 +49,14 @@ SMOOTHING_TOKENS = 1_024
 SENSITIVITY_TOKENS = 2_048
 #: Validation tokens that a choice is made on.
 CHOICE_TOKENS = 4_096
+#: Validation tokens that the block size of 8 bits is chosen on, and the share of the loss allowed, as KL, that the
+#: fastest one may take.
+INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 1_024, 0.04
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
 KV_LOSS_SHARE = 0.1
-#: The smallest block of 4 bits that is tried: below it scales and zero points take over a fifth of the bytes.
+#: The smallest block that is tried: below it scales and zero points take over a fifth of the bytes.
 SMALLEST_BLOCK = 32
 
 Matrices = Mapping[str, Matrix]
@@ -124,6 +130,8 @@ class Quantizer:
         """The matrices of a single (not paired) precision."""
         if precision == "int4":
             return self._choose_int4()
+        if precision == "int8":
+            return self._choose_int8()
         return quantize_rtn(self._weights, precision, self._settings)
 
     def form(self, precision: str, singles: Mapping[str, Quantized]) -> FormMatrices:
@@ -165,6 +173,21 @@ class Quantizer:
         log.info("int8 cache: scales %s", method)
         candidates = [{"method": m, **measured} for m, measured in figures.items()]
         return CacheFormat(scales=scales[method], record={"method": method, "candidates": candidates})
+
+    def _choose_int8(self) -> Quantized:
+        fastest = quantize_rtn(self._weights, "int8", self._settings)
+        if self._settings.int8_block_size <= SMALLEST_BLOCK:
+            return fastest
+        figures = self._measure(self.graph(fastest.matrices), tokens=INT8_CHOICE_TOKENS)
+        candidate = {"block_size": self._settings.int8_block_size, "bytes": fastest.record["bytes"], **figures}
+        log.info("int8 candidate: %s", candidate)
+        if figures["kl"] / figures["reference_loss"] <= INT8_LOSS_SHARE * (self._limit - 1):
+            chosen, block_size = fastest, self._settings.int8_block_size
+        else:
+            block_size = SMALLEST_BLOCK
+            chosen = quantize_rtn(self._weights, "int8", replace(self._settings, int8_block_size=block_size))
+        record = {**chosen.record, "block_size": block_size, "candidates": [candidate]}
+        return Quantized(matrices=chosen.matrices, record=record)
 
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())
@@ -242,9 +265,9 @@ class Quantizer:
         width = cfg.dim if name in table_names(self._weights) else self._weights[f"{name}.weight"].shape[1]
         return block_size_for(width, wanted)
 
-    def _measure(self, graph: StandardGraph) -> dict[str, float]:
+    def _measure(self, graph: StandardGraph, *, tokens: int = CHOICE_TOKENS) -> dict[str, float]:
         """The figures that a candidate is chosen by."""
-        windows = quality_windows(self._data, "val", self._length, tokens=CHOICE_TOKENS)
+        windows = quality_windows(self._data, "val", self._length, tokens=tokens)
         found = evaluate_artifacts(self.reference, {"artifact": graph}, windows, self._data.byte_lengths)
         figures = {name: round(getattr(found["artifact"], name), 6) for name in ("bpb_ratio", "kl", "top1", "tokens")}
         return {**figures, "reference_loss": round(found[REFERENCE].loss, 6)}

@@ -31,8 +31,8 @@ from tokenizers import Tokenizer, models
 
 import ryot.deploy
 from ryot.config import ModelConfig, digest
+from ryot.deploy.artifacts import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_form
-from ryot.deploy.forms import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings

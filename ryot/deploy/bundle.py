@@ -17,7 +17,7 @@ from typing import Any
 
 import ryot
 from ryot.config import ModelConfig
-from ryot.deploy.forms import STANDARD_GRAPH, graph_files
+from ryot.deploy.artifacts import STANDARD_GRAPH, graph_files
 from ryot.drafts import draft_folder
 from ryot.edge import bundle as edge_bundle
 from ryot.errors import ExportError

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 import ryot
 from ryot.deploy import bundle
-from ryot.deploy.blocks import OPSET
-from ryot.deploy.card import render_card
-from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import (
+from ryot.deploy.artifacts import (
     build_graphs,
     check_precision,
     pair_matrices,
     serialize,
     split_pair,
 )
+from ryot.deploy.blocks import OPSET
+from ryot.deploy.card import render_card
+from ryot.deploy.datafile import DataFile
 from ryot.deploy.golden import make_golden
 from ryot.deploy.quality import (
     MAX_BPB_RATIO,
@@ -67,7 +67,7 @@ class ExportOptions:
     seed: int = 0
     settings: ExportSettings = field(default_factory=ExportSettings)
     max_bpb_ratio: float = MAX_BPB_RATIO
-    """Bits per byte over those of fp32, above which a form is no candidate."""
+    """Bits per byte over those of fp32, above which an artifact is no candidate."""
     split: str = "test"
     """The split that quality is reported on."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -76,14 +76,14 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactResult:
-    """One exported form and the judgement on its quality."""
+    """One exported artifact and the judgement on its quality."""
 
     precision: str
     path: Path
     size_bytes: int
     """Of all the bundle's files."""
     parity: ParityResult
-    """Of the fp32 graphs that the form was quantized from."""
+    """Of the fp32 graphs that the artifact was quantized from."""
     quality: Quality
     passed: bool
     reason: str
@@ -101,9 +101,9 @@ def export_variant(
 ) -> list[ArtifactResult]:
     """Export a checkpoint in every precision to `out_root/PRECISION`, gate and score each.
 
-    The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all forms are scored against
-    them on one pass over the held-out text. Raises `QualityError` when parity fails and nothing can be trusted; a form
-    that is merely worse than the limit comes back with `passed` false.
+    The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all artifacts are then scored
+    against torch on one pass over held-out text. Raises `QualityError` when parity fails and nothing can be trusted;
+    one that is merely worse than the limit comes back with `passed` false.
     """
     for precision in precisions:
         check_precision(precision)
@@ -150,10 +150,10 @@ def _score(
     """
     graphs: dict[str, StandardGraph] = {}
     for precision in precisions:
-        form = quantizer.form(precision, singles)
-        graphs[precision] = quantizer.graph(form.decode, cache.scales)
-        if form.is_pair:
-            graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, cache.scales)
+        artifact = quantizer.artifact(precision, singles)
+        graphs[precision] = quantizer.graph(artifact.decode, cache.scales)
+        if artifact.is_pair:
+            graphs[f"{precision} prefill"] = quantizer.graph(artifact.prefill, cache.scales)
     if cache.scales is None:
         graphs.pop("fp32", None)  # parity holds it against the reference
     context = quantizer.context
@@ -199,7 +199,7 @@ def onnxruntime_min(settings: ExportSettings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What all forms of one checkpoint have in common."""
+    """What all artifacts of one checkpoint have in common."""
 
     checkpoint: Path
     weights: DecoderWeights

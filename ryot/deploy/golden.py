@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.forms import FormMatrices
+from ryot.deploy.artifacts import ArtifactMatrices
 from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights, FloatArray
@@ -37,7 +37,7 @@ def exact_graph(weights: DecoderWeights, matrices: Mapping[str, Matrix], folder:
 def make_golden(
     bundle: Bundle,
     weights: DecoderWeights,
-    form: FormMatrices,
+    form: ArtifactMatrices,
     prompts: NDArray[np.int64],
     *,
     rounding_error: float,

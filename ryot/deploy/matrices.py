@@ -1,8 +1,8 @@
-"""The forms a weight matrix takes in a graph: float32, dynamic int8, and blocks of 4 or 8 bits.
+"""The formats of a weight matrix in a graph: float32, dynamic int8, and blocks of 4 or 8 bits.
 
     # N output features, K input features, C blocks along K, E values of one block
 
-A form knows its numbers and its size; `blocks.py` knows which operator multiplies with it.
+A format knows its numbers and its size; `blocks.py` knows which operator multiplies with it.
 """
 
 from __future__ import annotations

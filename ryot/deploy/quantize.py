@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ryot.config import replace
+from ryot.deploy.artifacts import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
-from ryot.deploy.forms import FormMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
 from ryot.deploy.matrices import BlockMatrix, Matrix, block_size_for
@@ -134,7 +134,7 @@ class Quantizer:
             return self._choose_int8()
         return quantize_rtn(self._weights, precision, self._settings)
 
-    def form(self, precision: str, singles: Mapping[str, Quantized]) -> FormMatrices:
+    def artifact(self, precision: str, singles: Mapping[str, Quantized]) -> ArtifactMatrices:
         """The matrices of an artifact, pairs included."""
         return pair_matrices(self._weights, precision, {half: q.matrices for half, q in singles.items()})
 

@@ -21,8 +21,8 @@ import onnxruntime as ort
 from ryot.config import GraphAttention, ModelConfig, build_from_mapping, digest, replace
 from ryot.decisions import recall
 from ryot.deploy import bundle
+from ryot.deploy.artifacts import serialize
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph
 from ryot.deploy.matrices import (
     BlockMatrix,

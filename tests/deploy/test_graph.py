@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ryot.config import PRECISIONS
+from ryot.deploy.artifacts import serialize
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.export import ExportOptions, export_form
-from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph, float_matrices
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings

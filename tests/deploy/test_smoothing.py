@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from ryot.deploy.artifacts import quantize_matrices
 from ryot.deploy.calibration import measure_input_sizes
-from ryot.deploy.forms import quantize_matrices
 from ryot.deploy.quality import evaluate_artifacts, quality_windows
 from ryot.deploy.reference import TorchScorer, share_decoder
 from ryot.deploy.settings import ExportSettings

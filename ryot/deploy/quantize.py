@@ -42,11 +42,9 @@ from ryot.deploy.weights import DecoderWeights, FloatArray
 log = logging.getLogger(__name__)
 
 #: Training tokens that the inputs of each matrix are observed over, in windows of at most this length.
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8_192, 512
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 4_096, 256
 #: Training tokens that the size of each input is averaged over.
 SMOOTHING_TOKENS = 1_024
-#: Training tokens that gradients are taken over.
-SENSITIVITY_TOKENS = 2_048
 #: Validation tokens that a choice is made on.
 CHOICE_TOKENS = 4_096
 #: Validation tokens that the block size of 8 bits is chosen on, and the share of the loss allowed, as KL, that the
@@ -224,14 +222,14 @@ class Quantizer:
         windows = quality_windows(
             self._data, "train", self._length, tokens=CALIBRATION_TOKENS, window=CALIBRATION_WINDOW
         )[:, :-1]
-        sensitivity = measure_sensitivity(self._weights, windows[: -(-SENSITIVITY_TOKENS // windows.shape[1])])
+        sensitivity = measure_sensitivity(self._weights, windows)
         options: dict[str, list[Option]] = {}
 
         def round_matrix(name: str, moments_KK: Tensor) -> None:
             log.debug("int4: rounding %s", name)
             options[name] = self._options_of(name, sensitivity, moments_KK)
 
-        capture_moments(self._weights, windows, round_matrix)
+        capture_moments(self._weights, windows, round_matrix, sensitivity.tokens)
         names = list(float_matrices(self._weights))
         for name in names:
             if name not in options:  # a table that is only looked up: no product, no inputs

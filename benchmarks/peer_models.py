@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, models
 import ryot.deploy
 from ryot.config import ModelConfig, digest
 from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_unscored
-from ryot.deploy.forms import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.plain import export_plain
+from ryot.deploy.precisions import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.sources.folder import open_folder

@@ -110,7 +110,7 @@ def command(
     from ryot.config import replace
     from ryot.deploy.artifact import ExportOptions
     from ryot.deploy.export import export_variant
-    from ryot.deploy.forms import check_precision
+    from ryot.deploy.precisions import check_precision
     from ryot.deploy.quality import MAX_BPB_RATIO
     from ryot.deploy.settings import dynamic_bits
     from ryot.deploy.text_check import open_text

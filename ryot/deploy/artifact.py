@@ -19,9 +19,9 @@ from ryot.deploy import bundle
 from ryot.deploy.blocks import OPSET
 from ryot.deploy.card import render_card
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import build_graphs, pair_matrices, serialize, split_pair
 from ryot.deploy.golden import make_golden
 from ryot.deploy.oracle import NO_ORACLE, OracleResult
+from ryot.deploy.precisions import build_graphs, pair_matrices, serialize, split_pair
 from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.settings import ExportSettings

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 import ryot
 from ryot.config import GraphAttention
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.matrices import BlockMatrix, DynamicMatrix, FloatMatrix, Matrix
+from ryot.deploy.matrices import BlockMatrix, DynamicMatrix, FloatMatrix, Matrix, OffsetBlockMatrix
 from ryot.models.spec import Activation, Norm
 from ryot.models.tensors import FloatArray
 
@@ -103,6 +103,8 @@ def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray 
         case DynamicMatrix(codes_NK, scales_N):
             inputs = [x, g.constant(f"{name}.int8", codes_NK.T), g.constant(f"{name}.int8_scales", scales_N), ""]
             return g.node("DynamicQuantizeMatMul", [*inputs, bias_name] if bias_name else inputs[:3], [out], domain=MS)
+        case OffsetBlockMatrix():
+            return linear(g, _with_block_sums(g, x, name, matrix.blocks), name, matrix.joined(), bias, out)
         case BlockMatrix():
             inputs = [
                 x,
@@ -148,6 +150,15 @@ def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
         gather_axis=0,
         quantize_axis=1,
     )
+
+
+def _with_block_sums(g: GraphBuilder, x: str, name: str, matrix: BlockMatrix) -> str:
+    """[B, S, K] to [B, S, K + C]: the inputs, and behind them the sums of their blocks."""
+    C, E = matrix.codes_NCE.shape[1:]
+    shape = g.constant(f"blocks_of_inputs.{C}x{E}", np.array([0, 0, C, E], np.int64))
+    cut = g.node("Reshape", [x, shape], [f"{name}.input_blocks"])
+    sums = g.node("ReduceSum", [cut, g.constant("last_axis", np.array([-1], np.int64))], [f"{name}.sums"], keepdims=0)
+    return g.node("Concat", [x, sums], [f"{name}.inputs_and_sums"], axis=-1)
 
 
 def _zero_points(g: GraphBuilder, name: str, matrix: BlockMatrix) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ryot
 from ryot.atomic import atomic_folder
-from ryot.deploy.forms import STANDARD_GRAPH, graph_files
+from ryot.deploy.precisions import STANDARD_GRAPH, graph_files
 from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME

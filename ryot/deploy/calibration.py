@@ -8,13 +8,14 @@ up, or is rounded, when the forward pass reaches it.
 How much an output matters is the diagonal of the Fisher information: with labels drawn from the model itself, the mean
 squared gradient g of the loss by an output y is the curvature of KL there, so an independent error e of that output
 costs about g^2 e^2 / 2 nats (Martens 2020, arXiv:1412.1193, section 9). Summed over outputs this puts all matrices on
-one scale, before any quantized graph exists.
+one scale, before any quantized graph exists. Tokens are weighed by their own g^2: the first token of a text, which all
+others attend to, has both inputs of a thousand times the usual size and the largest gradients.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ryot.deploy.weights import DecoderWeights
+from ryot.models.tensors import FloatArray
 from ryot.train.checkpoint import build_decoder
 
 #: Tokens of one backward pass: its activations are what takes memory.
-SENSITIVITY_WINDOW = 128
+SENSITIVITY_WINDOW = 256
 #: Rows of the output matrix that are multiplied at a time; a whole vocabulary of logits takes much memory.
 LOGIT_ROWS = 128
 
@@ -40,6 +42,8 @@ class Sensitivity:
     """Mean squared gradient of the loss by the outputs of each matrix product, [N], and by a looked-up row, [D]."""
 
     outputs: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    """Of each matrix the weight of every token, [B * T], 1 on average: half alike, half by its squared gradient."""
     lookup_D: Tensor
     counts_V: Tensor
     """How often each row is looked up in the calibration text, as a share of its tokens."""
@@ -58,10 +62,12 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
     model = build_decoder(weights.spec, weights.arrays)
     generator = torch.Generator().manual_seed(seed)
     energy: dict[str, Tensor] = {}
+    by_token: dict[str, list[Tensor]] = {}
 
     def add(name: str, gradient_BTN: Tensor) -> None:
-        square = gradient_BTN.flatten(0, -2).square().sum(dim=0)
-        energy[name] = energy[name] + square if name in energy else square
+        square_TN = gradient_BTN.flatten(0, -2).square()
+        energy[name] = energy.get(name, 0) + square_TN.sum(dim=0)
+        by_token.setdefault(name, []).append(square_TN.sum(dim=1))
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -76,33 +82,42 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
         # The gradient by this leaf is the one by the rows looked up; no other leaf is asked for one.
         table_TD = model.table_VE[ids_T].requires_grad_()
         x_BTD, _ = model.trunk(torch.arange(len(ids_T))[None], table_TD)
-        gradient_BTD, head_V = _label_gradients(x_BTD.detach(), model.head_weight_VE(model.table_VE), generator)
+        gradient_BTD, head_V, head_T = _label_gradients(x_BTD.detach(), model.head_weight_VE(model.table_VE), generator)
         x_BTD.backward(gradient_BTD)
         assert table_TD.grad is not None
         add("lookup", table_TD.grad)
         energy[weights.head] = energy.get(weights.head, 0) + head_V
+        by_token.setdefault(weights.head, []).append(head_T)
     tokens = sum(map(len, pieces))
     counts_V = torch.bincount(torch.from_numpy(windows.reshape(-1)), minlength=weights.spec.vocab_size) / windows.size
     lookup_D = energy.pop("lookup") / tokens
     outputs = {name: square / tokens for name, square in energy.items()}
-    return Sensitivity(outputs=outputs, lookup_D=lookup_D, counts_V=counts_V)
+    weights_of = {name: _token_weights(torch.cat(pieces)) for name, pieces in by_token.items()}
+    return Sensitivity(outputs=outputs, tokens=weights_of, lookup_D=lookup_D, counts_V=counts_V)
 
 
 @torch.no_grad()
-def capture_moments(weights: DecoderWeights, windows: NDArray[np.int64], on_matrix: OnMatrix) -> None:
+def capture_moments(
+    weights: DecoderWeights,
+    windows: NDArray[np.int64],
+    on_matrix: OnMatrix,
+    token_weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """One forward pass over token windows [B, T] that hands each matrix's input moments to `on_matrix`, in order.
 
-    What is not returned is freed: the moments of one matrix exist at a time.
+    What is not returned is freed: the moments of one matrix exist at a time. Tokens count alike or by `token_weights`
+    [B * T] of each matrix.
     """
     model = build_decoder(weights.spec, weights.arrays)
 
-    def moments(x_BTK: Tensor) -> Tensor:
+    def moments(name: str, x_BTK: Tensor) -> Tensor:
         x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
-        return x_MK.T @ x_MK / len(x_MK)
+        weighed_MK = x_MK if token_weights is None else x_MK * token_weights[name][:, None]
+        return weighed_MK.T @ x_MK / len(x_MK)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if (values_NK := on_matrix(name, moments(inputs[0]))) is not None:
+            if (values_NK := on_matrix(name, moments(name, inputs[0]))) is not None:
                 module.weight = nn.Parameter(values_NK, requires_grad=False)
 
         return see
@@ -113,7 +128,23 @@ def capture_moments(weights: DecoderWeights, windows: NDArray[np.int64], on_matr
         # The keys and values of all tokens, which nobody reads, would be kept till the end.
         layer.register_forward_hook(lambda module, inputs, out: (out[0], None))
     x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
-    on_matrix(weights.head, moments(x_BTD))
+    on_matrix(weights.head, moments(weights.head, x_BTD))
+
+
+@torch.no_grad()
+def measure_input_sizes(weights: DecoderWeights, windows: NDArray[np.int64]) -> dict[str, FloatArray]:
+    """Mean absolute value of each input [K] of every matrix product over token windows [B, T]."""
+    model = build_decoder(weights.spec, weights.arrays)
+    sizes: dict[str, FloatArray] = {}
+
+    def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] = inputs[0].abs().mean(dim=(0, 1)).numpy()
+
+    for name in _layer_linears(weights):
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name))
+    x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
+    sizes[weights.head] = x_BTD.abs().mean(dim=(0, 1)).numpy()
+    return sizes
 
 
 def _layer_linears(weights: DecoderWeights) -> list[str]:
@@ -125,15 +156,21 @@ def _cut(windows: NDArray[np.int64], length: int) -> list[Tensor]:
     return [piece for window in windows for piece in torch.from_numpy(window).split(length)]
 
 
-def _label_gradients(x_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The loss gradient by the head's inputs, for labels drawn from its own distribution; the squared one by logits."""
+def _token_weights(energy_T: Tensor) -> Tensor:
+    return 0.5 + 0.5 * energy_T / energy_T.mean().clamp_min(1e-30)
+
+
+def _label_gradients(x_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss gradient by the head's inputs for labels that it draws; the squared one by logits, over T and over V."""
     x_TD = x_BTD[0]
-    gradients, head_V = [], torch.zeros(len(head_VD))
+    gradients, head_V, head_T = [], torch.zeros(len(head_VD)), []
     for rows_RD in x_TD.split(LOGIT_ROWS):
         p_RV = F.linear(rows_RD, head_VD).softmax(dim=-1)
         labels_R = torch.multinomial(p_RV, 1, generator=generator)
         # Over labels the mean squared gradient of a logit is p (1 - p), which has no noise.
-        head_V += (p_RV - p_RV.square()).sum(dim=0)
+        square_RV = p_RV - p_RV.square()
+        head_V += square_RV.sum(dim=0)
+        head_T.append(square_RV.sum(dim=1))
         p_RV.scatter_add_(1, labels_R, torch.full(labels_R.shape, -1.0))
         gradients.append(p_RV @ head_VD)
-    return torch.cat(gradients)[None], head_V
+    return torch.cat(gradients)[None], head_V, torch.cat(head_T)

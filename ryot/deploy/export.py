@@ -21,8 +21,8 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
-from ryot.deploy.forms import check_precision, split_pair
 from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
+from ryot.deploy.precisions import check_precision, split_pair
 from ryot.deploy.quality import (
     REFERENCE,
     EvalData,
@@ -32,7 +32,7 @@ from ryot.deploy.quality import (
     quality_windows,
     worst,
 )
-from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn
+from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.text_check import check_text
@@ -90,6 +90,9 @@ def export_variant(
         bundle.write_checkpoint_files(checkpoint, files)
         weights = load_decoder_weights(checkpoint, options.context)
         text = check_text(files, vocab_size=weights.spec.vocab_size)
+        if any(precision != "fp32" for precision in precisions):
+            tell("smoothing inputs into the weights before them")
+            weights = smooth_for(weights, data)
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
         origin = Origin(checkpoint, weights, options, text.token_ids, data.corpus_sha256, prompts)
         quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch)
@@ -136,10 +139,10 @@ def _score(
     """
     graphs: dict[str, StandardGraph] = {}
     for precision in precisions:
-        form = quantizer.form(precision, singles)
-        graphs[precision] = quantizer.graph(form.decode, cache.scales)
-        if form.is_pair:
-            graphs[f"{precision} prefill"] = quantizer.graph(form.prefill, cache.scales)
+        artifact = quantizer.artifact(precision, singles)
+        graphs[precision] = quantizer.graph(artifact.decode, cache.scales)
+        if artifact.is_pair:
+            graphs[f"{precision} prefill"] = quantizer.graph(artifact.prefill, cache.scales)
     if cache.scales is None:
         graphs.pop("fp32", None)  # parity holds it against the reference
     context = quantizer.context

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ryot.deploy.forms import FormMatrices
 from ryot.deploy.matrices import Matrix
+from ryot.deploy.precisions import ArtifactMatrices
 from ryot.deploy.reference import Load, Piece, layerwise_logits
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import Bundle
@@ -31,7 +31,7 @@ MAX_PROMPT, MAX_ANSWER = 32, 16
 def make_golden(
     bundle: Bundle,
     weights: DecoderWeights,
-    form: FormMatrices,
+    form: ArtifactMatrices,
     prompts: NDArray[np.int64],
     *,
     rounding_error: float,

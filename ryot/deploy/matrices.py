@@ -1,8 +1,8 @@
-"""The forms a weight matrix takes in a graph: float32, dynamic int8, and blocks of 4 or 8 bits.
+"""The formats of a weight matrix in a graph: float32, dynamic int8, and blocks of 4 or 8 bits.
 
     # N output features, K input features, C blocks along K, E values of one block
 
-A form knows its numbers and its size; `blocks.py` knows which operator multiplies with it.
+A format knows its numbers and its size; `blocks.py` knows which operator multiplies with it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,42 @@ class BlockMatrix:
         return values.reshape(len(values), -1)[:, : self.num_inputs]
 
 
-Matrix = FloatMatrix | DynamicMatrix | BlockMatrix
+@dataclass(frozen=True, slots=True)
+class OffsetBlockMatrix:
+    """A block matrix and a number for each of its blocks that is added to all values of the block.
+
+    The numbers are columns of the same product: they multiply the sums of the inputs' blocks, which stand behind the
+    inputs. This is how blocks with a float minimum are held, for which the operator has no fast kernel.
+    """
+
+    blocks: BlockMatrix
+    """[N, K], K a multiple of the block size."""
+    offsets: BlockMatrix
+    """[N, C], of the same bits and block size."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.blocks.num_bytes + self.offsets.num_bytes
+
+    def joined(self) -> BlockMatrix:
+        """The matrix [N, K + C] of the product."""
+        parts = (self.blocks, self.offsets)
+        middle = 1 << (self.blocks.bits - 1)
+        zeros = [np.full(p.scales_NC.shape, middle, np.uint8) if p.zeros_NC is None else p.zeros_NC for p in parts]
+        return BlockMatrix(
+            np.concatenate([p.codes_NCE for p in parts], axis=1),
+            np.concatenate([p.scales_NC for p in parts], axis=1),
+            self.blocks.bits,
+            self.blocks.num_inputs + self.offsets.num_inputs,
+            np.concatenate(zeros, axis=1),
+        )
+
+    def dequantize(self) -> FloatArray:
+        """The values that inputs are multiplied with, [N, K]."""
+        return self.blocks.dequantize() + np.repeat(self.offsets.dequantize(), self.blocks.block_size, axis=1)
+
+
+Matrix = FloatMatrix | DynamicMatrix | BlockMatrix | OffsetBlockMatrix
 
 
 def block_size_for(num_inputs: int, wanted: int) -> int:

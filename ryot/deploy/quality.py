@@ -213,7 +213,7 @@ def _compare(expected_TV: FloatArray, found_TV: FloatArray, targets_T: NDArray[n
             (expected.exp() * (expected - found)).sum().item(),
             (found.argmax(-1) == expected.argmax(-1)).sum().item(),
         )
-    expected_nats, nats, kl, agree = figures
+    expected_nats, nats, kl, agree = figures.tolist()
     return _Sums(len(targets_T), bits, expected_nats, nats, kl, int(agree))
 
 
@@ -226,7 +226,7 @@ def _quality(windows: list[_Sums]) -> Quality:
         # A ratio of sums, linearized: its error is that of the sum of what each window leaves.
         left = [w.nats - ratio * w.expected_nats for w in windows]
         half = t_quantile(len(windows) - 1) * float(np.std(left, ddof=1)) * math.sqrt(len(windows)) / expected
-        interval = (ratio - half, ratio + half)
+        interval = (float(ratio - half), float(ratio + half))
     return Quality(
         tokens=tokens,
         loss=nats / tokens,

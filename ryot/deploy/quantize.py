@@ -1,7 +1,9 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
-`int8-dyn` and `int8` are rounded to nearest. `int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that
-stays within the limit on the validation split (selection.py).
+`int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
+the loss allowed and of the smallest otherwise: blocks also decide how finely the runtime rounds a matrix's inputs.
+`int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that stays within the limit on the validation
+split (selection.py).
 
 An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
 that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32.
@@ -23,15 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ryot.deploy.calibration import Sensitivity, capture_moments, measure_sensitivity
-from ryot.deploy.forms import FormMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
+from ryot.config import replace
+from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
 from ryot.deploy.matrices import BlockMatrix, Matrix, block_size_for
+from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.selection import Ladder, Option, find_smallest
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
@@ -39,16 +43,19 @@ from ryot.models.tensors import FloatArray
 log = logging.getLogger(__name__)
 
 #: Training tokens that the inputs of each matrix are observed over, in windows of at most this length.
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8_192, 512
-#: Training tokens that gradients are taken over.
-SENSITIVITY_TOKENS = 2_048
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 4_096, 256
+#: Training tokens that the size of each input is averaged over.
+SMOOTHING_TOKENS = 1_024
 #: Validation tokens that a choice is made on.
 CHOICE_TOKENS = 4_096
+#: Validation tokens that the block size of 8 bits is chosen on, and the share of the loss allowed, as KL, that the
+#: fastest one may take.
+INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 1_024, 0.04
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
 KV_LOSS_SHARE = 0.1
-#: The smallest block of 4 bits that is tried: below it scales and zero points take over a fifth of the bytes.
+#: The smallest block that is tried: below it scales and zero points take over a fifth of the bytes.
 SMALLEST_BLOCK = 32
 
 Matrices = Mapping[str, Matrix]
@@ -100,6 +107,14 @@ def quantize_rtn(weights: DecoderWeights, precision: str, settings: ExportSettin
     return Quantized(matrices=matrices, record={"method": method, "bytes": num_bytes(matrices)})
 
 
+def smooth_for(weights: DecoderWeights, data: EvalData) -> DecoderWeights:
+    """The same decoder, prepared for rounded inputs by what a little training text puts into its matrices."""
+    if not foldable(weights.spec):
+        return weights
+    windows = quality_windows(data, "train", weights.spec.max_seq_len, tokens=SMOOTHING_TOKENS)[:, :-1]
+    return smooth(weights, measure_input_sizes(weights, windows))
+
+
 class Quantizer:
     """Quantizes one decoder; temporary graphs are gone from the disk as soon as they are loaded."""
 
@@ -114,9 +129,11 @@ class Quantizer:
         """The matrices of a single (not paired) precision."""
         if precision == "int4":
             return self._choose_int4()
+        if precision == "int8":
+            return self._choose_int8()
         return quantize_rtn(self._weights, precision, self._settings)
 
-    def form(self, precision: str, singles: Mapping[str, Quantized]) -> FormMatrices:
+    def artifact(self, precision: str, singles: Mapping[str, Quantized]) -> ArtifactMatrices:
         """The matrices of an artifact, pairs included."""
         return pair_matrices(self._weights, precision, {half: q.matrices for half, q in singles.items()})
 
@@ -156,6 +173,21 @@ class Quantizer:
         candidates = [{"method": m, **measured} for m, measured in figures.items()]
         return CacheFormat(scales=scales[method], record={"method": method, "candidates": candidates})
 
+    def _choose_int8(self) -> Quantized:
+        fastest = quantize_rtn(self._weights, "int8", self._settings)
+        if self._settings.int8_block_size <= SMALLEST_BLOCK:
+            return fastest
+        figures = self._measure(self.graph(fastest.matrices), tokens=INT8_CHOICE_TOKENS)
+        candidate = {"block_size": self._settings.int8_block_size, "bytes": fastest.record["bytes"], **figures}
+        log.info("int8 candidate: %s", candidate)
+        if figures["kl"] / figures["reference_loss"] <= INT8_LOSS_SHARE * (self._limit - 1):
+            chosen, block_size = fastest, self._settings.int8_block_size
+        else:
+            block_size = SMALLEST_BLOCK
+            chosen = quantize_rtn(self._weights, "int8", replace(self._settings, int8_block_size=block_size))
+        record = {**chosen.record, "block_size": block_size, "candidates": [candidate]}
+        return Quantized(matrices=chosen.matrices, record=record)
+
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())
         candidates: list[dict[str, Any]] = []
@@ -191,14 +223,14 @@ class Quantizer:
         windows = quality_windows(
             self._data, "train", self._length, tokens=CALIBRATION_TOKENS, window=CALIBRATION_WINDOW
         )[:, :-1]
-        sensitivity = measure_sensitivity(self._weights, windows[: -(-SENSITIVITY_TOKENS // windows.shape[1])])
+        sensitivity = measure_sensitivity(self._weights, windows)
         options: dict[str, list[Option]] = {}
 
         def round_matrix(name: str, moments_KK: Tensor) -> None:
             log.debug("int4: rounding %s", name)
             options[name] = self._options_of(name, sensitivity, moments_KK)
 
-        capture_moments(self._weights, windows, round_matrix)
+        capture_moments(self._weights, windows, round_matrix, sensitivity.tokens)
         names = list(float_matrices(self._weights))
         for name in names:
             if name not in options:  # a table that is only looked up: no product, no inputs
@@ -232,9 +264,9 @@ class Quantizer:
         width = cfg.dim if name in table_names(self._weights) else self._weights[f"{name}.weight"].shape[1]
         return block_size_for(width, wanted)
 
-    def _measure(self, graph: StandardGraph) -> dict[str, float]:
+    def _measure(self, graph: StandardGraph, *, tokens: int = CHOICE_TOKENS) -> dict[str, float]:
         """The figures that a candidate is chosen by."""
-        windows = quality_windows(self._data, "val", self._length, tokens=CHOICE_TOKENS)
+        windows = quality_windows(self._data, "val", self._length, tokens=tokens)
         found = evaluate_artifacts(self.reference, {"artifact": graph}, windows, self._data.byte_lengths)
         figures = {name: round(getattr(found["artifact"], name), 6) for name in ("bpb_ratio", "kl", "top1", "tokens")}
         return {**figures, "reference_loss": round(found[REFERENCE].loss, 6)}

@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.matrices import BlockMatrix, ByteArray
+from ryot.deploy.gptq import round_by_search
+from ryot.deploy.matrices import BlockMatrix, ByteArray, OffsetBlockMatrix
 from ryot.deploy.settings import BLOCK_SIZES
 from ryot.models.tensors import FloatArray
 
@@ -43,6 +44,25 @@ class BlockSource(Protocol):
     """A source that may hold matrices in blocks; `blocks` returns None for one that it holds otherwise."""
 
     def blocks(self, name: str) -> StoredBlocks | None: ...
+
+
+def repack_with_offsets(stored: StoredBlocks) -> OffsetBlockMatrix | None:
+    """Nearly the same values: codes and scales as stored, whole zero codes, and what those leave of minimums in 4 bits.
+
+    Of SmolLM2-135M's Q4_1 this loses 2.0e-5 of the outputs' energy, where keeping the codes and rounding the minimum
+    loses 5.2e-3, RTN with searched scales 3.3e-3, GPTQ 1.1e-3 and 8 bits 2.4e-5 (8 matrices, blocks of 32, 2026-11-27).
+    None for more than 4 bits and for blocks that the operator does not have.
+    """
+    codes, scales = stored.codes_NCE, np.where(stored.scales_NC == 0, np.float32(1), stored.scales_NC)
+    if codes.max(initial=0) > 15 or codes.shape[2] not in BLOCK_SIZES:
+        return None
+    codes = np.where((stored.scales_NC == 0)[..., None], np.uint8(0), codes)
+    zeros = np.clip(np.rint(-stored.minimums_NC / scales), 0, 15)
+    left_NC = (stored.minimums_NC + zeros * scales).astype(np.float32)
+    size = codes.shape[2]
+    blocks = BlockMatrix(codes, scales, 4, codes.shape[1] * size, zeros.astype(np.uint8))
+    offsets = round_by_search(left_NC, bits=4, block_size=size)
+    return OffsetBlockMatrix(blocks, offsets)
 
 
 def repack(stored: StoredBlocks) -> BlockMatrix | None:

@@ -23,7 +23,6 @@ from ryot.config import GraphAttention, build_from_mapping, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph
 from ryot.deploy.matrices import (
     BlockMatrix,
@@ -32,6 +31,7 @@ from ryot.deploy.matrices import (
     Matrix,
     block_size_for,
 )
+from ryot.deploy.precisions import serialize
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle

@@ -67,6 +67,21 @@ def test_moments_are_handed_over_in_order_and_are_those_of_the_inputs(weights, w
     np.testing.assert_allclose(found[name], total / (2 * CONTEXT), rtol=1e-3, atol=1e-6)
 
 
+def test_tokens_weigh_one_on_average_and_moments_are_weighed_by_them(weights, windows, sensitivity, moments):
+    for token_weights in sensitivity.tokens.values():
+        assert token_weights.shape == (windows.size,)
+        assert token_weights.mean().item() == pytest.approx(1, rel=1e-4)
+        assert token_weights.min() >= 0.5
+    name, only = "layers.1.down", 5
+    one = {n: torch.zeros(windows.size) for n in moments} | {name: torch.eye(windows.size)[only] * windows.size}
+    found = {}
+    capture_moments(weights, windows, lambda n, m: found.update({n: m}), one)
+    # All weight on one token: a matrix of rank 1, and the sum over all tokens gives the moments back.
+    assert torch.linalg.matrix_rank(found[name]) == 1
+    assert not found["layers.0.attn.qkv"].any()
+    assert found[name].diagonal().sum() <= windows.size * moments[name].diagonal().sum()
+
+
 def test_matrices_that_come_back_are_what_later_ones_see(weights, windows, moments):
     seen = {}
 

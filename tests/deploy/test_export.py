@@ -98,6 +98,16 @@ def test_int4_candidates_are_recorded_and_the_smallest_is_tried_first(forms):
     assert min(c["bytes"] for c in record["candidates"] if c["bpb_ratio"] <= 1.0085) == record["bytes"]
 
 
+def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_ones_elsewhere(trained, data, tmp_path):
+    weights = load_decoder_weights(trained)
+    for limit, expected in ((1.5, 64), (1 + 1e-6, 32)):
+        quantizer = Quantizer(weights, data, ExportSettings(int8_block_size=64), limit, tmp_path)
+        found = quantizer.quantize("int8")
+        assert found.record["block_size"] == expected
+        assert found.matrices["layers.0.attn.qkv"].block_size == expected
+        assert found.record["candidates"][0]["block_size"] == 64
+
+
 def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, forms):
     four = load_bundle(forms["int4"].path).manifest["quantization"]["int4"]["candidates"][0]
     lost = max(four["bpb_ratio"] - 1, four["kl"] / four["reference_loss"])

@@ -11,8 +11,8 @@ from ryot.config import PRECISIONS
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.export import export_unscored
-from ryot.deploy.forms import serialize
 from ryot.deploy.graph import build_graph, float_matrices
+from ryot.deploy.precisions import serialize
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.sources.folder import open_folder

@@ -26,7 +26,7 @@ def run_product(folder, matrix, x):
     with DataFile(folder / "data") as data:
         g = blocks.GraphBuilder("product", data)
         g.input("x", TensorProto.FLOAT, ["B", "S", x.shape[-1]])
-        g.output(blocks.linear(g, "x", "w", matrix), TensorProto.FLOAT, ["B", "S", N])
+        g.output(blocks.linear(g, "x", "w", matrix), TensorProto.FLOAT, ["B", "S", len(matrix.dequantize())])
         model = g.model()
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return ort.InferenceSession(folder / "model.onnx").run(None, {"x": x})[0]

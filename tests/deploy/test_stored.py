@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ryot.deploy.stored import StoredBlocks, read_gguf_blocks, repack
+from ryot.deploy.stored import StoredBlocks, read_gguf_blocks, repack, repack_with_offsets
+
+from .test_matrices import run_product
 
 gguf = pytest.importorskip("gguf", reason="the extra for GGUF files is not installed")
 from gguf.quants import dequantize, quantize  # noqa: E402
@@ -48,6 +50,21 @@ def test_whole_zero_codes_are_kept_and_those_outside_the_codes_refused():
     assert (matrix.zeros_NC == zeros).all()
     np.testing.assert_allclose(matrix.dequantize(), stored.dequantize(), rtol=1e-5, atol=1e-6)
     assert repack(StoredBlocks(codes, scales, scales * -16)) is None
+
+
+def test_a_float_minimum_becomes_columns_that_multiply_sums_of_inputs(tmp_path):
+    rows, expected = quantized("Q4_1")
+    matrix = repack_with_offsets(read_gguf_blocks(rows, "Q4_1"))
+    energy = np.square(expected).mean()
+    # What is left of a minimum is at most half a step, and is kept to a fifteenth of that.
+    assert np.square(matrix.dequantize() - expected).mean() < 1e-4 * energy
+    assert np.square(matrix.blocks.dequantize() - expected).mean() > 1e-3 * energy
+    assert matrix.num_bytes < 1.3 * matrix.blocks.num_bytes  # 4 blocks of inputs take a block of 32 of their own here
+    x = np.random.default_rng(1).standard_normal((1, 3, 128)).astype(np.float32)
+    found = run_product(tmp_path, matrix, x)
+    exact = x.astype(np.float64) @ expected.T
+    # Inputs are rounded to int8: some 0.6 % of the outputs.
+    assert np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()) < 0.01
 
 
 def test_other_types_are_left_to_the_dequantizer():

@@ -1,4 +1,4 @@
-"""What a precision means: which form each matrix of a decoder takes, and which graphs a bundle has."""
+"""What a precision means: which format each matrix of a decoder has, and which graphs a bundle has."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def table_names(weights: DecoderWeights) -> list[str]:
 
 
 def num_bytes(matrices: Mapping[str, Matrix]) -> int:
-    """Bytes of all matrices in their forms."""
+    """Bytes of all matrices in their formats."""
     return sum(matrix.num_bytes for matrix in matrices.values())
 
 
 def quantize_matrices(weights: DecoderWeights, precision: str, settings: ExportSettings) -> dict[str, Matrix]:
-    """Each matrix in the form of a single (not paired) precision, rounded to nearest.
+    """Each matrix in the format of a single (not paired) precision, rounded to nearest.
 
-    The embedding is in blocks in every quantized form, and so is a head that is tied to it: lookup and product read
+    The embedding is in blocks in every quantized artifact, and so is a head that is tied to it: lookup and product read
     the same bytes. A head of its own has the kind of the other matrices.
     """
     matrices = float_matrices(weights)
@@ -64,8 +64,8 @@ def quantize_matrices(weights: DecoderWeights, precision: str, settings: ExportS
 
 
 @dataclass(frozen=True, slots=True)
-class FormMatrices:
-    """The matrices of the two fast graphs of a form; one and the same mapping unless it is a pair."""
+class ArtifactMatrices:
+    """The matrices of the two fast graphs of an artifact; one and the same mapping unless it is a pair."""
 
     prefill: Mapping[str, Matrix]
     decode: Mapping[str, Matrix]
@@ -75,16 +75,18 @@ class FormMatrices:
         return self.prefill is not self.decode
 
 
-def pair_matrices(weights: DecoderWeights, precision: str, singles: Mapping[str, Mapping[str, Matrix]]) -> FormMatrices:
-    """The matrices of a form, made of those of the single precisions.
+def pair_matrices(
+    weights: DecoderWeights, precision: str, singles: Mapping[str, Mapping[str, Matrix]]
+) -> ArtifactMatrices:
+    """The matrices of an artifact, made of those of the single precisions.
 
     A pair has one embedding and one head, those of its decode half: prefill uses them for a row a prompt.
     """
     prefill, decode = split_pair(precision)
     if prefill == decode:
-        return FormMatrices(singles[decode], singles[decode])
+        return ArtifactMatrices(singles[decode], singles[decode])
     tables = {name: singles[decode][name] for name in table_names(weights)}
-    return FormMatrices({**singles[prefill], **tables}, singles[decode])
+    return ArtifactMatrices({**singles[prefill], **tables}, singles[decode])
 
 
 def graph_files(precision: str) -> dict[str, str]:
@@ -98,13 +100,13 @@ def graph_files(precision: str) -> dict[str, str]:
 def build_graphs(
     weights: DecoderWeights,
     precision: str,
-    matrices: FormMatrices,
+    matrices: ArtifactMatrices,
     data: DataFile,
     *,
     kv_scales: KVScales | None = None,
     prefill_attention: GraphAttention = "flash",
 ) -> dict[str, onnx.ModelProto]:
-    """The graphs of a form by file name.
+    """The graphs of an artifact by file name.
 
     A pair's standard graph is that of its decode half: the smaller error and the kernel that both phases can use.
     """

@@ -1,0 +1,83 @@
+"""Moves the unevenness of a matrix's inputs into its weights, where a factor a channel costs nothing.
+
+    # N output features, K input features
+
+At `accuracy_level` 4 the runtime rounds inputs to int8 block by block, and `int8-dyn` a whole call at once: a channel
+that is far larger than its neighbours takes their bits. Dividing channel k of the inputs by s_k and multiplying the
+matrix's column by it changes no result, and the division is folded into what makes the inputs: the norm before the
+matrix, or the rows of `up` before `down` (SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, with both sides' typical
+sizes where that takes the largest ones: single tokens of trained models have channels of a thousand times the rest).
+
+On SmolLM2-135M, blocks of 32, 7 layers (2026-11-26), energy of the outputs' error by rounded inputs and by rounded
+8-bit weights, against none: `qkv` 0.13 and 0.57, `gate_up` 0.31 and 0.81, `down` 0.61 and 0.84. A random rotation of
+the same inputs gave 0.26 and 0.92, and 0.40 and 0.97, and is not free where the head is tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ryot.deploy.weights import DecoderWeights
+from ryot.models.spec import DecoderSpec
+from ryot.models.tensors import FloatArray
+
+#: A channel's factor is (size of inputs / size of weights) to this power, by what makes the inputs.
+NORM_POWER, UP_POWER = 0.5, 0.35
+#: Factors stay within this of their median: a channel that is never used has no size.
+LARGEST_FACTOR = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A matrix whose inputs may be scaled, and the arrays that the inverse is folded into."""
+
+    matrix: str
+    makers: tuple[str, ...]
+    """Arrays whose last K rows make the inputs."""
+    power: float
+
+
+def foldable(spec: DecoderSpec) -> list[Fold]:
+    """The matrices whose inputs come straight from a norm or from a product with `up`, and go nowhere else."""
+    folds = []
+    kinds = ("weight",) if spec.norm == "rms" else ("weight", "bias")
+    ff = "gate_up" if spec.gated else "up"
+    for i in range(spec.num_layers):
+        if spec.norm_place in ("pre", "sandwich"):  # a norm after the sum feeds the residual stream too
+            for matrix, norm in (("attn.qkv", "attn_norm"), (ff, "ff_norm")):
+                makers = tuple(f"layers.{i}.{norm}.{kind}" for kind in kinds)
+                folds.append(Fold(f"layers.{i}.{matrix}", makers, NORM_POWER))
+        if spec.gated:  # only what `up` makes is linear
+            makers = tuple(
+                f"layers.{i}.gate_up.{kind}" for kind in (("weight", "bias") if spec.ff_bias else ("weight",))
+            )
+            folds.append(Fold(f"layers.{i}.down", makers, UP_POWER))
+    if not spec.tie_embeddings and spec.final_norm and not spec.embed_dim:
+        folds.append(Fold("head", tuple(f"final_norm.{kind}" for kind in kinds), NORM_POWER))
+    return folds
+
+
+def smooth(weights: DecoderWeights, input_sizes: Mapping[str, FloatArray]) -> DecoderWeights:
+    """The same decoder with even inputs; `input_sizes` [K] are mean absolute values by matrix."""
+    arrays = dict(weights.arrays)
+    for fold in foldable(weights.spec):
+        name = f"{fold.matrix}.weight"
+        sizes_K = np.sqrt(np.square(arrays[name]).mean(axis=0))
+        factors_K = _factors(input_sizes[fold.matrix], sizes_K, fold.power)
+        arrays[name] = arrays[name] * factors_K
+        for maker in fold.makers:
+            made = arrays[maker].copy()
+            rows = made[-len(factors_K) :]
+            rows /= factors_K if made.ndim == 1 else factors_K[:, None]
+            arrays[maker] = made
+    return DecoderWeights(spec=weights.spec, arrays=arrays)
+
+
+def _factors(input_sizes_K: FloatArray, weight_sizes_K: FloatArray, power: float) -> FloatArray:
+    tiny = np.float32(1e-12)
+    factors = ((input_sizes_K + tiny) / (weight_sizes_K + tiny)) ** np.float32(power)
+    factors /= np.median(factors)
+    return np.clip(factors, 1 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32)

@@ -63,7 +63,7 @@ def fetch_from_hub(source: str) -> tuple[Path, str]:
         raise CheckpointError(f"model {source}: has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"model {source}: not found on the hub",
+            f"model {source}: no such folder here, and not found on the hub",
             hint="check its name; for a private model log in with 'hf auth login' or set HF_TOKEN",
         ) from error
     except errors.HfHubHTTPError as error:
@@ -87,7 +87,7 @@ def _from_cache(source: str, name: str, revision: str, reason: Exception) -> tup
     except errors.LocalEntryNotFoundError:
         offline = isinstance(reason, errors.OfflineModeIsEnabled)
         raise CheckpointError(
-            f"model {source}: not in the cache, and the hub cannot be reached"
+            f"model {source}: no such folder here, not in the cache, and the hub cannot be reached"
             + (" (HF_HUB_OFFLINE is set)" if offline else f" ({type(reason).__name__})"),
             hint="unset HF_HUB_OFFLINE" if offline else "check the network, or give a folder or a .gguf file",
         ) from reason

@@ -22,6 +22,9 @@ from ryot.errors import CheckpointError
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: Kinds that old checkpoints keep buffers in (GPT-2's causal mask); they are listed and never loaded.
 _BUFFERS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+_NUMPY = {"F64": "<f8", "F16": "<f2"}
+#: Values that are converted in one go.
+_CHUNK_VALUES = 1 << 20
 #: The format's own limit on its header, in bytes.
 _HEADER_LIMIT = 100_000_000
 
@@ -38,14 +41,18 @@ class StoredTensor:
 
     def read(self, dtype: str) -> NDArray[np.generic]:
         """Its values as numpy's `dtype`. Raises `CheckpointError` when the file has become shorter."""
-        count = math.prod(self.shape)
+        return self.read_part(dtype, 0, math.prod(self.shape)).reshape(self.shape)
+
+    def read_part(self, dtype: str, start: int, count: int) -> NDArray[np.generic]:
+        """`count` values from the one at `start` on, flat."""
+        offset = self.offset + start * np.dtype(dtype).itemsize
         try:
-            values = np.fromfile(self.path, dtype, count, offset=self.offset)
+            values = np.fromfile(self.path, dtype, count, offset=offset)
         except OSError as error:
             raise CheckpointError(f"checkpoint {self.path}: cannot be read ({error.strerror})") from error
         if len(values) != count:
             raise CheckpointError(f"checkpoint {self.path}: got shorter while it was read")
-        return values.reshape(self.shape)
+        return values
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
@@ -85,12 +92,18 @@ def load_float32(tensor: StoredTensor, name: str) -> FloatArray:
         raise CheckpointError(
             f"checkpoint {tensor.path}: tensor {name} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}"
         )
-    if tensor.dtype == "BF16":
-        # The upper half of a float32.
-        values = tensor.read("<u2").astype(np.uint32)
-        values <<= 16
-        return values.view(np.float32)
-    return tensor.read({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor.dtype]).astype(np.float32, copy=False)
+    if tensor.dtype == "F32":
+        return tensor.read("<f4").astype(np.float32, copy=False)
+    # In pieces: what is read and what it becomes are not both in memory whole.
+    values = np.empty(math.prod(tensor.shape), np.float32)
+    for start in range(0, len(values), _CHUNK_VALUES):
+        piece = values[start : start + _CHUNK_VALUES]
+        if tensor.dtype == "BF16":
+            # The upper half of a float32.
+            np.left_shift(tensor.read_part("<u2", start, len(piece)), 16, out=piece.view(np.uint32), dtype=np.uint32)
+        else:
+            piece[:] = tensor.read_part(_NUMPY[tensor.dtype], start, len(piece))
+    return values.reshape(tensor.shape)
 
 
 def _stored(path: Path, entry: dict[str, object], start: int) -> StoredTensor:

@@ -36,11 +36,11 @@ from ryot.deploy.plain import export_plain
 from ryot.deploy.precisions import STANDARD_GRAPH, num_bytes, quantize_matrices
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.tune import choose_inference, format_decision
 from ryot.deploy.verify import SAFETY, greedy, reference_logits
 from ryot.deploy.weights import load_decoder_weights
+from ryot.models.sources.folder import open_folder
 from ryot.models.spec import DecoderSpec
 from ryot.train.checkpoint import checkpoint_digest, load_model, load_weights, save_checkpoint
 from ryot.train.model import Decoder

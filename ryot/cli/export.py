@@ -86,18 +86,18 @@ def command(
 
     Example: ryot-deploy export ./SmolLM2-135M-Instruct --precisions int8,int4 -o /tmp/bundles
     """
-    from ryot.deploy.sources.opening import open_checkpoint
     from ryot.errors import EXIT_OK, EXIT_QUALITY
+    from ryot.models.sources.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     if form == "hf":
-        from ryot.deploy.sources.write_hf import write_hf
+        from ryot.models.sources.write_hf import write_hf
 
         write_hf(checkpoint, output)
         click.echo(output)
         return EXIT_OK
     if form == "gguf":
-        from ryot.deploy.sources.write_gguf import write_gguf
+        from ryot.models.sources.write_gguf import write_gguf
 
         write_gguf(checkpoint, output, gguf_type)
         click.echo(output)

@@ -16,9 +16,9 @@ from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import ArtifactResult, export_variant
 from ryot.deploy.quality import MAX_BPB_RATIO
 from ryot.deploy.settings import ExportSettings, dynamic_bits
-from ryot.deploy.sources.folder import open_folder
 from ryot.errors import QualityError
 from ryot.events import Event, GateEvent, StageEvent, StageStatus
+from ryot.models.sources.folder import open_folder
 from ryot.plan import RunPlan
 from ryot.report.build import FormFacts
 from ryot.report.targets import Target

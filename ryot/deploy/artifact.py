@@ -25,10 +25,10 @@ from ryot.deploy.precisions import build_graphs, pair_matrices, serialize, split
 from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.settings import ExportSettings
-from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
 from ryot.models.token_ids import TokenIds
 

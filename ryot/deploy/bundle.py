@@ -18,12 +18,12 @@ from typing import Any
 import ryot
 from ryot.atomic import atomic_folder
 from ryot.deploy.precisions import STANDARD_GRAPH, graph_files
-from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template
 from ryot.edge.tokenizer_config import read_tokenizer_config
 from ryot.errors import ExportError
+from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
 from ryot.models.token_ids import TokenIds
 

@@ -33,12 +33,12 @@ from ryot.deploy.quality import (
     worst,
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
-from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import check_onnxruntime, load_bundle
+from ryot.models.sources.checkpoint import Checkpoint
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import build_decoder
 

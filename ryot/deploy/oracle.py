@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import Checkpoint
-from ryot.deploy.sources.write_hf import write_hf
 from ryot.errors import QualityError
+from ryot.models.sources.checkpoint import Checkpoint
+from ryot.models.sources.write_hf import write_hf
 from ryot.train.model import Decoder
 
 log = logging.getLogger(__name__)

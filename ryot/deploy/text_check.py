@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ryot.deploy.bundle import write_checkpoint_files
 from ryot.deploy.quality import WINDOW_TOKENS
-from ryot.deploy.sources.checkpoint import Checkpoint
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template, load_chat_template
 from ryot.edge.tokenizer import Tokenizer
 from ryot.edge.tokenizer_config import load_token_ids
 from ryot.errors import BundleError, ConfigError, ExportError
+from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
 from ryot.models.token_ids import TokenIds
 from ryot.scratch import scratch_folder

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ryot.deploy.calibration import capture_moments, measure_sensitivity
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.weights import load_decoder_weights
+from ryot.models.sources.folder import open_folder
 from ryot.train.checkpoint import build_decoder
 
 from .conftest import CONTEXT

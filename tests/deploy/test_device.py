@@ -10,8 +10,8 @@ import pytest
 
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import export_unscored
-from ryot.deploy.sources.folder import open_folder
 from ryot.edge.bundle import load_bundle
+from ryot.models.sources.folder import open_folder
 from tests.conftest import build_environment
 
 from .conftest import CONTEXT

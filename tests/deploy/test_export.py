@@ -21,13 +21,13 @@ from ryot.deploy.export import export_variant
 from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
 from ryot.deploy.quantize import Quantizer
 from ryot.deploy.settings import ExportSettings
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.verify import check_parity, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import load_bundle
 from ryot.edge.generate import check_golden
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import BundleError, QualityError
+from ryot.models.sources.folder import open_folder
 from ryot.train.checkpoint import load_model, save_checkpoint
 from ryot.train.model import Decoder
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ryot.deploy.graph import float_matrices
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.standard import write_standard_graph
 from ryot.deploy.weights import load_decoder_weights
+from ryot.models.sources.folder import open_folder
 from tests.models.checkpoints import CHECKPOINTS
 
 #: Share of the largest logit that float32 in another order of sums may change: 1.5e-5 was seen.

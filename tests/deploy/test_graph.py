@@ -15,12 +15,12 @@ from ryot.deploy.graph import build_graph, float_matrices
 from ryot.deploy.precisions import serialize
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
 from ryot.deploy.settings import ExportSettings
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, load_bundle
 from ryot.edge.capi import CApiEngine
 from ryot.edge.session import OnnxruntimeEngine
+from ryot.models.sources.folder import open_folder
 from ryot.train.checkpoint import load_model
 
 from .conftest import CONTEXT, VOCAB_SIZE

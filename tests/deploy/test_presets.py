@@ -8,8 +8,8 @@ import pytest
 from ryot.config import list_named, resolve_variant
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import export_unscored
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.verify import check_parity
+from ryot.models.sources.folder import open_folder
 from ryot.train.checkpoint import save_checkpoint
 
 from .conftest import random_decoder

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import export_unscored
-from ryot.deploy.sources.folder import open_folder
 from ryot.deploy.weights import load_decoder_weights
 from ryot.errors import BundleError, CheckpointError, ConfigError, ExportError
+from ryot.models.sources.folder import open_folder
 from ryot.models.spec import parameter_shapes
 from ryot.train.checkpoint import load_model
 

@@ -21,8 +21,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import FloatArray
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import FloatArray
 
 Value: TypeAlias = "bool | int | float | str | list[str] | list[bool] | list[int] | list[float]"
 

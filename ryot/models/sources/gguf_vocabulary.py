@@ -9,10 +9,10 @@ from itertools import pairwise
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from ryot.deploy.sources.checkpoint import Checkpoint, Json
-from ryot.deploy.sources.gguf_file import Value
-from ryot.deploy.sources.pretokenizers import pre_tokenizer_name
 from ryot.errors import CheckpointError, ExportError
+from ryot.models.sources.checkpoint import Checkpoint, Json
+from ryot.models.sources.gguf_file import Value
+from ryot.models.sources.pretokenizers import pre_tokenizer_name
 
 _PREFIX = "tokenizer.ggml"
 _SPACE = "▁"

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ryot.atomic import atomic_folder
-from ryot.deploy.sources.checkpoint import Checkpoint, FloatArray, Json
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import Checkpoint, FloatArray, Json
 
 #: From this size on the weights are split over several files, as transformers does.
 SHARD_BYTES = 5_000_000_000

@@ -10,12 +10,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import Checkpoint, FloatArray, QuantBlocks
-from ryot.deploy.sources.gguf_config import config_from_metadata, find_family
-from ryot.deploy.sources.gguf_families import Family, Storing, row_order
-from ryot.deploy.sources.gguf_file import GgufFile
-from ryot.deploy.sources.gguf_tokenizer import tokenizer_from_metadata
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import Checkpoint, FloatArray, QuantBlocks
+from ryot.models.sources.gguf_config import config_from_metadata, find_family
+from ryot.models.sources.gguf_families import Family, Storing, row_order
+from ryot.models.sources.gguf_file import GgufFile
+from ryot.models.sources.gguf_tokenizer import tokenizer_from_metadata
 
 #: Tensors that say how positions turn; config.json says it in words.
 _POSITIONS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})

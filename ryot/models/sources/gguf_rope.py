@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ryot.deploy.sources.checkpoint import FloatArray, Json
-from ryot.deploy.sources.gguf_file import GgufFile, Value
 from ryot.errors import CheckpointError, ExportError
+from ryot.models.sources.checkpoint import FloatArray, Json
+from ryot.models.sources.gguf_file import GgufFile, Value
 
 _LLAMA3_FACTORS = "rope_freqs.weight"
 #: yarn's numbers: Hugging Face's key -> GGUF's below rope.scaling. Those that are absent are defaults in both.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import FloatArray, Json, QuantBlocks, Tensors
-from ryot.deploy.sources.safetensors_file import StoredTensor, load_float32
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import FloatArray, Json, QuantBlocks, Tensors
+from ryot.models.sources.safetensors_file import StoredTensor, load_float32
 
 #: The output that each of AWQ's eight 4-bit places, lowest first, belongs to.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import Checkpoint
-from ryot.deploy.sources.opening import open_checkpoint
 from ryot.errors import CheckpointError, ConfigError
-from tests.deploy.sources.tiny import build_model
+from ryot.models.sources.checkpoint import Checkpoint
+from ryot.models.sources.opening import open_checkpoint
+from tests.models.sources.tiny import build_model
 
 
 def assert_same_tensors(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:

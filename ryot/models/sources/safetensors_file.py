@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.sources.checkpoint import FloatArray
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import FloatArray
 
 #: Bytes of one value, for the kinds that weights come in.
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

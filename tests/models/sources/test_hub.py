@@ -107,7 +107,7 @@ def hub(family_folder: Callable[[str], Path]) -> Iterator[Hub]:
 _PROGRAM = """
 import json, logging, os, sys
 logging.basicConfig(level=logging.DEBUG)
-from ryot.deploy.sources.opening import open_checkpoint
+from ryot.models.sources.opening import open_checkpoint
 from ryot.errors import RyotError
 try:
     checkpoint = open_checkpoint(sys.argv[1])
@@ -140,7 +140,7 @@ def ask(source: str, cache: Path, hub_url: str, **environment: str) -> tuple[dic
 def test_a_model_is_downloaded_once_and_without_what_is_not_needed(
     hub: Hub, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from ryot.deploy.sources.opening import open_checkpoint
+    from ryot.models.sources.opening import open_checkpoint
 
     hub.requests.clear()
     got, _ = ask("tiny/llama@main", tmp_path, hub.url)

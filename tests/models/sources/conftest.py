@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.sources.tiny import save_model
+from tests.models.sources.tiny import save_model
 from tests.realmodel import realmodel_folder
 
 

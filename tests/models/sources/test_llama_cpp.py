@@ -17,10 +17,10 @@ import pytest
 import torch
 import transformers
 
-from ryot.deploy.sources.opening import open_checkpoint
-from ryot.deploy.sources.write_gguf import write_gguf
-from ryot.deploy.sources.write_hf import write_hf
-from tests.deploy.sources.tiny import FAMILIES, byte_level
+from ryot.models.sources.opening import open_checkpoint
+from ryot.models.sources.write_gguf import write_gguf
+from ryot.models.sources.write_hf import write_hf
+from tests.models.sources.tiny import FAMILIES, byte_level
 
 PROMPT = "def f(x): return x + 1 The quick ünïcødé<|im_end|>"
 

@@ -12,11 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from ryot.deploy.sources.opening import open_checkpoint
-from ryot.deploy.sources.write_gguf import write_gguf
-from ryot.deploy.sources.write_hf import write_hf
 from ryot.errors import CheckpointError
-from tests.deploy.sources.tiny import build_model, byte_level, logits_of
+from ryot.models.sources.opening import open_checkpoint
+from ryot.models.sources.write_gguf import write_gguf
+from ryot.models.sources.write_hf import write_hf
+from tests.models.sources.tiny import build_model, byte_level, logits_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -17,14 +17,14 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 
-from ryot.deploy.sources.gguf_families import FAMILIES as GGUF_FAMILIES
-from ryot.deploy.sources.gguf_file import KINDS, GgufFile
-from ryot.deploy.sources.gguf_rope import llama3_factors, llama3_parameters
-from ryot.deploy.sources.opening import open_checkpoint
-from ryot.deploy.sources.write_gguf import write_gguf
-from ryot.deploy.sources.write_hf import write_hf
 from ryot.errors import CheckpointError, ExportError
-from tests.deploy.sources.tiny import FAMILIES, logits_of
+from ryot.models.sources.gguf_families import FAMILIES as GGUF_FAMILIES
+from ryot.models.sources.gguf_file import KINDS, GgufFile
+from ryot.models.sources.gguf_rope import llama3_factors, llama3_parameters
+from ryot.models.sources.opening import open_checkpoint
+from ryot.models.sources.write_gguf import write_gguf
+from ryot.models.sources.write_hf import write_hf
+from tests.models.sources.tiny import FAMILIES, logits_of
 
 FolderOf = Callable[[str], Path]
 

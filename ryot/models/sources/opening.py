@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ryot.deploy.sources.checkpoint import Checkpoint
-from ryot.deploy.sources.folder import open_folder
 from ryot.errors import CheckpointError, ConfigError
+from ryot.models.sources.checkpoint import Checkpoint
+from ryot.models.sources.folder import open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
@@ -28,7 +28,7 @@ def open_checkpoint(source: str) -> Checkpoint:
             f"model {source}: no such folder or file, and no hub id",
             hint="give a folder, a .gguf file, or org/name[@revision]",
         )
-    from ryot.deploy.sources.hub import fetch_from_hub
+    from ryot.models.sources.hub import fetch_from_hub
 
     folder, revision = fetch_from_hub(source)
     return open_folder(folder, where=source, revision=revision)
@@ -48,6 +48,6 @@ def _open_file(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {path}: GGUF files need the gguf package", hint="pip install 'ryot[export]'"
         ) from error
-    from ryot.deploy.sources.gguf_reader import open_gguf
+    from ryot.models.sources.gguf_reader import open_gguf
 
     return open_gguf(path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from ryot.deploy.sources.checkpoint import Json
-from ryot.deploy.sources.gguf_families import FAMILIES, Family
-from ryot.deploy.sources.gguf_file import GgufFile, Value
-from ryot.deploy.sources.gguf_rope import metadata_from_rope, rope_from_metadata
 from ryot.errors import CheckpointError, ExportError
+from ryot.models.sources.checkpoint import Json
+from ryot.models.sources.gguf_families import FAMILIES, Family
+from ryot.models.sources.gguf_file import GgufFile, Value
+from ryot.models.sources.gguf_rope import metadata_from_rope, rope_from_metadata
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from ryot.deploy.sources.checkpoint import TOKENIZER_FILES, Checkpoint, FloatArray, Json, QuantBlocks, Tensors
-from ryot.deploy.sources.packed import open_packed
-from ryot.deploy.sources.safetensors_file import StoredTensor, load_float32, read_safetensors_header
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import TOKENIZER_FILES, Checkpoint, FloatArray, Json, QuantBlocks, Tensors
+from ryot.models.sources.packed import open_packed
+from ryot.models.sources.safetensors_file import StoredTensor, load_float32, read_safetensors_header
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

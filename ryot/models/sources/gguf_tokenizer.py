@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from gguf import TokenType
 
-from ryot.deploy.sources.checkpoint import Json
-from ryot.deploy.sources.gguf_file import GgufFile
-from ryot.deploy.sources.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from ryot.errors import CheckpointError
+from ryot.models.sources.checkpoint import Json
+from ryot.models.sources.gguf_file import GgufFile
+from ryot.models.sources.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _PREFIX = "tokenizer.ggml"
 _SPACE = "▁"

@@ -15,14 +15,14 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from ryot.atomic import fsync
-from ryot.deploy.sources.checkpoint import Checkpoint, FloatArray
-from ryot.deploy.sources.gguf_config import metadata_from_config
-from ryot.deploy.sources.gguf_families import FAMILIES, Family, Storing, row_order
-from ryot.deploy.sources.gguf_file import Value
-from ryot.deploy.sources.gguf_rope import llama3_factors, rope_of
-from ryot.deploy.sources.gguf_vocabulary import vocabulary_metadata
-from ryot.deploy.sources.write_hf import check_space
 from ryot.errors import CheckpointError, ExportError
+from ryot.models.sources.checkpoint import Checkpoint, FloatArray
+from ryot.models.sources.gguf_config import metadata_from_config
+from ryot.models.sources.gguf_families import FAMILIES, Family, Storing, row_order
+from ryot.models.sources.gguf_file import Value
+from ryot.models.sources.gguf_rope import llama3_factors, rope_of
+from ryot.models.sources.gguf_vocabulary import vocabulary_metadata
+from ryot.models.sources.write_hf import check_space
 
 GgufKind: TypeAlias = Literal["F16", "Q8_0"]
 #: Buffers of old checkpoints, which no model reads.

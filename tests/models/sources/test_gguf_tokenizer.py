@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
-from ryot.deploy.sources.checkpoint import Checkpoint
-from ryot.deploy.sources.gguf_file import GgufFile
-from ryot.deploy.sources.gguf_tokenizer import tokenizer_from_metadata
-from ryot.deploy.sources.gguf_vocabulary import vocabulary_metadata
-from ryot.deploy.sources.opening import open_checkpoint
-from ryot.deploy.sources.write_gguf import write_gguf
 from ryot.errors import CheckpointError, ExportError
-from tests.deploy.sources.tiny import TEXTS
+from ryot.models.sources.checkpoint import Checkpoint
+from ryot.models.sources.gguf_file import GgufFile
+from ryot.models.sources.gguf_tokenizer import tokenizer_from_metadata
+from ryot.models.sources.gguf_vocabulary import vocabulary_metadata
+from ryot.models.sources.opening import open_checkpoint
+from ryot.models.sources.write_gguf import write_gguf
+from tests.models.sources.tiny import TEXTS
 
 HARD = (
     "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     # Whole texts are held by the trainer at some 40 bytes per byte.
     words = tokenizer.pre_tokenizer.pre_tokenize_str
     pieces = (piece for text in texts for piece in cut_pieces(text, lambda t: [word for word, _ in words(t)]))
-    tokenizer.train_from_iterator(pieces, trainer)
+    _learn(tokenizer, pieces, trainer)
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         raise ConfigError(
             f"vocab_size: got {vocab_size}, but this corpus carries only {got} tokens",
@@ -57,6 +59,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     assert tokenizer.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID
     return tokenizer
+
+
+class _Stopped(Exception):
+    """A signal has come while a vocabulary was being learned."""
+
+
+def _learn(tokenizer: Tokenizer, pieces: Iterable[str], trainer: trainers.BpeTrainer) -> None:
+    """Learn a vocabulary in a thread; in the main one no signal would be minded until all of a text is read."""
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for piece in pieces:
+            if stopped.is_set():
+                raise _Stopped
+            yield piece
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        learning = pool.submit(tokenizer.train_from_iterator, until_stopped(), trainer)
+        try:
+            learning.result()
+        finally:
+            stopped.set()
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], separator_id: int | None = END_OF_TEXT_ID) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,21 @@ def test_preparing_a_corpus_tells_how_far_it_is(
     prepare_dataset(small, 300, tmp_path, on_progress=told.append)
     begins = {line.partition(",")[0] for line in told}
     assert begins == {"learning a vocabulary", *(f"encoding the {s} split" for s in ("train", "val", "test"))}
+
+
+def test_a_signal_ends_the_learning_of_a_vocabulary() -> None:
+    program = """
+import itertools
+from ryot.train.tokenizer import train_tokenizer
+def texts():
+    for i in itertools.count():
+        yield f"word {i}"
+        if i == 1000:
+            print("learning", flush=True)
+train_tokenizer(texts(), 300)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True) as learning:
+        assert learning.stdout is not None and learning.stdout.readline() == "learning\n"
+        learning.send_signal(signal.SIGINT)
+        _, said = learning.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt")

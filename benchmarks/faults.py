@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.driver import train_variants
 from ryot.cluster.jobs import DriverOptions, PlannedJob, plan_job
 from ryot.cluster.journal import Journal, RunLock
@@ -195,9 +195,9 @@ class Bench:
     def find_processes(self, kind: str) -> list[int]:
         folders = [self.lab_folder] if self.lab else list(self.temp.glob("ryot-ray-*"))
         if kind != "worker":
-            return [pid for folder in folders for pid in keeper.find_marked(folder, programs=(kind,))]
+            return [pid for folder in folders for pid in reaper.find_marked(folder, programs=(kind,))]
         found = []
-        for pid in (pid for folder in folders for pid in keeper.find_marked(folder)):
+        for pid in (pid for folder in folders for pid in reaper.find_marked(folder)):
             try:
                 if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
@@ -211,7 +211,7 @@ class Bench:
         deadline = time.monotonic() + 20
         while left := list(self.temp.glob("ryot-ray-*")):
             if time.monotonic() > deadline:
-                self.problems.append(f"run {number}: {left} is left, with processes {keeper.find_marked(left[0])}")
+                self.problems.append(f"run {number}: {left} is left, with processes {reaper.find_marked(left[0])}")
                 return
             time.sleep(0.1)
 

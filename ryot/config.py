@@ -9,18 +9,19 @@ part of what `optimized` does, alone. Nothing here opens a socket, starts Ray or
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ryot.errors import ConfigError
+from ryot.mapping import build_from_mapping as build_from_mapping
+from ryot.mapping import check_known as check_known
+from ryot.mapping import to_mapping as to_mapping
+from ryot.mapping import unknown as unknown
 
 PACKAGE = Path(__file__).parent
 T = TypeVar("T")
@@ -265,80 +266,6 @@ class VariantConfig:
         return self.train.tokens // self.step_tokens
 
 
-def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls`; nested dataclasses are built from nested tables.
-
-    Raises `ConfigError` for an unknown key (with the nearest known one), a missing key or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _check_keys(cls, values, where)
-    built: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in values:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"{where}: {name} is missing")
-            continue
-        value, hint = values[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, Mapping), f"{where}.{name}", value, "a table")
-            built[name] = build_from_mapping(typing.cast(type, hint), value, f"{where}.{name}")
-        else:
-            built[name] = _coerce(value, hint, f"{where}.{name}")
-    try:
-        return cls(**built)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}", hint=error.hint) from None
-
-
-def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuse an unknown key at any depth, before anything else is said about the values."""
-    hints = typing.get_type_hints(cls)
-    check_known(values, hints, where)
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            _check_keys(typing.cast(type, hints[name]), value, f"{where}.{name}")
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(unknown(where, value, args))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), where, value, "a list")
-        return tuple(_coerce(v, args[0], where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    if hint in expected:
-        _require(
-            isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, expected[hint]
-        )
-    return value
-
-
-def unknown(what: str, got: object, known: Iterable[object]) -> str:
-    """The one-line message for a name that does not exist, with the nearest one that does."""
-    names = [str(k) for k in known]
-    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what}: {got!r} is not known{guess} (known: {', '.join(names)})"
-
-
-def check_known(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raise `ConfigError` for the first key of `values` that is not in `known`."""
-    names = list(known)
-    for key in values:
-        if key not in names:
-            raise ConfigError(unknown(f"{where}: key", key, names))
-
-
 def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises `ConfigError` when it is missing or malformed."""
     try:
@@ -396,15 +323,6 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
     if tokens is not None:
         merged["train"]["tokens"] = tokens
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, f"variant {name} at {preset_path.stem}")
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The dataclass as nested plain values, without the fields that are None (TOML has no null)."""
-
-    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {k: [*v] if isinstance(v, tuple) else v for k, v in items if v is not None}
-
-    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def digest(*parts: object) -> str:

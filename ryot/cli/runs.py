@@ -32,7 +32,7 @@ def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
 
     Example: ryot-deploy runs list
     """
-    from ryot.cluster.runs import format_runs, list_runs
+    from ryot.run.listing import format_runs, list_runs
 
     click.echo(format_runs(list_runs(folder), fmt))
 
@@ -45,7 +45,7 @@ def show_command(run: Path, fmt: Any) -> None:
 
     Example: ryot-deploy runs show runs/20261124-203411-reference
     """
-    from ryot.cluster.runs import format_run, read_run
+    from ryot.run.listing import format_run, read_run
 
     click.echo(format_run(read_run(run), fmt))
 
@@ -54,11 +54,11 @@ def show_command(run: Path, fmt: Any) -> None:
 @click.argument("runs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask")
 def remove_command(runs: tuple[Path, ...], yes: bool) -> None:
-    """Remove runs with all their checkpoints, forms and bundles.
+    """Remove runs with all their checkpoints, artifacts and bundles.
 
     Example: ryot-deploy runs remove --yes runs/20261124-203411-reference
     """
-    from ryot.cluster.runs import read_run, remove_run
+    from ryot.run.listing import read_run, remove_run
 
     for run in runs:
         size = read_run(run).size_bytes

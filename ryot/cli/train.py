@@ -50,9 +50,9 @@ def command(
     """
     check_output_folder(output)
     from ryot.cli.progress import Progress
-    from ryot.cluster.signals import StopSignals
     from ryot.config import replace, resolve_variant
     from ryot.errors import Interrupted, RyotError
+    from ryot.run.signals import StopSignals
 
     recipe = resolve_variant(variant, preset, tokens=tokens)
     if device == "cuda":

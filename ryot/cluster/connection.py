@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster.signals import hold_signals
 from ryot.errors import ClusterError
+from ryot.run.signals import hold_signals
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
 
         if ray.is_initialized():
             raise ClusterError(
-                "this process is connected to a Ray cluster already", hint="one cluster a process at a time"
+                "this process is connected to a Ray cluster already", hint="one cluster per process at a time"
             )
         _reread_environment()
         # Ray prints failures of its raylets to stdout even with log_to_driver=False.

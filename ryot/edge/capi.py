@@ -185,6 +185,8 @@ def _package_version(package: Path) -> str:
 class CapiDecoder(Engine):
     """An `Engine` through onnxruntime's C library."""
 
+    engine = "capi"
+
     def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
         """Load the graphs and make the buffers; raises like `session.Decoder`, and `EngineUnavailable`."""
         self._library = library = load_library()

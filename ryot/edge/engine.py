@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryot.edge.bundle import Bundle
 from ryot.edge.pages import MIN_WEIGHT_BYTES, move_to_huge_pages
@@ -40,6 +40,8 @@ class Engine(ABC):
     precisions compute each row by itself.
     """
 
+    #: Its name in options and records: `capi` or `python`.
+    engine: ClassVar[str]
     #: Version of the library that runs the graphs.
     onnxruntime_version: str
     #: [B] the token that the next step reads; items can be read and set.

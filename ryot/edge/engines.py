@@ -15,7 +15,7 @@ def open_decoder(
 ) -> Engine:
     """The bundle in the engine asked for. Raises what `Engine` raises, and `EngineUnavailable` for a named engine.
 
-    `auto` falls back from `capi` to `python` with a warning; `type(decoder).__name__` says which one it is.
+    `auto` falls back from `capi` to `python` with a warning; `decoder.engine` says which one it is.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")

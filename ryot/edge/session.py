@@ -40,6 +40,8 @@ ALIGNMENT_BYTES = 64
 class Decoder(Engine):
     """An `Engine` through onnxruntime's Python binding."""
 
+    engine = "python"
+
     def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
         """Load the graphs and make the buffers.
 

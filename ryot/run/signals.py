@@ -59,7 +59,7 @@ class StopSignals:
         if self.count == 1:
             os.write(
                 sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                b"\nstopping after the slice in flight; once more to stop at once\n",
+                b"\nstopping after the chunk in flight; once more to stop at once\n",
             )
         elif self.count >= 3:
             os._exit(EXIT_INTERRUPTED)

@@ -18,13 +18,20 @@ import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
-from tests.conftest import TINY_MODEL
+from tests.conftest import CONTEXT, VOCAB_SIZE
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
+#: A size of a user's own, without a word on what only recipes decide.
 PRESET = f"""
-summary = "as small as the fused kernels take"
-{TINY_MODEL}
+summary = "as small as the fused kernels take at half its width"
+[model]
+vocab_size = {VOCAB_SIZE}
+dim = 128
+num_layers = 2
+num_heads = 4
+ff_dim = 128
+max_seq_len = {CONTEXT}
 [train]
 batch_size = 4
 tokens = 7680

@@ -371,6 +371,7 @@ def _apply_shape(
         return  # building the config says what is missing
     if (width := shape.get("width", 1)) != 1:
         model["dim"] = round(size["dim"] * width)
+    if width != 1 and model["num_heads"] == size["num_heads"]:
         heads = range(size["num_heads"], 0, -1)
         fitting = [h for h in heads if size["num_heads"] % h == 0 and model["dim"] % (h * _HEAD_MULTIPLE) == 0]
         _require(bool(fitting), f"{where}: shape.width", width, f"a dim in steps of {_HEAD_MULTIPLE}")

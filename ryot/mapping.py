@@ -1,7 +1,7 @@
 """The one way between dataclasses and plain values (TOML tables, JSON objects), on the device and off it.
 
 `build_from_mapping` is for what people write: it refuses unknown keys and wrong types. `read_mapping` is for what ryot
-wrote, perhaps an older or a newer one: it passes over keys that no field has and takes a field's former name.
+wrote, perhaps an older or a newer one: it passes over keys that no field has. Both take a field's former name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from ryot.errors import ConfigError
@@ -44,8 +44,9 @@ def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T
     _check_keys(cls, values, where)
     hints, built = _hints(typing.cast(type, cls)), dict[str, Any]()
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in values:
-            built[field.name] = _checked(values[field.name], hints[field.name], f"{where}.{field.name}")
+        key = next((name for name in _names(field) if name in values), None)
+        if key is not None:
+            built[field.name] = _checked(values[key], hints[field.name], f"{where}.{key}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: {field.name} is missing")
     try:
@@ -56,12 +57,14 @@ def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T
 
 def read_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
     """The instance that `to_mapping` made `values` from. Raises `TypeError` or `ValueError` when it did not."""
-    hints, built = _hints(typing.cast(type, cls)), dict[str, Any]()
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        for name in (field.name, field.metadata.get(_FORMERLY)):
-            if name is not None and name in values:
-                value, former = values[name], field.metadata.get(_FORMER_VALUES)
-                built[field.name] = _trusted(former.get(value, value) if former else value, hints[field.name])
+    built = {}
+    for name, names, former, read in _readers(typing.cast(type, cls)):
+        for key in names:
+            if key in values:
+                value = values[key]
+                if former and value in former:
+                    value = former[value]
+                built[name] = value if read is None or value is None else read(value)
                 break
     return cls(**built)
 
@@ -76,12 +79,18 @@ def unknown(what: str, got: object, known: Iterable[object]) -> str:
     return f"{what}: {got!r} is not known{guess} (known: {', '.join(names)})"
 
 
-def check_known(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def check_known(values: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise `ConfigError` for the first key of `values` that is not in `known`."""
     names = list(known)
     for key in values:
         if key not in names:
             raise ConfigError(unknown(f"{where}: key", key, names))
+
+
+def _names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The keys under which a field may stand."""
+    former = field.metadata.get(_FORMERLY)
+    return (field.name, former) if former else (field.name,)
 
 
 @functools.cache
@@ -93,8 +102,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
     """Refuse an unknown key at any depth, before anything else is said about the values."""
-    hints = _hints(cls)
-    check_known(values, hints, where)
+    hints = {name: _hints(cls)[field.name] for field in dataclasses.fields(cls) for name in _names(field)}
+    former = [field.metadata.get(_FORMERLY) for field in dataclasses.fields(cls)]
+    check_known([key for key in values if key not in former], _hints(cls), where)
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             _check_keys(typing.cast(type, hints[name]), value, f"{where}.{name}")
@@ -125,25 +135,38 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _trusted(value: Any, hint: Any) -> Any:
-    """The value with the classes that its type asks for; a scalar is what it was when it was written."""
+_Reader = Callable[[Any], Any]
+
+
+@functools.cache
+def _readers(cls: Any) -> list[tuple[str, tuple[str, ...], Mapping[Any, Any], _Reader | None]]:
+    """For each field its name, the keys it may stand under, former values, and how a value is read if not as it is."""
+    found: list[tuple[str, tuple[str, ...], Mapping[Any, Any], _Reader | None]] = []
+    for field in dataclasses.fields(cls):
+        found.append(
+            (field.name, _names(field), field.metadata.get(_FORMER_VALUES, {}), _reader(_hints(cls)[field.name]))
+        )
+    return found
+
+
+def _reader(hint: Any) -> _Reader | None:
+    """What gives a value the classes that its type asks for; None for a type whose values are plain."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if value is None:
-        return None
     if dataclasses.is_dataclass(hint):
-        return read_mapping(typing.cast(type, hint), value)
-    if origin in (typing.Union, types.UnionType):
-        return _trusted(value, next(a for a in args if a is not type(None)))
-    if origin is tuple:
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_trusted(v, kind) for v, kind in zip(value, kinds, strict=True))
-    if origin is list:
-        return [_trusted(v, args[0]) for v in value]
-    if isinstance(origin, type) and issubclass(origin, Mapping) and args[1] is not Any:
-        return {k: _trusted(v, args[1]) for k, v in value.items()}
+        return functools.partial(read_mapping, typing.cast(type, hint))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint(value)
-    return value
+        return hint
+    if origin in (typing.Union, types.UnionType):
+        return _reader(next(a for a in args if a is not type(None)))
+    if origin is tuple and args[-1] is not Ellipsis:
+        return tuple
+    if origin in (tuple, list):
+        item = _reader(args[0])
+        return origin if item is None else lambda value: origin(map(item, value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        entry = _reader(args[1])
+        return None if entry is None else lambda value: {k: v if v is None else entry(v) for k, v in value.items()}
+    return None
 
 
 def _require(condition: bool, where: str, value: object, rule: str) -> None:

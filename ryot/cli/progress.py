@@ -47,7 +47,7 @@ class Progress:
         elif isinstance(event, MeasureEvent):
             self._measure(event)
         elif isinstance(event, CheckpointEvent):
-            pass  # every slice has one; the journal keeps them
+            pass  # every chunk has one; the journal keeps them
 
     def _step(self, event: StepEvent) -> None:
         key = f"{event.variant}/{event.seed}"

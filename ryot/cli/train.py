@@ -88,8 +88,8 @@ def command(
                 events = trainer.run_slice(SLICE_S)
             except RyotError as error:
                 if kept:
-                    way_on = f"the last good checkpoint is {kept}: go on with --resume {kept}"
-                    error.hint = f"{error.hint}; {way_on}" if error.hint else way_on
+                    resume_hint = f"the last good checkpoint is {kept}. To resume: --resume {kept}"
+                    error.hint = f"{error.hint}; {resume_hint}" if error.hint else resume_hint
                 raise
             for event in events:
                 show(event)
@@ -105,6 +105,6 @@ def command(
     if not trainer.done:
         raise Interrupted(
             f"stopped at step {trainer.step} of {trainer.num_steps}; checkpoint {output} is written",
-            hint=f"go on with --resume {output} and another -o",
+            hint=f"To resume: --resume {output} and another -o",
         )
     click.echo(output)

@@ -44,7 +44,7 @@ def _last_started() -> str:
 
 
 def probe_address(host: str, port: int) -> None:
-    """Raise `ClusterError` unless a gRPC server answers at the address within `PROBE_S` seconds a step.
+    """Raise `ClusterError` unless a gRPC server answers at the address within `PROBE_S` seconds per step.
 
     With RAY_USE_TLS=1 only the connection is tried.
     """

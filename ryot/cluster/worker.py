@@ -40,14 +40,14 @@ class Attempt:
     folder: str
     """Where this attempt's checkpoints go; with `travels` a path of the driver's machine that only names them."""
     resume: str | None
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     travels: bool = False
     """Whether this machine sees none of the driver's paths, so that checkpoints and data come and go as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Where and from which step an attempt goes on."""
+    """Where and from which step an attempt begins."""
 
     hostname: str
     pid: int
@@ -135,7 +135,7 @@ class TrainWorker:
         trainer = kind.resume(job, kernels, resume) if resume else kind(job, kernels)
         self._trainer, self._attempt = trainer, attempt
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
-        log.info("going on from step %d of %d", trainer.step, trainer.num_steps)
+        log.info("resuming from step %d of %d", trainer.step, trainer.num_steps)
         return Started(socket.gethostname(), os.getpid(), self._cores, trainer.step)
 
     def run_chunk(self, max_seconds: float, checkpoint_every_s: float, max_steps: int | None = None) -> ChunkReport:

@@ -99,13 +99,13 @@ class MeasureResult:
     """From the start of the process to the first token, tokenization left out."""
     tokenizer_load_ms: float | None = None
     ttft_ms: list[float] = field(default_factory=list)
-    """From token ids to the first new token, one a run."""
+    """From token ids to the first new token, one per run."""
     e2e_ttft_ms: list[float] = field(default_factory=list)
-    """From text to the text of the first new token, one a run."""
+    """From text to the text of the first new token, one per run."""
     decode_tok_s: list[float] = field(default_factory=list)
-    """Tokens of all rows per second, one a run."""
+    """Tokens of all rows per second, one per run."""
     token_ms: list[list[float]] = field(default_factory=list)
-    """Time of each step, a list a run."""
+    """Time of each step, a list per run."""
     peak_rss_bytes: int | None = None
     """VmHWM, read by the process at its own end."""
     peak_rss_outside_bytes: int | None = None

@@ -93,5 +93,5 @@ class RunFolder:
 
 
 def resume_hint(path: Path) -> str:
-    """How a run goes on."""
+    """The command that resumes a run."""
     return f"To resume: ryot-deploy cluster-run --resume {path}"

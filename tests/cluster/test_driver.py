@@ -67,8 +67,8 @@ def test_a_killed_worker_costs_no_accepted_step_and_changes_no_weight(
     assert f"again from step {steps[1]}" in lost
     # Of two attempts only what counts is left on disk, and what their workers said.
     logs = sorted((tmp_path / "variants/optimized/seed-0").glob("attempt-*/worker.log"))
-    assert "going on from step 0 of 60" in logs[0].read_text()
-    assert f"going on from step {steps[1]} of 60" in logs[1].read_text()
+    assert "resuming from step 0 of 60" in logs[0].read_text()
+    assert f"resuming from step {steps[1]} of 60" in logs[1].read_text()
     kept = sorted(p.name for p in (tmp_path / "variants/optimized/seed-0").glob("attempt-*/step-*"))
     assert kept == [f"step-{step:08d}" for step in steps[-SHORT.keep_checkpoints :]]
 

@@ -251,7 +251,7 @@ def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head:
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     details = [e["detail"] for e in events if e["kind"] == "stage"]
     assert any("2 ranks" in d for d in details)
-    assert any(d.startswith("1 forms, ") and f"on {socket.gethostname()}" in d for d in details)
+    assert any(d.startswith("1 artifacts, ") and f"on {socket.gethostname()}" in d for d in details)
 
 
 def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:

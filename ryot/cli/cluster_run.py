@@ -17,6 +17,7 @@ from ryot.cluster.options import ClusterOptions, DriverOptions
 from ryot.run.options import RunOptions
 
 if TYPE_CHECKING:
+    from ryot.report.table import Format
     from ryot.run.plan import RunPlan
 
 
@@ -40,7 +41,14 @@ if TYPE_CHECKING:
 @verbose_option
 @click.pass_context
 def command(
-    ctx: click.Context, output: Path | None, resume: Path | None, config: Path | None, fmt: Any, dry_run: bool, **_: Any
+    ctx: click.Context,
+    /,
+    output: Path | None,
+    resume: Path | None,
+    config: Path | None,
+    fmt: Format,
+    dry_run: bool,
+    **_: Any,
 ) -> int:
     """Train the variants in parallel, export, measure, judge, and bundle the best artifact.
 
@@ -85,13 +93,14 @@ def _plan_to_resume(run_dir: Path, ctx: click.Context) -> RunPlan:
 
 
 def _carry_out(
-    run_dir: Path, plan: RunPlan, cluster: ClusterOptions, driver: DriverOptions, fmt: Any, *, resume: bool
+    run_dir: Path, plan: RunPlan, cluster: ClusterOptions, driver: DriverOptions, fmt: Format, *, resume: bool
 ) -> int:
     from ryot.cli.progress import Progress
     from ryot.cluster.executor import RayExecutor
     from ryot.report.render import render
+    from ryot.run.context import RunSettings
     from ryot.run.folder import RunFolder
-    from ryot.run.pipeline import RunSettings, resume_run, start_run
+    from ryot.run.pipeline import resume_run, start_run
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

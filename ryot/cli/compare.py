@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from ryot.cli.options import HELP, format_option, verbose_option
 
 if TYPE_CHECKING:
     from ryot.report.rows import ExportedArtifact
+    from ryot.report.table import Format
 
 _EXISTING = click.Path(exists=True, path_type=Path)
 
@@ -39,7 +40,7 @@ def command(
     measure: bool,
     target: tuple[str, ...],
     rounds: int,
-    fmt: Any,
+    fmt: Format,
 ) -> None:
     """Compare two runs, bundles or report files: ratios A/B with intervals, `no difference` where they hold 1.
 

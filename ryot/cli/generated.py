@@ -71,7 +71,7 @@ def _option(name: str, hint: Any, default: Any, text: OptionText) -> Callable[[F
         return click.option(flag, name, type=CommaList(), **common)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    kinds: dict[type, click.ParamType] = {
+    kinds: dict[type, Any] = {
         int: click.IntRange(min=None if text.at_least is None else int(text.at_least)),
         float: click.FloatRange(min=text.above, min_open=True),
         str: click.STRING,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ryot.cli.options import HELP, format_option, verbose_option
+
+if TYPE_CHECKING:
+    from ryot.report.table import Format
 
 
 @click.command("reproduce", context_settings=HELP)
@@ -16,7 +19,7 @@ from ryot.cli.options import HELP, format_option, verbose_option
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Rounds  [default: as many as the report has]")
 @format_option("table", "md", "csv", "json")
 @verbose_option
-def command(report: Path, rounds: int | None, fmt: Any) -> int:
+def command(report: Path, rounds: int | None, fmt: Format) -> int:
     """Measure every artifact of a run (or a bundle) again, as it was measured, and compare with its report.
 
     Ends with exit code 0 when the figures agree, 1 when one does not.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,7 +26,7 @@ def command(ctx: click.Context) -> None:
 @command.command("list", context_settings=HELP)
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
 @_FORMAT
-def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
+def list_command(folder: Path = Path("runs"), fmt: str = "table") -> None:
     """List the runs in FOLDER (runs), oldest first.
 
     Example: ryot-deploy runs list
@@ -40,7 +39,7 @@ def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
 @command.command("show", context_settings=HELP)
 @click.argument("run", metavar="DIR", type=click.Path(path_type=Path))
 @_FORMAT
-def show_command(run: Path, fmt: Any) -> None:
+def show_command(run: Path, fmt: str) -> None:
     """Show how far the trainings of a run are.
 
     Example: ryot-deploy runs show runs/20261124-203411-reference

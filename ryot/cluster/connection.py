@@ -57,7 +57,8 @@ def _reread_environment() -> None:
     compiled: Any = ray._raylet
     compiled.Config.initialize("")
     compiled.AuthenticationTokenLoader.instance().reset_cache()
-    several_hosts = ray_constants.env_bool(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
+    constants: Any = ray_constants
+    several_hosts = constants.env_bool(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
     setattr(ray_constants, "ENABLE_RAY_CLUSTER", several_hosts)  # noqa: B010 (mypy: it takes it for a constant)
 
 

@@ -36,7 +36,7 @@ def render_target(target: Target) -> str:
     lines = [f"{target.name}: {target.summary}", f"  prefers the {target.prefer} artifact that passes"]
     for key, value in values.items():
         kind = LIMITS.get(key)
-        shown = " ".join(value) if isinstance(value, tuple) else f"{value:g}"  # type: ignore[str-format]
+        shown = " ".join(value) if isinstance(value, tuple) else f"{value:g}"
         lines.append(f"  {key} {kind.sign} {shown}" if kind else f"  {key} {shown}")
         if key in target.sources:
             lines.append(indent(wrap(target.sources[key], WIDTH - 4).replace("\n  ", "\n"), "    "))

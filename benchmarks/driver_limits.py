@@ -18,12 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster.jobs import DriverOptions, merge_facts
-from ryot.cluster.journal import Journal
-from ryot.cluster.placement import Need, Placement
-from ryot.cluster.runtime import Cluster, ClusterOptions, Node
-from ryot.cluster.worker import SliceReport
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.placement import Placement, ResourceRequest
+from ryot.cluster.runtime import Cluster, Node
+from ryot.cluster.worker import ChunkReport
 from ryot.events import EventLog, StepEvent, event_to_dict
+from ryot.mapping import to_mapping
+from ryot.run.folder import RunFolder
+from ryot.run.journal import CheckpointAccepted, Journal
+from ryot.run.training import TrainMetrics
 
 #: Measured with `many_variants.py` (2026-11-24): CPU time of the driver for one call of a worker, Ray's part included.
 RAY_CALL_S = 0.003
@@ -56,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    options = DriverOptions()
-    facts = {"tokens": 1, "train_wall_s": 1.0, "evals": [[i, i, 1.0, 3.9] for i in range(9)]}
+    options, one = DriverOptions(), ResourceRequest(1)
+    metrics = TrainMetrics(tokens=1, train_wall_s=1.0, val_loss=3.9)
     step = StepEvent(
         variant="optimized",
         seed=0,
@@ -72,47 +75,47 @@ def main() -> None:
         rss_bytes=1,
         cpu_s=1.0,
     )
-    report = SliceReport(1, False, [step] * 3, None, {"tokens": 1})
+    report = ChunkReport(1, False, [step] * 3, None, TrainMetrics(tokens=1))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in SIZES:
             folder = Path(scratch) / str(count)
             folder.mkdir()
-            journal = Journal(folder)
-            checkpoint = {"digest": "d" * 64, "attempt": 1, "path": "p" * 60, "sha256": "s" * 64, "facts": facts}
+            journal = Journal(RunFolder(folder))
+            known = {"digest": "d" * 64, "attempt": 1, "path": "p" * 60, "sha256": "s" * 64}
+            checkpoint = CheckpointAccepted(key="v/seed-0", step=1, metrics=metrics, **known)
             # An hour of checkpoints, written without the driver's fsync.
             with (folder / "journal.jsonl").open("a") as file:
                 for number in range(int(3600 / options.checkpoint_every_s)):
                     for node in range(count):
                         line = {
                             "record": "checkpoint",
-                            "time": 0.0,
+                            **to_mapping(checkpoint),
                             "key": f"v/seed-{node}",
                             "step": number,
-                            **checkpoint,
                         }
                         file.write(json.dumps(line) + "\n")
             journal.close()
             begin = time.perf_counter()
-            journal = Journal(folder)
+            journal = Journal(RunFolder(folder))
             load_s = time.perf_counter() - begin
-            append_s = median_s(lambda j=journal, c=checkpoint: j.append("checkpoint", key="v/seed-0", step=1, **c))
+            append_s = median_s(lambda j=journal, c=checkpoint: j.append(c))
             find_s = median_s(lambda j=journal: j.accepted("v/seed-0", "d" * 64), 5)
             placement = Placement(ManyNodes(count))
             placement.look()
-            place_s = median_s(lambda p=placement: [p.give_back(n, Need(1)) for n in p.take(Need(1))])
+            place_s = median_s(lambda p=placement: [p.release(n, one) for n in p.acquire(one)])
             log = EventLog(folder / "events.jsonl")
 
             def take_in(log: EventLog = log) -> None:
-                merge_facts(facts, report)
+                metrics.after(report.counters, report.events)
                 for event in report.events:
                     log.emit(event)
                     event_to_dict(event)
 
             report_s = median_s(take_in)
-            # The driver asks for longer slices when reports would take more than a quarter of its time.
-            slices_a_s = count / max(options.slice_s, 4 * RAY_CALL_S * count)
-            checkpoints_a_s = count / options.checkpoint_every_s
+            # The driver asks for longer chunks when reports would take more than a quarter of its time.
+            chunks_per_s = count / max(options.chunk_s, 4 * RAY_CALL_S * count)
+            checkpoints_per_s = count / options.checkpoint_every_s
             rows.append(
                 {
                     "nodes": count,
@@ -122,10 +125,10 @@ def main() -> None:
                     "find_accepted_ms": find_s * 1e3,
                     "place_ms": place_s * 1e3,
                     "report_ms": (report_s + RAY_CALL_S) * 1e3,
-                    "share_reports": slices_a_s * (report_s + RAY_CALL_S),
-                    "share_journal": checkpoints_a_s * append_s,
+                    "share_reports": chunks_per_s * (report_s + RAY_CALL_S),
+                    "share_journal": checkpoints_per_s * append_s,
                     # A reference checkpoint: 2.1 M parameters, three fp32 copies.
-                    "storage_mb_s": checkpoints_a_s * 2.136064e6 * 12 / 1e6,
+                    "storage_mb_s": checkpoints_per_s * 2.136064e6 * 12 / 1e6,
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -23,18 +23,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.driver import train_variants
-from ryot.cluster.jobs import DriverOptions, PlannedJob, plan_job
-from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.runtime import open_cluster
 from ryot.config import KernelPlan, VariantConfig, build_from_mapping, resolve_variant, to_mapping
 from ryot.errors import EXIT_INTERRUPTED, RyotError
 from ryot.events import event_to_dict
+from ryot.run.folder import RunFolder
+from ryot.run.journal import Journal
+from ryot.run.lock import RunLock
+from ryot.run.training import Training, plan_training
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import load_dataset, prepare_dataset
-from ryot.train.loop import Trainer, TrainJob
+from ryot.train.loop import Trainer
 
 LAB = Path(__file__).parents[1] / "cluster/netns/lab.py"
 VOCAB_SIZE = 512
@@ -43,14 +46,14 @@ EMBEDDED_FAULTS = ("worker", "worker", "raylet", "gcs_server", "driver", "stop")
 LAB_FAULTS = ("worker", "link", "node", "driver", "stop")
 
 
-def plan_jobs(dataset_dir: Path) -> list[PlannedJob]:
+def plan_jobs(dataset_dir: Path) -> list[Training]:
     jobs = []
     for name in ("baseline", "optimized"):
         values = to_mapping(resolve_variant(name, "reference"))
         values["model"] |= {"vocab_size": VOCAB_SIZE, "dim": 64, "ff_dim": 64, "max_seq_len": 32}
         values["train"] |= {"batch_size": 4, "tokens": STEPS * 4 * 32}
         variant = build_from_mapping(VariantConfig, values, name)
-        jobs.append(plan_job(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset_dir)), KernelPlan()))
+        jobs.append(plan_training(variant, 0, dataset_dir, KernelPlan()))
     return jobs
 
 
@@ -65,16 +68,17 @@ def learned(checkpoint: Path) -> str:
 def drive(run_dir: Path, dataset_dir: Path, address: str | None) -> int:
     """The driver: a process of its own that says each event on stdout."""
     run_dir.mkdir(exist_ok=True)
-    options = DriverOptions(slice_s=0.3, checkpoint_every_s=0.5, backoff_s=0.1)
+    options = DriverOptions(chunk_s=0.3, checkpoint_every_s=0.5, backoff_s=0.1)
     try:
-        with RunLock(run_dir):
-            journal = Journal(run_dir)
+        folder = RunFolder(run_dir)
+        with RunLock(folder):
+            journal = Journal(folder)
             journal.open_run()
             with open_cluster(ClusterOptions(address=address), log_dir=run_dir / "logs") as cluster:
                 train_variants(
                     plan_jobs(dataset_dir),
                     cluster=cluster,
-                    run_dir=run_dir,
+                    folder=folder,
                     journal=journal,
                     emit=lambda event: print(json.dumps(event_to_dict(event)), flush=True),
                     options=options,
@@ -195,9 +199,9 @@ class Bench:
     def find_processes(self, kind: str) -> list[int]:
         folders = [self.lab_folder] if self.lab else list(self.temp.glob("ryot-ray-*"))
         if kind != "worker":
-            return [pid for folder in folders for pid in keeper.find_marked(folder, programs=(kind,))]
+            return [pid for folder in folders for pid in reaper.find_marked(folder, programs=(kind,))]
         found = []
-        for pid in (pid for folder in folders for pid in keeper.find_marked(folder)):
+        for pid in (pid for folder in folders for pid in reaper.find_marked(folder)):
             try:
                 if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
@@ -211,7 +215,7 @@ class Bench:
         deadline = time.monotonic() + 20
         while left := list(self.temp.glob("ryot-ray-*")):
             if time.monotonic() > deadline:
-                self.problems.append(f"run {number}: {left} is left, with processes {keeper.find_marked(left[0])}")
+                self.problems.append(f"run {number}: {left} is left, with processes {reaper.find_marked(left[0])}")
                 return
             time.sleep(0.1)
 
@@ -263,10 +267,10 @@ def main() -> int:
         load_dataset(dataset.path)
         expected = {}
         for planned in plan_jobs(dataset.path):
-            trainer = Trainer(planned.job, planned.plan)
+            trainer = Trainer(planned, planned.kernels)
             trainer.run_slice(3600)
-            trainer.save(scratch / "expected" / planned.job.variant.name)
-            expected[planned.key] = learned(scratch / "expected" / planned.job.variant.name)
+            trainer.save(scratch / "expected" / planned.variant.name)
+            expected[planned.key] = learned(scratch / "expected" / planned.variant.name)
         bench = Bench(scratch, dataset.path, arguments)
         if arguments.lab:
             bench.lab_command("up", "2", "1")

@@ -19,14 +19,15 @@ from pathlib import Path
 import psutil
 
 from ryot.cluster.driver import train_variants
-from ryot.cluster.jobs import DriverOptions, TrainResult, plan_job
-from ryot.cluster.journal import Journal
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.runtime import open_cluster
 from ryot.config import KernelPlan, VariantConfig, build_from_mapping, resolve_variant, to_mapping
 from ryot.events import Event
+from ryot.run.folder import RunFolder
+from ryot.run.journal import Journal
+from ryot.run.training import TrainResult, plan_training
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import prepare_dataset
-from ryot.train.loop import TrainJob
 
 
 def build_variant(number: int, steps: int, vocab_size: int) -> VariantConfig:
@@ -41,21 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--variants", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--slice-s", type=float, default=3.0)
+    parser.add_argument("--chunk-s", type=float, default=3.0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         dataset, _ = prepare_dataset(load_corpus(), 512, Path(scratch))
         jobs = [
-            plan_job(
-                TrainJob(variant=build_variant(i, arguments.steps, 512), seed=0, dataset_dir=str(dataset.path)),
-                KernelPlan(),
-            )
+            plan_training(build_variant(i, arguments.steps, 512), 0, dataset.path, KernelPlan())
             for i in range(arguments.variants)
         ]
         run_dir = Path(scratch) / "run"
         run_dir.mkdir()
-        journal = Journal(run_dir)
+        folder = RunFolder(run_dir)
+        journal = Journal(folder)
         journal.open_run()
         driver = psutil.Process()
         samples: list[dict[str, float]] = []
@@ -85,13 +84,13 @@ def main() -> None:
             done = train_variants(
                 jobs,
                 cluster=cluster,
-                run_dir=run_dir,
+                folder=folder,
                 journal=journal,
                 emit=on_event,
-                options=DriverOptions(slice_s=arguments.slice_s),
+                options=DriverOptions(chunk_s=arguments.chunk_s),
             )
             wall_s = time.monotonic() - begin
-        busy_s = sum(r.facts["train_wall_s"] for r in done)
+        busy_s = sum((r.metrics.train_wall_s or 0.0) for r in done)
         cores = len(os.sched_getaffinity(0))
         result = {
             "variants": len(done),

@@ -38,16 +38,17 @@ def main() -> None:
     total = options.windows * options.rounds
     begin = time.monotonic()
 
-    def tell(result: object) -> None:
-        number = getattr(result, "round", 0) + 1
+    def tell(case: str, result: MeasureResult) -> None:
+        number = result.round + 1
         print(f"\rround {number} of {total}, {time.monotonic() - begin:.0f} s", end="", file=sys.stderr, flush=True)
 
     results = measure_rounds({"a": spec, "b": spec}, rounds=total, on_result=tell)
     print(file=sys.stderr)
+    every = [r for found in results.values() for r in found]
 
-    def series(arm: str, metric: str) -> list[list[float]]:
+    def series(case: str, metric: str) -> list[list[float]]:
         """Times, so that larger is slower: a rate is turned over."""
-        ordered = sorted((r for r in results if r.arm == arm), key=lambda r: r.round)
+        ordered = sorted(results[case], key=lambda r: r.round)
         values = [list(getattr(r, metric)) if r.ok else [] for r in ordered]
         return [[1000 / v for v in r] for r in values] if metric == "decode_tok_s" else values
 
@@ -55,13 +56,13 @@ def main() -> None:
         title: dataclasses.asdict(measure_resolution(series("a", metric), series("b", metric), rounds=options.rounds))
         for title, metric in (("TTFT", "ttft_ms"), ("time a token", "decode_tok_s"))
     }
-    noise = find_noise(results)
+    noise = find_noise(every)
     setting = describe_setting()
     lines = [
         "# What the measurement can tell apart",
         "",
         f"`{setting['command']}` at commit {setting['commit']}, {setting['environment']['cpu']['model']},"
-        f" {setting['environment']['cpu']['cores']} cores, {len(results)} processes"
+        f" {setting['environment']['cpu']['cores']} cores, {len(every)} processes"
         f" in {time.monotonic() - begin:.0f} s.",
         "",
         "| figure | windows | rounds | A differs from A | smallest slowdown found (80 %) |",
@@ -73,14 +74,14 @@ def main() -> None:
         "",
         *(f"Noise: {note}." for note in noise),
     ]
-    raw = {**setting, "found": found, "noise": noise, "results": [_keep(r) for r in results]}
+    raw = {**setting, "found": found, "noise": noise, "results": [_keep(r) for r in every]}
     print(write_result("measurement", raw, "\n".join(lines), options.output))
 
 
 def _keep(result: MeasureResult) -> dict[str, object]:
     """What the verdicts come from: with the time of each single token a thousand processes would fill megabytes."""
     return {
-        "arm": result.arm,
+        "case": result.case,
         "round": result.round,
         "ok": result.ok,
         "reason": result.reason,

@@ -29,14 +29,15 @@ from record import describe_setting, write_result
 
 from ryot.cli.options import cache_dir
 from ryot.cluster.driver import train_variants
-from ryot.cluster.jobs import DriverOptions, PlannedJob, TrainResult, plan_job
-from ryot.cluster.journal import Journal
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.runtime import open_cluster
 from ryot.config import VariantConfig, replace, resolve_variant
 from ryot.events import CheckpointEvent, EvalEvent, Event, StageEvent, StepEvent
+from ryot.run.folder import RunFolder
+from ryot.run.journal import Journal
+from ryot.run.training import Training, TrainResult, plan_training
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import prepare_dataset
-from ryot.train.loop import TrainJob
 
 
 class Bench:
@@ -46,27 +47,26 @@ class Bench:
         self.scratch = scratch
         self.recipe = resolve_variant("optimized", "reference", tokens=tokens)
         dataset, _ = prepare_dataset(load_corpus(), self.recipe.model.vocab_size, cache_dir())
-        self.dataset_dir = str(dataset.path)
+        self.dataset_dir = dataset.path
         self._runs = 0
 
-    def plan(self, variant: VariantConfig, *, threads: int = 1, workers: int = 1) -> PlannedJob:
-        job = TrainJob(variant=variant, seed=0, dataset_dir=self.dataset_dir)
-        return plan_job(job, replace(variant.kernels, threads=threads), workers=workers)
+    def plan(self, variant: VariantConfig, *, threads: int = 1, workers: int = 1) -> Training:
+        kernels = replace(variant.kernels, threads=threads)
+        return plan_training(variant, 0, self.dataset_dir, kernels, workers=workers)
 
     def run(
-        self, jobs: list[PlannedJob], options: DriverOptions, emit: Callable[[Event], None] = lambda event: None
+        self, jobs: list[Training], options: DriverOptions, emit: Callable[[Event], None] = lambda event: None
     ) -> dict[str, Any]:
         """Train on a Ray of its own; seconds of everything."""
         self._runs += 1
         run_dir = self.scratch / f"run-{self._runs}"
         run_dir.mkdir()
-        journal = Journal(run_dir)
+        folder = RunFolder(run_dir)
+        journal = Journal(folder)
         journal.open_run()
         with open_cluster(ClusterOptions(), log_dir=run_dir / "logs") as cluster:
             begin = time.monotonic()
-            results = train_variants(
-                jobs, cluster=cluster, run_dir=run_dir, journal=journal, emit=emit, options=options
-            )
+            results = train_variants(jobs, cluster=cluster, folder=folder, journal=journal, emit=emit, options=options)
             wall_s = time.monotonic() - begin
         journal.close()
         assert not [r for r in results if r.error], results
@@ -83,7 +83,7 @@ def four_equal(bench: Bench) -> dict[str, float]:
     jobs = [bench.plan(replace(recipe, name=f"variant-{k}")) for k in range(4)]
     evals: list[EvalEvent] = []
     run = bench.run(jobs, DriverOptions(), lambda event: evals.append(event) if isinstance(event, EvalEvent) else None)
-    work_s = sum(r.facts["train_wall_s"] for r in run["results"]) + sum(e.eval_wall_s or 0.0 for e in evals)
+    work_s = sum(r.metrics.train_wall_s or 0.0 for r in run["results"]) + sum(e.eval_wall_s or 0.0 for e in evals)
     ideal_s = work_s / len(os.sched_getaffinity(0))
     return {
         "wall_s": run["wall_s"],
@@ -120,7 +120,7 @@ class Killer:
 
 def killed(bench: Bench) -> dict[str, float]:
     killer = Killer()
-    bench.run([bench.plan(bench.recipe)], DriverOptions(slice_s=1.0, checkpoint_every_s=3.0), killer)
+    bench.run([bench.plan(bench.recipe)], DriverOptions(chunk_s=1.0, checkpoint_every_s=3.0), killer)
     assert killer.back_at, "the worker was not killed, or its training did not come back"
     redone_s = (killer.killed_step - killer.accepted_step) * killer.step_s
     lost_s = killer.back_at - killer.killed_at
@@ -128,7 +128,7 @@ def killed(bench: Bench) -> dict[str, float]:
 
 
 def tokens_per_s(results: list[TrainResult]) -> float:
-    return float(results[0].facts["tokens"] / results[0].facts["train_wall_s"])
+    return float(results[0].metrics.tokens / results[0].metrics.train_wall_s)
 
 
 def threads_or_ranks(bench: Bench) -> dict[str, float]:

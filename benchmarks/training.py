@@ -26,7 +26,7 @@ from record import describe_setting, write_result
 from tabulate import tabulate
 
 from ryot.cli.options import cache_dir
-from ryot.cluster.runtime import MALLOC_TUNABLES
+from ryot.cluster.options import MALLOC_TUNABLES
 from ryot.config import resolve_variant
 from ryot.report.stats import compare_means
 from ryot.train.corpus import load_corpus

@@ -1,26 +1,29 @@
 """What a run is made of, as plain data: presets (sizes), variants (recipes) and their resolution.
 
-A preset is `ryot/presets/NAME.toml`, a variant `ryot/variants/NAME.toml`; both may also be a path to the
-user's own file. `resolve_variant` lays a preset's `[model]` under the variant's `[model]`, and the variant's
-`[preset.NAME.*]` over both. `VARIANT+NAME` lays `ryot/optimizations/NAME.toml` over the variant in the same way: one
-part of what `optimized` does, alone. Nothing here opens a socket, starts Ray or imports torch.
+A preset is a size, `ryot/presets/NAME.toml`; a variant is a recipe, `ryot/variants/NAME.toml`; both may also be a path
+to the user's own file. A recipe says its shape relative to the preset (`[shape]`) and what is to be different from some
+width on (`[from_dim.512.train]`), so that any preset, whatever it is called, goes with any recipe. `VARIANT+NAME` lays
+`ryot/optimizations/NAME.toml` over the variant in the same way: one part of what `optimized` does, alone. Nothing here
+opens a socket, starts Ray or imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ryot.errors import ConfigError
+from ryot.mapping import build_from_mapping as build_from_mapping
+from ryot.mapping import check_known as check_known
+from ryot.mapping import to_mapping as to_mapping
+from ryot.mapping import unknown as unknown
 from ryot.models.registry import trained_spec
 from ryot.models.spec import DecoderSpec, Sizes, narrow_spec
 
@@ -36,7 +39,13 @@ GraphAttention = Literal["flash", "full"]
 #: Folder of the parts that an ablation puts on the baseline one at a time.
 PARTS = "optimizations"
 
-_SECTIONS = ("model", "train", "kernels")
+_SECTIONS = ("model", "train", "kernels", "shape")
+
+#: What a recipe's `[shape]` says, and the field that it makes: `width` is a share of the preset's `dim`, `ff_ratio` of
+#: the recipe's own, `elastic` a list of such shares.
+_SHAPE = {"width": "dim", "queries_per_kv_head": "num_kv_heads", "ff_ratio": "ff_dim", "elastic": "elastic_widths"}
+#: Heads of narrowed models are multiples of this; every attention operator takes those.
+_HEAD_MULTIPLE = 16
 
 #: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
 PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
@@ -208,80 +217,6 @@ class VariantConfig:
         return self.train.tokens // self.step_tokens
 
 
-def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls`; nested dataclasses are built from nested tables.
-
-    Raises `ConfigError` for an unknown key (with the nearest known one), a missing key or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _check_keys(cls, values, where)
-    built: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in values:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"{where}: {name} is missing")
-            continue
-        value, hint = values[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, Mapping), f"{where}.{name}", value, "a table")
-            built[name] = build_from_mapping(typing.cast(type, hint), value, f"{where}.{name}")
-        else:
-            built[name] = _coerce(value, hint, f"{where}.{name}")
-    try:
-        return cls(**built)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}", hint=error.hint) from None
-
-
-def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuse an unknown key at any depth, before anything else is said about the values."""
-    hints = typing.get_type_hints(cls)
-    check_known(values, hints, where)
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            _check_keys(typing.cast(type, hints[name]), value, f"{where}.{name}")
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(unknown(where, value, args))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), where, value, "a list")
-        return tuple(_coerce(v, args[0], where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    if hint in expected:
-        _require(
-            isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, expected[hint]
-        )
-    return value
-
-
-def unknown(what: str, got: object, known: Iterable[object]) -> str:
-    """The one-line message for a name that does not exist, with the nearest one that does."""
-    names = [str(k) for k in known]
-    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what}: {got!r} is not known{guess} (known: {', '.join(names)})"
-
-
-def check_known(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raise `ConfigError` for the first key of `values` that is not in `known`."""
-    names = list(known)
-    for key in values:
-        if key not in names:
-            raise ConfigError(unknown(f"{where}: key", key, names))
-
-
 def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises `ConfigError` when it is missing or malformed."""
     try:
@@ -322,32 +257,78 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
     preset_path = find_named("presets", preset)
     recipe, *parts = [variant] if variant.endswith(".toml") else variant.split("+")
     names = [n for part in parts for n in (list_named(PARTS) if part == "all" else [part])]
-    layers = [find_named("variants", recipe), *(find_named(PARTS, n) for n in names)]
-    name = "+".join([layers[0].stem, *parts])
+    paths = [find_named("variants", recipe), *(find_named(PARTS, n) for n in names)]
+    name = "+".join([paths[0].stem, *parts])
     size = load_toml(preset_path)
     check_known(size, ("summary", "model", "train"), str(preset_path))
     merged: dict[str, Any] = {section: dict(size.get(section, {})) for section in _SECTIONS}
     outer: dict[str, Any] = {"summary": "", "tune": False}
-    for path in layers:
+    for path in paths:
         values = load_toml(path)
-        check_known(values, (*outer, *_SECTIONS, "preset"), str(path))
-        special = values.get("preset", {}).get(preset_path.stem, {})
-        check_known(special, _SECTIONS, f"{path}: preset.{preset_path.stem}")
+        check_known(values, (*outer, *_SECTIONS, "from_dim", "preset"), str(path))
         outer |= {k: values[k] for k in outer if k in values}
-        for section in _SECTIONS:
-            merged[section] |= {**values.get(section, {}), **special.get(section, {})}
+        for layer in (values, *_overrides(values, size, preset_path.stem, path)):
+            for section in _SECTIONS:
+                merged[section] |= layer.get(section, {})
+            # A figure that is given stands above one that is worked out.
+            for key, field in _SHAPE.items():
+                if field in layer.get("model", {}):
+                    merged["shape"].pop(key, None)
+    where = f"variant {name} at {preset_path.stem}"
+    _apply_shape(merged["model"], merged["train"], merged.pop("shape"), size.get("model", {}), where)
     if tokens is not None:
         merged["train"]["tokens"] = tokens
-    return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, f"variant {name} at {preset_path.stem}")
+    return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The dataclass as nested plain values, without the fields that are None (TOML has no null)."""
+def _overrides(
+    values: Mapping[str, Any], size: Mapping[str, Any], preset: str, path: Path
+) -> Iterator[Mapping[str, Any]]:
+    """What a recipe has for presets at least so wide (`[from_dim.512]`), narrower ones first, and for one by name."""
+    dim = size.get("model", {}).get("dim", 0)
+    by_width = values.get("from_dim", {})
+    for key in by_width:
+        _require(str(key).isdigit(), f"{path}: from_dim", key, "a width, as in [from_dim.512.train]")
+    for width in sorted(by_width, key=int):
+        check_known(by_width[width], _SECTIONS, f"{path}: from_dim.{width}")
+        if int(width) <= dim:
+            yield by_width[width]
+    special = values.get("preset", {}).get(preset, {})
+    check_known(special, _SECTIONS, f"{path}: preset.{preset}")
+    yield special
 
-    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {k: [*v] if isinstance(v, tuple) else v for k, v in items if v is not None}
 
-    return dataclasses.asdict(config, dict_factory=plain)
+def _apply_shape(
+    model: dict[str, Any], train: dict[str, Any], shape: Mapping[str, Any], size: Mapping[str, Any], where: str
+) -> None:
+    """Fill in what a recipe says relative to the preset's size.
+
+    Heads keep a width that the fused operators take: a narrowed model may have fewer of them.
+    """
+    check_known(shape, _SHAPE, f"{where}: shape")
+    for key in ("width", "ff_ratio", "queries_per_kv_head"):
+        value = shape.get(key, 1)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(is_number and value > 0, f"{where}: shape.{key}", value, "a number above 0")
+    if "dim" not in size or "num_heads" not in size:
+        return  # building the config says what is missing
+    if (width := shape.get("width", 1)) != 1:
+        model["dim"] = round(size["dim"] * width)
+    if width != 1 and model["num_heads"] == size["num_heads"]:
+        heads = range(size["num_heads"], 0, -1)
+        fitting = [h for h in heads if size["num_heads"] % h == 0 and model["dim"] % (h * _HEAD_MULTIPLE) == 0]
+        _require(bool(fitting), f"{where}: shape.width", width, f"a dim in steps of {_HEAD_MULTIPLE}")
+        model["num_heads"] = fitting[0]
+    if "queries_per_kv_head" in shape:
+        most = model["num_heads"] // shape["queries_per_kv_head"]
+        model["num_kv_heads"] = next(h for h in range(max(1, int(most)), 0, -1) if model["num_heads"] % h == 0)
+    if "ff_ratio" in shape:
+        model["ff_dim"] = round(model["dim"] * shape["ff_ratio"])
+    if "elastic" in shape:
+        # A model is cut between heads.
+        kept = [max(1, round(model["num_heads"] * share)) for share in shape["elastic"]]
+        widths = [model["dim"] * heads // model["num_heads"] for heads in dict.fromkeys(kept)]
+        train["elastic_widths"] = [width for width in widths if width < model["dim"]]
 
 
 def digest(*parts: object) -> str:

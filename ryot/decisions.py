@@ -21,7 +21,7 @@ def recall(path: Path, build: Callable[[Mapping[str, Any]], T], measure: Callabl
     """(the decision, whether it was kept at `path`); one that is not there is measured and kept.
 
     `build` makes the decision, a dataclass, of what was kept. A file that is cut short, or that another version wrote
-    in another form, is measured again and replaced: it holds nothing that cannot be found out anew.
+    in another shape, is measured again and replaced: it holds nothing that cannot be found out anew.
     """
     try:
         return build(json.loads(path.read_text(encoding="utf-8"))), True

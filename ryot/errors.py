@@ -11,7 +11,7 @@ RyotError                 1  something failed
 ├── MeasureError          1  a measurement could not be taken
 ├── ClusterError          1  Ray cannot be started, reached or used
 ├── TargetMissed          3  a target was missed, or the measurement cannot tell
-├── QualityError          4  a gate failed: no form is left to package, or one asked for by name breached
+├── QualityError          4  a gate failed: no artifact is left to package, or one asked for by name breached
 └── Interrupted         130  a signal ended the run; it can be resumed
 """
 
@@ -88,7 +88,7 @@ class TargetMissed(RyotError):
 
 
 class QualityError(RyotError):
-    """A gate failed: no form is left to package, or one asked for by name breached."""
+    """A gate failed: no artifact is left to package, or one asked for by name breached."""
 
     exit_code = EXIT_QUALITY
 

@@ -1,11 +1,12 @@
 """The one stream of typed events of a run: a JSON line each, appended to `events.jsonl`.
 
-Progress displays, tables, plots and exporters are made from it; nothing else is.
+Progress displays, loss curves and TensorBoard files are made from it. Tables are not: they come from what the stages
+return. What counts when a run is resumed stands in the journal.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import threading
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+from ryot.mapping import formerly, read_mapping, to_mapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,7 @@ class Event:
     """Seconds since the epoch, by the clock of the machine that made the event."""
 
 
+StageName = Literal["data", "cluster", "tune", "train", "export", "measure", "report"]
 #: `progress`: how far it is; `cached`: found done already; `lost`: its worker died and it begins again;
 #: `rejected`: a checkpoint was damaged.
 StageStatus = Literal["begin", "progress", "end", "cached", "failed", "lost", "rejected"]
@@ -34,11 +38,12 @@ class StageEvent(Event):
     """A stage began or ended, or something happened to it on the way."""
 
     kind: ClassVar[str] = "stage"
-    stage: str
-    """`data`, `cluster`, `tune`, `train`, `export`, `measure`, `report` or `bundle`."""
+    stage: StageName
     status: StageStatus
     variant: str = ""
     seed: int = 0
+    attempt: int | None = None
+    """Of a training: which attempt at it."""
     wall_s: float | None = None
     detail: str = ""
 
@@ -120,10 +125,11 @@ class GateEvent(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureEvent(Event):
-    """One fresh process measured one form in one round."""
+    """One fresh process measured one case in one round."""
 
     kind: ClassVar[str] = "measure"
-    arm: str
+    case: str = field(metadata=formerly("arm"))
+    """What was measured, as it is shown."""
     round: int
     ok: bool
     ttft_ms: float | None = None
@@ -139,14 +145,12 @@ EVENT_TYPES: dict[str, type[Event]] = {
 
 def event_to_dict(event: Event) -> dict[str, Any]:
     """The event as plain values, with its `kind`."""
-    return {"kind": event.kind, **dataclasses.asdict(event)}
+    return {"kind": event.kind, **to_mapping(event, keep_none=True)}
 
 
 def event_from_dict(values: dict[str, Any]) -> Event:
     """The event that `event_to_dict` made `values` from; fields that this version does not know are dropped."""
-    cls = EVENT_TYPES[values["kind"]]
-    known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in values.items() if k in known})
+    return read_mapping(EVENT_TYPES[values["kind"]], values)
 
 
 class EventLog:
@@ -177,14 +181,27 @@ def _drop_partial_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """The events of a file in order; a last line cut short by a crash and unknown kinds are passed over."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as lines:
+class EventReader:
+    """Reads a file of events that may still be written to."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._rest = b""
+
+    def read(self) -> Iterator[Event]:
+        """The events since the last call; a line that is not whole yet is left, unknown kinds are passed over."""
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
         for line in lines:
-            if not line.endswith("\n"):
-                return
             values = json.loads(line)
             if values.get("kind") in EVENT_TYPES:
                 yield event_from_dict(values)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a file in order; none when it is missing."""
+    if path.exists():
+        with contextlib.closing(EventReader(path)) as reader:
+            yield from reader.read()

@@ -8,7 +8,8 @@ from ryot import errors
 from ryot.config import list_named, replace, resolve_variant, to_mapping
 from ryot.deploy.settings import ExportSettings
 from ryot.errors import ConfigError, RyotError, worst_exit_code
-from ryot.plan import RunOptions, load_plan, plan_to_toml, resolve_plan
+from ryot.run.options import RunOptions
+from ryot.run.plan import load_plan, plan_to_toml, resolve_plan
 
 
 @pytest.mark.parametrize("preset", list_named("presets"))

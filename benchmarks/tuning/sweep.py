@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ryot.cluster.runtime import MALLOC_TUNABLES
+from ryot.cluster.options import MALLOC_TUNABLES
 
 if os.environ.get("GLIBC_TUNABLES") != MALLOC_TUNABLES:
     # Read by the C library when a process starts.

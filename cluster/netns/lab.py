@@ -26,7 +26,7 @@ import time
 import zlib
 from pathlib import Path
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 
 LAB = Path(os.environ.get("RYOT_LAB", "/tmp/ryot-lab"))
 NET = os.environ.get("RYOT_LAB_NET", "10.77.0")
@@ -64,7 +64,7 @@ def start_node(host: int, cpus: int) -> None:
         *(f"--node-ip-address={NET}.{host}", f"--num-cpus={cpus}", f'--resources={{"host{host}": 1}}'),
         *("--object-store-memory=80000000", f"--temp-dir={LAB / str(host)}", "--disable-usage-stats", "--block"),
     ]
-    environment = {**token_environment(), **HEALTH_CHECKS, "RAY_worker_niceness": "0", keeper.MARK: str(LAB)}
+    environment = {**token_environment(), **HEALTH_CHECKS, "RAY_worker_niceness": "0", reaper.MARK: str(LAB)}
     with (LAB / f"{host}.log").open("ab") as said:
         subprocess.Popen(
             command,
@@ -128,14 +128,14 @@ def up(hosts: int, cpus: int) -> None:
 
 def kill(host: int) -> None:
     """End the host's raylet, and nothing else, without a word."""
-    for pid in keeper.find_marked(LAB, programs=("raylet",)):
+    for pid in reaper.find_marked(LAB, programs=("raylet",)):
         inside = subprocess.run(["ip", "netns", "identify", str(pid)], capture_output=True, text=True, check=True)
         if inside.stdout.strip() == namespace(host):
             os.kill(pid, signal.SIGKILL)
 
 
 def down() -> None:
-    keeper.end_marked(LAB)
+    reaper.end_marked(LAB)
     known = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for line in known.splitlines():
         if line.startswith(f"{NAME}-"):

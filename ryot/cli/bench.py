@@ -67,8 +67,8 @@ def command(
         bundles,
         grid,
         rounds=repetitions,
-        on_result=lambda r: click.echo(
-            f"round {r.round + 1} {r.arm.split('|')[0]}{': ' + r.reason if not r.ok else ''}", err=True
+        on_result=lambda path, r: click.echo(
+            f"round {r.round + 1} {path}{': ' + r.reason if not r.ok else ''}", err=True
         ),
     )
     if fmt == "json":

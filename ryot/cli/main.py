@@ -14,8 +14,8 @@ import click
 
 from ryot import __version__
 from ryot.cli.options import check_utf8
-from ryot.cluster.signals import interrupt_on_signals
 from ryot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RyotError
+from ryot.run.signals import interrupt_on_signals
 
 #: Command, module under `ryot.cli`. A module is imported only when its command is asked for or listed in full.
 COMMANDS = {
@@ -23,14 +23,14 @@ COMMANDS = {
     "watch": ("watch", "Follow a run live from another terminal"),
     "train": ("train", "Train one variant in this process"),
     "slice": ("slice", "Cut an elastic checkpoint to a narrower width"),
-    "export": ("export", "Export a checkpoint as bundles, one a precision"),
+    "export": ("export", "Export a checkpoint as bundles, one per precision"),
     "bench": ("bench", "Measure bundles in fresh processes"),
     "compare": ("compare", "Compare two runs, bundles or reports, or measure both now"),
-    "reproduce": ("reproduce", "Measure a report's forms again and say whether it agrees"),
+    "reproduce": ("reproduce", "Measure a report's artifacts again and say whether it agrees"),
     "eval": ("eval", "Score a bundle on any text: bits per byte, KL, top-1"),
     "generate": ("generate", "Generate text with a bundle"),
     "tune": ("tune", "Time kernels and weight formats on this machine"),
-    "targets": ("targets", "List the limits that forms are judged by"),
+    "targets": ("targets", "List the limits that artifacts are judged by"),
     "runs": ("runs", "List, show and remove run folders"),
     "doctor": ("doctor", "Show this machine and what would be used"),
 }

@@ -157,7 +157,8 @@ def check_output_folder(path: Path) -> None:
             raise ConfigError(f"output {path}: is a file, expected a folder")
         if any(path.iterdir()):
             raise ConfigError(
-                f"output {path}: is not empty", hint=f"choose another folder, or go on with --resume {path}"
+                f"output {path}: is not empty",
+                hint=f"choose another folder, or resume with --resume {path}",
             )
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""Live progress on stderr: one line a training where stderr is a terminal, plain lines now and then elsewhere."""
+"""Live progress on stderr: one line per training where stderr is a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Progress:
         elif isinstance(event, MeasureEvent):
             self._measure(event)
         elif isinstance(event, CheckpointEvent):
-            pass  # every slice has one; the journal keeps them
+            pass  # every chunk has one; the journal keeps them
 
     def tell_data(self, detail: str) -> None:
         """Show how far the preparation of a corpus is, outside a run."""
@@ -90,9 +90,9 @@ class Progress:
         words: dict[StageStatus, str] = {
             "begin": "begins",
             "end": f"done{took}",
-            "cached": "done before",
+            "cached": "cached",
             "failed": "failed",
-            "lost": "lost its worker",
+            "lost": "its worker failed",
             "rejected": "does without a checkpoint",
         }
         if event.status != "begin" or event.detail:
@@ -100,11 +100,10 @@ class Progress:
 
     def _measure(self, event: MeasureEvent) -> None:
         if not event.ok:
-            self._say(f"measure {event.arm} round {event.round} failed: {event.reason}")
+            self._say(f"measure {event.case} round {event.round} failed: {event.reason}")
         elif self._live:
-            self._rows["measure"] = (
-                f"measure round {event.round + 1}  {event.arm}  {event.ttft_ms:.2f} ms  {event.decode_tok_s:,.0f} tok/s"
-            )
+            figures = f"{event.ttft_ms:.2f} ms  {event.decode_tok_s:,.0f} tok/s"
+            self._rows["measure"] = f"measure round {event.round + 1}  {event.case}  {figures}"
             self._draw()
 
     def _say(self, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,12 +26,12 @@ def command(ctx: click.Context) -> None:
 @command.command("list", context_settings=HELP)
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
 @_FORMAT
-def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
+def list_command(folder: Path = Path("runs"), fmt: str = "table") -> None:
     """List the runs in FOLDER (runs), oldest first.
 
     Example: ryot-deploy runs list
     """
-    from ryot.cluster.runs import format_runs, list_runs
+    from ryot.run.listing import format_runs, list_runs
 
     click.echo(format_runs(list_runs(folder), fmt))
 
@@ -40,12 +39,12 @@ def list_command(folder: Path = Path("runs"), fmt: Any = "table") -> None:
 @command.command("show", context_settings=HELP)
 @click.argument("run", metavar="DIR", type=click.Path(path_type=Path))
 @_FORMAT
-def show_command(run: Path, fmt: Any) -> None:
+def show_command(run: Path, fmt: str) -> None:
     """Show how far the trainings of a run are.
 
     Example: ryot-deploy runs show runs/20261124-203411-reference
     """
-    from ryot.cluster.runs import format_run, read_run
+    from ryot.run.listing import format_run, read_run
 
     click.echo(format_run(read_run(run), fmt))
 
@@ -54,11 +53,11 @@ def show_command(run: Path, fmt: Any) -> None:
 @click.argument("runs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask")
 def remove_command(runs: tuple[Path, ...], yes: bool) -> None:
-    """Remove runs with all their checkpoints, forms and bundles.
+    """Remove runs with all their checkpoints, artifacts and bundles.
 
     Example: ryot-deploy runs remove --yes runs/20261124-203411-reference
     """
-    from ryot.cluster.runs import read_run, remove_run
+    from ryot.run.listing import read_run, remove_run
 
     for run in runs:
         size = read_run(run).size_bytes

@@ -1,4 +1,4 @@
-"""`ryot-deploy targets`: the contracts that forms are judged by."""
+"""`ryot-deploy targets`: the contracts that artifacts are judged by."""
 
 from __future__ import annotations
 

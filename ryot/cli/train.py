@@ -50,9 +50,9 @@ def command(
     """
     check_output_folder(output)
     from ryot.cli.progress import Progress
-    from ryot.cluster.signals import StopSignals
     from ryot.config import replace, resolve_variant
     from ryot.errors import Interrupted, RyotError
+    from ryot.run.signals import StopSignals
 
     recipe = resolve_variant(variant, preset, tokens=tokens)
     if device == "cuda":
@@ -91,8 +91,8 @@ def command(
                 events = trainer.run_slice(SLICE_S)
             except RyotError as error:
                 if kept:
-                    way_on = f"the last good checkpoint is {kept}: go on with --resume {kept}"
-                    error.hint = f"{error.hint}; {way_on}" if error.hint else way_on
+                    resume_hint = f"the last good checkpoint is {kept}. To resume: --resume {kept}"
+                    error.hint = f"{error.hint}; {resume_hint}" if error.hint else resume_hint
                 raise
             for event in events:
                 show(event)
@@ -108,6 +108,6 @@ def command(
     if not trainer.done:
         raise Interrupted(
             f"stopped at step {trainer.step} of {trainer.num_steps}; checkpoint {output} is written",
-            hint=f"go on with --resume {output} and another -o",
+            hint=f"To resume: --resume {output} and another -o",
         )
     click.echo(output)

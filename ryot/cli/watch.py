@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 from ryot.cli.options import HELP, verbose_option
-from ryot.events import EVENT_TYPES, Event, event_from_dict
+from ryot.events import Event, EventReader
 
 _POLL_S = 0.2
 
@@ -32,14 +31,19 @@ def command(run: Path, once: bool, tensorboard: Path | None) -> None:
     Example: ryot-deploy watch runs/first
     """
     from ryot.cli.progress import Progress
-    from ryot.cluster.journal import is_held
     from ryot.errors import ConfigError
+    from ryot.run.folder import RunFolder
+    from ryot.run.lock import is_held
 
-    path = run / "events.jsonl"
-    if not path.exists():
-        raise ConfigError(f"run {run}: has no events.jsonl, so it is not a run folder")
+    folder = RunFolder(run)
+    if not folder.events.exists():
+        raise ConfigError(f"run {run}: has no {folder.events.name}, so it is not a run folder")
 
-    with path.open(encoding="utf-8") as lines, Progress() as show, contextlib.ExitStack() as closing:
+    with (
+        contextlib.closing(EventReader(folder.events)) as reader,
+        Progress() as show,
+        contextlib.ExitStack() as closing,
+    ):
         listeners: list[Callable[[Event], None]] = [show]
         if tensorboard:
             from ryot.report.tensorboard import TensorBoardExport
@@ -47,16 +51,11 @@ def command(run: Path, once: bool, tensorboard: Path | None) -> None:
             export = TensorBoardExport(tensorboard)
             closing.callback(export.close)
             listeners.append(export)
-        rest = ""
         while True:
-            alive = is_held(run)
-            for line in lines:
-                rest += line
-                if rest.endswith("\n"):
-                    values, rest = json.loads(rest), ""
-                    if values["kind"] in EVENT_TYPES:
-                        for listener in listeners:
-                            listener(event_from_dict(values))
+            alive = is_held(folder)
+            for event in reader.read():
+                for listener in listeners:
+                    listener(event)
             if once or not alive:
                 return
             time.sleep(_POLL_S)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ryot.cluster.address import describe_address
-from ryot.cluster.signals import hold_signals
 from ryot.errors import ClusterError
+from ryot.run.signals import hold_signals
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
 
         if ray.is_initialized():
             raise ClusterError(
-                "this process is connected to a Ray cluster already", hint="one cluster a process at a time"
+                "this process is connected to a Ray cluster already", hint="one cluster per process at a time"
             )
         _reread_environment()
         # Ray prints failures of its raylets to stdout even with log_to_driver=False.
@@ -59,7 +59,8 @@ def _reread_environment() -> None:
     compiled: Any = ray._raylet
     compiled.Config.initialize("")
     compiled.AuthenticationTokenLoader.instance().reset_cache()
-    several_hosts = ray_constants.env_bool(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
+    constants: Any = ray_constants
+    several_hosts = constants.env_bool(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
     setattr(ray_constants, "ENABLE_RAY_CLUSTER", several_hosts)  # noqa: B010 (mypy: it takes it for a constant)
 
 

@@ -2,38 +2,39 @@
 
     waiting --room on a node--> starting --trainer built--> training --last checkpoint accepted--> done
        ^                                                        |
-       +------- worker, node or link lost: back-off ------------+--- safety gate, bug, too many losses --> failed
+       +------ worker, node or link failed: back-off -----------+-- safety gate, bug, too many failures --> failed
 
-Each worker is asked for one slice of a few seconds at a time. A checkpoint that comes with a slice's report counts
-once the journal says so; after a loss the training goes on from the last one that does, in a new attempt with a
-folder of its own. Reports of an attempt that was given up are never looked at again.
+Each worker is asked for one chunk of a few seconds at a time. What becomes of a training is the ledger's to say
+(`ryot.run.ledger`); here is who computes it, where, and what is asked of them next. Reports of an attempt that was
+given up are never looked at again.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ryot.cluster.callbacks import CallbackThread
-from ryot.cluster.folders import pack_folder
-from ryot.cluster.jobs import DriverOptions, OnDone, PlannedJob, TrainResult, merge_facts
-from ryot.cluster.journal import Accepted, Journal
-from ryot.cluster.lanes import Lane, WorkerFailed, WorkerLost
-from ryot.cluster.placement import Placement
-from ryot.cluster.probe import probe_nodes
+from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.cluster.options import DriverOptions
+from ryot.cluster.placement import Placement, ResourceRequest
 from ryot.cluster.runtime import Cluster
-from ryot.cluster.signals import StopSignals
-from ryot.cluster.store import CheckpointStore
-from ryot.cluster.worker import LOG_FILE, Assignment, SliceReport, Started
+from ryot.cluster.worker import Attempt, ChunkReport, Saved, Started
+from ryot.cluster.worker_group import Call, WorkerFailed, WorkerGroup, WorkerLost
+from ryot.cluster.workplace import Workplace, find_workplace
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
-from ryot.events import CheckpointEvent, Event, GateEvent, StageEvent, StageStatus
-from ryot.train.gates import GateBreach
+from ryot.events import Event
+from ryot.run.folder import WORKER_LOG, RunFolder
+from ryot.run.journal import Journal
+from ryot.run.ledger import Ledger, TrainingState
+from ryot.run.signals import StopSignals
+from ryot.run.store import CheckpointStore
+from ryot.run.training import OnDone, Training, TrainResult
 from ryot.train.parallel import Group
 
 log = logging.getLogger(__name__)
@@ -45,30 +46,14 @@ _TICK_S = 0.2
 _REPORT_S = 0.003
 
 
-@dataclass(slots=True)
-class _Task:
-    """A training on its way through the driver."""
-
-    planned: PlannedJob
-    attempts: int = 0
-    losses: int = 0
-    not_before: float = 0.0
-    accepted: list[Accepted] = field(default_factory=list)
-    """Newest first."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    attempt: int = 0
-    wall_begin: float = 0.0
-    result: TrainResult | None = None
-
-
 @dataclass(slots=True, eq=False)
 class _Work:
-    """A training and the actors that are at it."""
+    """A training and the workers that are at it."""
 
-    task: _Task
-    lane: Lane
+    state: TrainingState
+    group: WorkerGroup
     max_steps: int | None = None
-    """Steps of the next slice; the ranks of a group must agree on them."""
+    """Steps of the next chunk; the ranks of a group must agree on them."""
 
 
 class Driver:
@@ -76,41 +61,48 @@ class Driver:
 
     def __init__(
         self,
-        jobs: Sequence[PlannedJob],
+        trainings: Sequence[Training],
         *,
         cluster: Cluster,
-        run_dir: Path,
+        workplace: Callable[[], Workplace] | None,
+        folder: RunFolder,
         journal: Journal,
         emit: Callable[[Event], None],
         options: DriverOptions,
         on_done: OnDone | None,
         signals: StopSignals,
     ):
-        self.cluster, self.run_dir, self.journal = cluster, run_dir.absolute(), journal
+        self.cluster, self.folder = cluster, RunFolder(folder.path.absolute())
         self.emit, self.options, self.signals = emit, options, signals
-        self.store = CheckpointStore(self.run_dir, journal, keep=options.keep_checkpoints, reread=not cluster.embedded)
-        self.tasks = [_Task(p) for p in jobs]
-        self.waiting: list[_Task] = []
+        self._callbacks = CallbackThread(on_done) if on_done else None
+        store = CheckpointStore(self.folder, journal, keep=options.keep_checkpoints, reread=not cluster.embedded)
+        self.ledger = Ledger(
+            trainings,
+            journal=journal,
+            store=store,
+            emit=emit,
+            on_done=self._callbacks.put if self._callbacks else lambda result: None,
+            max_failures=options.max_failures,
+            backoff_s=options.backoff_s,
+        )
         self.works: list[_Work] = []
         self.placement = Placement(cluster)
-        self.travels: set[Path] = set()
+        self.unseen: frozenset[Path] = frozenset()
         """Folders that not every node sees: what is in them comes and goes as bytes."""
         self.stopping = ""
-        """Why no further slices are asked for."""
+        """Why no further chunks are asked for."""
+        self._find_workplace = workplace or self._look_around
         self._datasets: dict[Path, Any] = {}
-        self._callbacks = CallbackThread(on_done) if on_done else None
         self._deadline = time.monotonic() + options.max_hours * 3600 if options.max_hours else None
         self._busy_at = time.monotonic()
 
     def run(self) -> list[TrainResult]:
-        """Train all; one result a job, in their order. Raises `Interrupted` and `ClusterError`."""
+        """Train all; one result per training, in their order. Raises `Interrupted` and `ClusterError`."""
         try:
-            for task in self.tasks:
-                self._recall(task)
-            if self.waiting:
-                self.cluster.open()
-                self._look_at_cluster()
-            while (self.waiting and not self.stopping) or self.works:
+            self.ledger.recall()
+            if self.ledger.waiting:
+                self._move_in()
+            while (self.ledger.waiting and not self.stopping) or self.works:
                 self._heed_signals()
                 if not self.cluster.is_whole():
                     self._restart_cluster()
@@ -127,12 +119,12 @@ class Driver:
                 # Whatever ends the run, no export goes on writing behind it.
                 self._callbacks.leave(lambda: self.signals.stop_at_once)
         if self.stopping:
-            raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.run_dir}")
-        return [t.result for t in self.tasks if t.result]
+            raise Interrupted(f"{self.stopping}; what was accepted so far is in {self.folder}")
+        return self.ledger.results
 
     def _heed_signals(self) -> None:
         if self.signals.stop_at_once:
-            raise Interrupted(f"stopped at once; what was accepted so far is in {self.run_dir}")
+            raise Interrupted(f"stopped at once; what was accepted so far is in {self.folder}")
         if self.stopping:
             return
         if self.signals.stop:
@@ -140,13 +132,13 @@ class Driver:
         elif self._deadline is not None and time.monotonic() > self._deadline:
             self.stopping = "the time limit was reached"
         if self.stopping:
-            for work in [w for w in self.works if w.lane.doing == "start"]:
+            for work in [w for w in self.works if w.group.call_in_flight is Call.START]:
                 self._close(work, kill=True)
 
     def _wait(self) -> None:
         import ray
 
-        refs = [ref for work in self.works for ref in work.lane.refs]
+        refs = [ref for work in self.works for ref in work.group.refs]
         if not refs:
             time.sleep(_TICK_S)
             return
@@ -155,6 +147,20 @@ class Driver:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for work in list(self.works):
             self._collect(work, set(ready))
+
+    def _look_around(self) -> Workplace:
+        self.cluster.open()
+        datasets = {Path(s.training.dataset_dir) for s in self.ledger.waiting}
+        return find_workplace(self.cluster, [self.folder.path, *datasets])
+
+    def _move_in(self) -> None:
+        """Take the nodes that there are, and refuse what can't be run on them."""
+        place = self._find_workplace()
+        self.placement, self.unseen = place.placement, place.unseen
+        for request, workers in {(_request(s.training), s.training.workers) for s in self.ledger.waiting}:
+            self.placement.check_fits(request, workers, "training")
+        if self.folder.path in self.unseen:
+            log.info("nodes do not see %s: checkpoints travel through the driver", self.folder)
 
     def _restart_cluster(self) -> None:
         """The embedded Ray has lost its control process or node manager: start another, and all trainings again."""
@@ -166,103 +172,59 @@ class Driver:
         self.placement = Placement(self.cluster)
         self._datasets.clear()
 
-    # What is known from before
-
-    def _recall(self, task: _Task) -> None:
-        """Take up what the journal says about a training: ended, begun or new."""
-        self._load_accepted(task)
-        outcome = self.journal.outcome(task.planned.key, task.planned.digest)
-        if outcome and outcome["record"] == "failed" and outcome["final"]:
-            self._finish(task, error=TrainingError(outcome["reason"]), cached=True)
-        elif outcome and outcome["record"] == "done" and task.accepted and task.accepted[0].path == outcome["path"]:
-            self._finish(task, cached=True)
-        else:
-            self.waiting.append(task)
-
-    def _load_accepted(self, task: _Task) -> None:
-        task.accepted, problems = self.store.find_whole(task.planned)
-        task.facts = dict(task.accepted[0].facts) if task.accepted else {}
-        for problem in problems:
-            self._tell(task, "rejected", problem)
-
-    def _look_at_cluster(self) -> None:
-        """Refuse what can't be run, and find out what the nodes see."""
-        for need, workers in {(t.planned.need, t.planned.workers) for t in self.waiting}:
-            self.placement.check_fits(need, workers, "training")
-        if self.cluster.embedded:
-            return
-        datasets = {Path(t.planned.job.dataset_dir) for t in self.waiting}
-        facts = probe_nodes(self.cluster, [self.run_dir, *datasets])
-        self.placement.only(set(facts))
-        self.travels = {
-            path for path in (self.run_dir, *datasets) if not all(f.seen.get(str(path), False) for f in facts.values())
-        }
-        if self.run_dir in self.travels:
-            log.info("nodes do not see %s: checkpoints travel through the driver", self.run_dir)
-
     # Starting
 
     def _fill(self) -> None:
         """Give each free core to the longest waiting training; `ClusterError` when none was free for long."""
-        now = time.monotonic()
-        if self.works or not self.waiting:
+        now, waiting = time.monotonic(), self.ledger.waiting
+        if self.works or not waiting:
             self._busy_at = now
         elif now - self._busy_at > self.options.cores_timeout_s:
             raise ClusterError(
-                f"no node has had room for {self.waiting[0].planned.key} for {self.options.cores_timeout_s:g} s",
+                f"no node has had room for {waiting[0].training.key} for {self.options.cores_timeout_s:g} s",
                 hint="resume the run when the cluster has free CPUs again",
             )
-        if not self.waiting or self.stopping:
+        if not waiting or self.stopping:
             return
-        self.waiting.sort(key=lambda t: -t.planned.cost)
+        waiting.sort(key=lambda s: -s.training.cost)
         self.placement.look()
-        for task in list(self.waiting):
-            if task.not_before > now:
+        for state in list(waiting):
+            if state.not_before > now:
                 continue
-            nodes = self.placement.take(task.planned.need, task.planned.workers)
-            if not nodes:
-                continue
-            self.waiting.remove(task)
-            work = _Work(task, Lane(nodes, task.planned.need))
-            self.works.append(work)
-            self._assign(work, task)
+            request = _request(state.training)
+            nodes = self.placement.acquire(request, state.training.workers)
+            if nodes:
+                work = _Work(state, WorkerGroup(nodes, request))
+                self.works.append(work)
+                self._assign(work, state)
 
-    def _assign(self, work: _Work, task: _Task) -> None:
-        planned = task.planned
-        task.attempt = self.journal.next_attempt(planned.key)
-        task.attempts += 1
-        task.wall_begin = task.wall_begin or time.monotonic()
-        newest = task.accepted[0] if task.accepted else None
-        self.journal.append(
-            "attempt", key=planned.key, digest=planned.digest, attempt=task.attempt, node=work.lane.where
-        )
-        self.store.prune(planned, task.accepted, task.attempt)
-        folder = self.store.attempt_folder(planned, task.attempt)
-        assignment = Assignment(
-            job=planned.job,
-            plan=planned.plan,
+    def _assign(self, work: _Work, state: TrainingState) -> None:
+        training, newest = state.training, state.newest
+        folder = self.ledger.begin(state, work.group.where)
+        attempt = Attempt(
+            training=training,
             folder=str(folder),
-            resume=str(self.run_dir / newest.path) if newest else None,
-            travels=self.run_dir in self.travels,
+            resume=str(self.folder.path / newest.path) if newest else None,
+            travels=self.folder.path in self.unseen,
         )
-        dataset_dir = Path(planned.job.dataset_dir)
-        dataset = self._packed_dataset(dataset_dir) if dataset_dir in self.travels else None
-        checkpoint = pack_folder(self.run_dir / newest.path) if assignment.travels and newest else None
-        work.task = task
-        work.max_steps = None if planned.workers == 1 else 1
-        groups: list[Group | None] = [None]
-        if planned.workers > 1:
-            meet = self._choose_rendezvous(work.lane, folder)
-            groups = [Group(rank=rank, size=planned.workers, rendezvous=meet) for rank in range(planned.workers)]
-        work.lane.call("start", "start", *[(assignment, group, dataset, checkpoint) for group in groups])
+        dataset_dir = Path(training.dataset_dir)
+        dataset = self._packed_dataset(dataset_dir) if dataset_dir in self.unseen else None
+        checkpoint = pack_folder(self.folder.path / newest.path) if attempt.travels and newest else None
+        work.state = state
+        work.max_steps = None if training.workers == 1 else 1
+        ranks: list[Group | None] = [None]
+        if training.workers > 1:
+            meet = self._choose_rendezvous(work.group, folder)
+            ranks = [Group(rank=rank, size=training.workers, rendezvous=meet) for rank in range(training.workers)]
+        work.group.call(Call.START, *[(attempt, rank, dataset, checkpoint) for rank in ranks])
 
-    def _choose_rendezvous(self, lane: Lane, folder: Path) -> str:
+    def _choose_rendezvous(self, group: WorkerGroup, folder: Path) -> str:
         """A place where the ranks of this attempt, and no stale one, meet."""
-        if self.run_dir not in self.travels:
+        if self.folder.path not in self.unseen:
             folder.mkdir(parents=True, exist_ok=True)
             return f"file://{folder}/group"
-        # Whether the port is free shows when rank 0 listens; if not, the attempt is lost and the next has another.
-        return f"tcp://{lane.nodes[0].ip}:{random.randrange(20_000, 32_000)}"
+        # Whether the port is free shows when rank 0 listens; if not, the attempt fails and the next has another.
+        return f"tcp://{group.nodes[0].ip}:{random.randrange(20_000, 32_000)}"
 
     def _packed_dataset(self, dataset_dir: Path) -> Any:
         import ray
@@ -276,7 +238,7 @@ class Driver:
     def _collect(self, work: _Work, ready: set[Any]) -> None:
         """Take in what the workers of a training say, and ask for what comes next."""
         try:
-            answer = work.lane.collect(ready)
+            answer = work.group.collect(ready)
         except WorkerFailed as error:
             self._on_exception(work, error.cause)
         except WorkerLost as error:
@@ -284,180 +246,132 @@ class Driver:
         else:
             if isinstance(answer, Started):
                 self._on_started(work, answer)
-            elif isinstance(answer, SliceReport):
+            elif isinstance(answer, ChunkReport):
                 self._on_report(work, answer)
 
     def _on_exception(self, work: _Work, cause: BaseException) -> None:
-        if isinstance(cause, RyotError) and work.lane.doing == "start":
+        if isinstance(cause, RyotError) and work.group.call_in_flight is Call.START:
             # The folder was whole when the driver looked: a path that the worker cannot see, or not now.
             self._lose(work, cause)
             return
-        where = self.store.attempt_folder(work.task.planned, work.task.attempt) / LOG_FILE
+        training = work.state.training
+        where = self.ledger.store.attempt_folder(training, work.state.attempt) / WORKER_LOG
         reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
-        error = TrainingError(f"{work.task.planned.key}: {reason}", hint=f"its worker's log: {where}")
-        self._fail(work, error, final=False)
+        self.ledger.fail(
+            work.state, TrainingError(f"{training.key}: {reason}", hint=f"its worker's log: {where}"), final=False
+        )
+        self._next_training(work)
 
     def _on_started(self, work: _Work, started: Started) -> None:
         cores = f"cores {','.join(map(str, started.cores))}" if started.cores else "not pinned"
-        ranks = f"{len(work.lane.nodes)} ranks, " if len(work.lane.nodes) > 1 else ""
-        where = f"step {started.step} on {work.lane.where}, {ranks}{cores}, attempt {work.task.attempt}"
-        self._tell(work.task, "begin", where)
-        self._next_slice(work)
+        ranks = f"{len(work.group.nodes)} ranks, " if len(work.group.nodes) > 1 else ""
+        where = f"step {started.step} on {work.group.where}, {ranks}{cores}, attempt {work.state.attempt}"
+        self.ledger.tell(work.state, "begin", where)
+        self._next_chunk(work)
 
-    def _next_slice(self, work: _Work) -> None:
-        # With very many workers longer slices, so that taking in their reports stays a quarter of the driver's time.
-        slice_s = max(self.options.slice_s, 4 * _REPORT_S * len(self.works))
+    def _next_chunk(self, work: _Work) -> None:
+        # With very many workers longer chunks, so that taking in their reports stays a quarter of the driver's time.
+        chunk_s = max(self.options.chunk_s, 4 * _REPORT_S * len(self.works))
         if work.max_steps is not None:
-            if work.lane.doing == "slice":
-                fitting = work.max_steps * slice_s / max(time.monotonic() - work.lane.since, 1e-3)
+            if work.group.call_in_flight is Call.CHUNK:
+                fitting = work.max_steps * chunk_s / max(time.monotonic() - work.group.since, 1e-3)
                 work.max_steps = max(1, min(int(fitting), 4 * work.max_steps))
-            slice_s = float("inf")
-        work.lane.call("slice", "run_slice", (slice_s, self.options.checkpoint_every_s, work.max_steps))
+            chunk_s = float("inf")
+        work.group.call(Call.CHUNK, (chunk_s, self.options.checkpoint_every_s, work.max_steps))
 
-    def _on_report(self, work: _Work, report: SliceReport) -> None:
-        task = work.task
+    def _on_report(self, work: _Work, report: ChunkReport) -> None:
+        state = work.state
         for event in report.events:
             self.emit(event)
-        task.facts = merge_facts(task.facts, report)
+        state.metrics = state.metrics.after(report.counters, report.events)
         if report.unwritten:
             raise ClusterError(str(report.unwritten), hint="make room, or restore the shared path; then resume the run")
         if report.saved:
-            accepted = self.store.accept(task.planned, task.attempt, report.saved, task.facts)
-            task.accepted.insert(0, accepted)
-            task.losses = 0
-            self._tell_accepted(task, accepted)
-            self.store.prune(task.planned, task.accepted, task.attempt)
+            self._accept(state, report.saved)
         if report.breach:
-            self._tell_breach(task, report.breach)
-            self._fail(work, report.breach, final=True)
+            self.ledger.breach(state, report.breach)
+            self._next_training(work)
         elif report.done:
-            planned = task.planned
-            self.journal.append("done", key=planned.key, digest=planned.digest, path=task.accepted[0].path)
-            self._finish(task)
-            self._next_task(work)
-        elif self.stopping and (report.saved or work.lane.doing == "save"):
+            self.ledger.finish(state)
+            self._next_training(work)
+        elif self.stopping and (report.saved or work.group.call_in_flight is Call.SAVE):
             self._close(work)
         elif self.stopping:
-            work.lane.call("save", "save", ())
+            work.group.call(Call.SAVE, ())
         else:
-            self._next_slice(work)
+            self._next_chunk(work)
+
+    def _accept(self, state: TrainingState, saved: Saved) -> None:
+        path = Path(saved.path)
+        if saved.packed is not None:
+            unpack_folder(saved.packed, path)
+        self.ledger.accept(state, step=saved.step, path=path, sha256=saved.sha256)
 
     # Ending
 
-    def _next_task(self, work: _Work) -> None:
-        """Keep a worker that is warm for the next training of the same width, or let it go."""
+    def _next_training(self, work: _Work) -> None:
+        """Keep workers that are warm for the next training of the same width, or let them go."""
         now = time.monotonic()
-        for task in self.waiting:
-            same = (task.planned.need, task.planned.workers) == (work.lane.need, len(work.lane.nodes))
-            if same and task.not_before <= now and not self.stopping:
-                self.waiting.remove(task)
-                self._assign(work, task)
+        for state in self.ledger.waiting:
+            wanted = (_request(state.training), state.training.workers)
+            same = wanted == (work.group.request, len(work.group.nodes))
+            if same and state.not_before <= now and not self.stopping:
+                self._assign(work, state)
                 return
         self._close(work)
 
-    def _finish(self, task: _Task, error: RyotError | None = None, cached: bool = False) -> None:
-        job = task.planned.job
-        newest = task.accepted[0] if task.accepted else None
-        task.result = TrainResult(
-            variant=job.variant.name,
-            seed=job.seed,
-            checkpoint=self.run_dir / newest.path if newest else None,
-            sha256=newest.sha256 if newest else "",
-            step=newest.step if newest else 0,
-            attempts=task.attempts,
-            facts=task.facts,
-            cached=cached,
-            error=error,
-        )
-        wall_s = time.monotonic() - task.wall_begin if task.wall_begin else 0.0
-        status: StageStatus = "failed" if error else "cached" if cached else "end"
-        self._tell(task, status, str(error or ""), wall_s)
-        if self._callbacks:
-            self._callbacks.put(task.result)
-
-    def _fail(self, work: _Work, error: RyotError, *, final: bool) -> None:
-        """End a training; the others go on. A `final` failure would happen again: resuming does not try it."""
-        planned = work.task.planned
-        log.info("%s failed: %s", planned.key, error)
-        self.journal.append("failed", key=planned.key, digest=planned.digest, reason=str(error), final=final)
-        self._finish(work.task, error=error)
-        self._next_task(work)
-
     def _lose(self, work: _Work, error: BaseException) -> None:
-        """A worker is gone: try again from the last accepted checkpoint, later each time."""
-        task, planned = work.task, work.task.planned
+        """Its workers are gone, or given up."""
         self._close(work, kill=True)
-        task.losses += 1
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if task.losses > self.options.max_losses:
-            reason = f"{planned.key}: lost {task.losses} workers in a row; the last: {reason}"
-            self.journal.append("failed", key=planned.key, digest=planned.digest, reason=reason, final=False)
-            self._finish(task, error=ClusterError(reason, hint="resume the run when the cluster is well again"))
-            return
-        wait_s = min(30.0, self.options.backoff_s * 2 ** (task.losses - 1))
-        task.not_before = time.monotonic() + wait_s
-        self._load_accepted(task)
-        step = task.accepted[0].step if task.accepted else 0
-        log.info("%s: lost its worker on %s: %r", planned.key, work.lane.where, error.__cause__ or error)
-        then = f"again from step {step} in {wait_s:g} s"
-        self._tell(task, "lost", f"{reason} on {work.lane.where}; {then}")
-        self.waiting.append(task)
+        self.ledger.retry(work.state, error, work.group.where)
 
     def _give_up_hung(self) -> None:
         now = time.monotonic()
         for work in list(self.works):
-            limit = self.options.start_timeout_s if work.lane.doing == "start" else self.options.slice_timeout_s
-            if now - work.lane.since > limit:
+            starting = work.group.call_in_flight is Call.START
+            limit = self.options.start_timeout_s if starting else self.options.chunk_timeout_s
+            if now - work.group.since > limit:
                 self._lose(work, TimeoutError(f"no report within {limit:g} s"))
 
     def _close(self, work: _Work, *, kill: bool = False) -> None:
-        """End the actors of a training and free their cores."""
+        """End the workers of a training and free their cores."""
         self.works.remove(work)
-        for node in work.lane.nodes:
-            self.placement.give_back(node, work.lane.need)
-        work.lane.close(kill=kill)
+        for node in work.group.nodes:
+            self.placement.release(node, work.group.request)
+        work.group.close(kill=kill)
 
-    # Telling
 
-    def _tell(self, task: _Task, status: StageStatus, detail: str = "", wall_s: float | None = None) -> None:
-        self._emit_of(task, StageEvent, stage="train", status=status, wall_s=wall_s, detail=detail)
-
-    def _tell_breach(self, task: _Task, breach: GateBreach) -> None:
-        value = breach.value if math.isfinite(breach.value) else None
-        self._emit_of(task, GateEvent, gate=breach.gate, passed=False, value=value, limit=breach.limit)
-
-    def _tell_accepted(self, task: _Task, new: Accepted) -> None:
-        self._emit_of(task, CheckpointEvent, step=new.step, path=new.path, sha256=new.sha256)
-
-    def _emit_of(self, task: _Task, kind: Callable[..., Event], **facts: Any) -> None:
-        job = task.planned.job
-        self.emit(kind(variant=job.variant.name, seed=job.seed, **facts))
+def _request(training: Training) -> ResourceRequest:
+    """What each worker of a training takes up."""
+    return ResourceRequest(training.kernels.threads, gpus=1 if training.kernels.device == "cuda" else 0)
 
 
 def train_variants(
-    jobs: Sequence[PlannedJob],
+    trainings: Sequence[Training],
     *,
     cluster: Cluster,
-    run_dir: Path,
+    folder: RunFolder,
     journal: Journal,
     emit: Callable[[Event], None],
     options: DriverOptions | None = None,
     on_done: OnDone | None = None,
+    workplace: Callable[[], Workplace] | None = None,
 ) -> list[TrainResult]:
-    """Train all jobs on the cluster and return one result each, in their order; the longest is started first.
+    """Train all on the cluster and return one result each, in their order; the longest is started first.
 
     What the journal knows as ended is not done again. `on_done` is called in a thread of its own, for one result
     after the other, while other trainings go on; failed and cached ones included. What it raises is raised here once
-    all trainings have ended.
+    all trainings have ended. `workplace` gives the nodes, if someone has looked at them before.
 
-    A first SIGINT or SIGTERM lets the slices in flight end and raises `Interrupted`; a second one raises it at once.
+    A first SIGINT or SIGTERM lets the chunks in flight end and raises `Interrupted`; a second one raises it at once.
     Raises `ClusterError` when the cluster, the disk or a request cannot carry the run; it can be resumed then.
     """
     with StopSignals() as signals:
         driver = Driver(
-            jobs,
+            trainings,
             cluster=cluster,
-            run_dir=run_dir,
+            workplace=workplace,
+            folder=folder,
             journal=journal,
             emit=emit,
             options=options or DriverOptions(),

@@ -9,25 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ryot.artifact import ArtifactId
 from ryot.cluster.folders import pack_folder, unpack_folder
-from ryot.cluster.runtime import Cluster, ClusterOptions, Node, open_cluster
+from ryot.cluster.options import ClusterOptions
+from ryot.cluster.runtime import Cluster, Node, open_cluster
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ClusterError
+from ryot.run.executor import Measured
 from ryot.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Measured:
-    """What a node measured, and what it is."""
-
-    node: str
-    results: list[MeasureResult]
-    machine: dict[str, Any]
-    niceness: int
-    """Of the processes that measured; above 0 they yield to everything else on the node."""
 
 
 def find_node(cluster: Cluster, label: str, threads: int) -> Node:
@@ -66,7 +58,7 @@ def find_node(cluster: Cluster, label: str, threads: int) -> Node:
 
 def measure_on_node(
     cluster: Cluster,
-    specs: Mapping[str, MeasureSpec],
+    specs: Mapping[ArtifactId, MeasureSpec],
     *,
     label: str,
     rounds: int,
@@ -87,15 +79,15 @@ def measure_on_node(
     if node.cpus < needed:
         # A head that offers Ray no CPUs, as in the files of `cluster/`: no job of the cluster can disturb it.
         cores = sorted(os.sched_getaffinity(0))
-        here = {arm: _pinned(spec, cores) for arm, spec in specs.items()}
+        here = {artifact: _pinned(spec, cores) for artifact, spec in specs.items()}
         results = measure_rounds(here, rounds=rounds, seed=seed)
-        return Measured(node.name, results, {**record_environment(), "node": node.name}, os.nice(0))
+        return Measured(results=results, machine={**record_environment(), "node": node.name}, node=node.name)
     options: dict[str, Any] = {
         "num_cpus": node.cpus,
         "max_retries": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
     }
-    bundles = {arm: ray.put(pack_folder(Path(spec.bundle))) for arm, spec in specs.items()}
+    bundles = {artifact: ray.put(pack_folder(Path(spec.bundle))) for artifact, spec in specs.items()}
     log.info("measuring on %s, alone, %g CPUs", node.name, node.cpus)
     ref = ray.remote(**options)(_measure).remote(dict(specs), list(bundles), list(bundles.values()), rounds, seed)
     ready, _ = ray.wait([ref], timeout=timeout_s)
@@ -116,11 +108,12 @@ def measure_on_node(
         log.warning(
             "node %s runs Ray's workers at niceness %d; set RAY_worker_niceness=0 where it starts", node.name, niceness
         )
-    return Measured(node.name, results, {**machine, "node": node.name, "niceness": niceness}, niceness)
+    machine |= {"node": node.name, "niceness": niceness}
+    return Measured(results=results, machine=machine, node=node.name)
 
 
 def measure_on_cluster(
-    options: ClusterOptions, specs: Mapping[str, MeasureSpec], *, rounds: int, log_dir: Path
+    options: ClusterOptions, specs: Mapping[ArtifactId, MeasureSpec], *, rounds: int, log_dir: Path
 ) -> Measured:
     """Join the cluster for the time of a measurement on a node that carries `options.bench_label`, or on ours."""
     with open_cluster(options, log_dir=log_dir) as cluster:
@@ -128,9 +121,9 @@ def measure_on_cluster(
 
 
 def _measure(
-    specs: dict[str, MeasureSpec], arms: list[str], packed: list[Any], rounds: int, seed: int
-) -> tuple[list[MeasureResult], dict[str, Any], int]:
-    """Runs on the node."""
+    specs: dict[ArtifactId, MeasureSpec], artifacts: list[ArtifactId], packed: list[Any], rounds: int, seed: int
+) -> tuple[dict[ArtifactId, list[MeasureResult]], dict[str, Any], int]:
+    """Runs on the node; the last is the niceness of what measured: above 0 it yields to all else there."""
     import ray
 
     # The workers' settings are for training; a device has glibc's own.
@@ -138,9 +131,9 @@ def _measure(
     cores = sorted(os.sched_getaffinity(0))
     with scratch_folder("measure") as scratch:
         here = {}
-        for number, (arm, ref) in enumerate(zip(arms, packed, strict=True)):
+        for number, (artifact, ref) in enumerate(zip(artifacts, packed, strict=True)):
             unpack_folder(ray.get(ref), scratch / str(number))
-            here[arm] = _pinned(dataclasses.replace(specs[arm], bundle=str(scratch / str(number))), cores)
+            here[artifact] = _pinned(dataclasses.replace(specs[artifact], bundle=str(scratch / str(number))), cores)
         return measure_rounds(here, rounds=rounds, seed=seed), record_environment(), os.nice(0)
 
 

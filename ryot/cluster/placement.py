@@ -14,7 +14,7 @@ _FRESH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ResourceRequest:
     """What one worker takes up on its node."""
 
     threads: int
@@ -37,6 +37,7 @@ class Placement:
         self._nodes: list[Node] = []
         self._available: dict[str, dict[str, float]] = {}
         self._looked_at = float("-inf")
+        self._checked: set[tuple[ResourceRequest, int]] = set()
 
     def only(self, node_ids: set[str]) -> None:
         """Use no other nodes but these, and those that join later."""
@@ -53,60 +54,63 @@ class Placement:
             self._available = available_resources_per_node()
         self._looked_at = time.monotonic()
 
-    def check_fits(self, need: Need, workers: int, what: str) -> None:
-        """Raise `ClusterError` when `workers` actors never fit, or not one of them fits now."""
+    def check_fits(self, request: ResourceRequest, workers: int, what: str) -> None:
+        """Raise `ClusterError` when `workers` actors never fit, or not one of them fits now; asked once."""
+        if (request, workers) in self._checked:
+            return
         self.look()
         nodes = self._nodes
-        able = [n for n in nodes if n.cpus >= need.threads and n.gpus >= need.gpus]
+        able = [n for n in nodes if n.cpus >= request.threads and n.gpus >= request.gpus]
         if not able:
             largest = max((n.cpus for n in nodes), default=0.0)
-            gpus = f" and the most GPUs {max((n.gpus for n in nodes), default=0.0):g}" if need.gpus else ""
+            gpus = f" and the most GPUs {max((n.gpus for n in nodes), default=0.0):g}" if request.gpus else ""
             raise ClusterError(
-                f"{what} needs {need} on one node, but the largest of {len(nodes)} nodes has {largest:g}{gpus}",
-                hint="use fewer threads, or a cluster with a larger node" + (" and a GPU" if need.gpus else ""),
+                f"{what} needs {request} on one node, but the largest of {len(nodes)} nodes has {largest:g}{gpus}",
+                hint="use fewer threads, or a cluster with a larger node" + (" and a GPU" if request.gpus else ""),
             )
-        places = sum(self._places(need, n.cpus, n.gpus) for n in able)
+        places = sum(self._places(request, n.cpus, n.gpus) for n in able)
         if workers > places:
             raise ClusterError(
-                f"{what} needs {workers} workers of {need}, but the nodes have room for {places}",
+                f"{what} needs {workers} workers of {request}, but the nodes have room for {places}",
                 hint="use fewer workers per variant or fewer threads, or add nodes",
             )
-        if not any(self._has_room(n, need) for n in able):
+        if not any(self._has_room(n, request) for n in able):
             used = ", ".join(f"{n.name} {self._free(n, 'CPU', n.cpus):g} of {n.cpus:g}" for n in nodes)
             raise ClusterError(
-                f"{what} needs {need} free on one node, but free CPUs are: {used}",
+                f"{what} needs {request} free on one node, but free CPUs are: {used}",
                 hint="wait until other jobs have ended, or add nodes",
             )
+        self._checked.add((request, workers))
 
-    def take(self, need: Need, workers: int = 1) -> list[Node]:
+    def acquire(self, request: ResourceRequest, workers: int = 1) -> list[Node]:
         """Nodes for `workers` actors, those with most free CPUs, now ours; empty without room for all of them."""
         taken: list[Node] = []
         for _ in range(workers):
-            able = [n for n in self._nodes if self._has_room(n, need)]
+            able = [n for n in self._nodes if self._has_room(n, request)]
             if not able:
                 for node in taken:
-                    self.give_back(node, need)
+                    self.release(node, request)
                 return []
             taken.append(max(able, key=lambda n: self._free(n, "CPU", n.cpus)))
-            self._book(taken[-1], need, 1)
+            self._book(taken[-1], request, 1)
         return taken
 
-    def give_back(self, node: Node, need: Need) -> None:
-        """Say that what one worker took on a node is no longer ours."""
-        self._book(node, need, -1)
+    def release(self, node: Node, request: ResourceRequest) -> None:
+        """Say that what one worker took up on a node is no longer ours."""
+        self._book(node, request, -1)
 
-    def _book(self, node: Node, need: Need, sign: int) -> None:
-        self._ours["CPU"][node.node_id] += sign * need.threads
-        self._ours["GPU"][node.node_id] += sign * need.gpus
+    def _book(self, node: Node, request: ResourceRequest, sign: int) -> None:
+        self._ours["CPU"][node.node_id] += sign * request.threads
+        self._ours["GPU"][node.node_id] += sign * request.gpus
 
-    def _has_room(self, node: Node, need: Need) -> bool:
-        return bool(self._places(need, self._free(node, "CPU", node.cpus), self._free(node, "GPU", node.gpus)))
+    def _has_room(self, node: Node, request: ResourceRequest) -> bool:
+        return bool(self._places(request, self._free(node, "CPU", node.cpus), self._free(node, "GPU", node.gpus)))
 
     @staticmethod
-    def _places(need: Need, cpus: float, gpus: float) -> int:
+    def _places(request: ResourceRequest, cpus: float, gpus: float) -> int:
         """Workers that find room among so many CPUs and GPUs."""
-        places = int(cpus // need.threads)
-        return min(places, int(gpus // need.gpus)) if need.gpus else places
+        places = int(cpus // request.threads)
+        return min(places, int(gpus // request.gpus)) if request.gpus else places
 
     def _free(self, node: Node, kind: str, total: float) -> float:
         free = total - self._ours[kind][node.node_id]

@@ -50,7 +50,7 @@ def look_around(marks: dict[str, str]) -> NodeFacts:
 
 
 def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float = 60.0) -> dict[str, NodeFacts]:
-    """The facts of each living node by node id.
+    """What each living node says about itself, by node id.
 
     A node that does not answer is left out with a warning. Raises `ClusterError` when a node lacks modules or none
     answers.

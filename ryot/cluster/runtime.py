@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from ryot import scratch
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.address import probe_address, resolve_address
 from ryot.cluster.connection import ray_connection
-from ryot.cluster.signals import hold_signals
+from ryot.cluster.options import ClusterOptions
 from ryot.errors import ClusterError
+from ryot.run.signals import hold_signals
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +40,6 @@ MAX_TEMP_DIR_BYTES = 40
 
 #: A joined cluster whose head has been silent for so long is given up; Ray aborts the process after 60 s.
 HEAD_LOST_S = 25.0
-
-#: Keeps large tensors on the heap and backs them with huge pages: 1.0 to 1.15x in training, for every variant alike.
-MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterOptions:
-    """Which Ray a run uses."""
-
-    address: str | None = None
-    """`HOST:PORT` or `auto` of a running cluster; None starts one on this machine for this run alone."""
-    num_cpus: int | None = None
-    """Cores of an embedded cluster; None for all that this process may use."""
-    object_store_bytes: int = 80 * 2**20
-    """Shared memory of an embedded cluster; Ray takes no less than 78,643,200."""
-    malloc_tunables: str = MALLOC_TUNABLES
-    """GLIBC_TUNABLES of the workers; empty for glibc's own settings."""
-    bench_label: str = ""
-    """Custom resource or label (`NAME` or `NAME=VALUE`) of the nodes that measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +159,7 @@ class EmbeddedCluster(Cluster):
         self.folder = undo.enter_context(_temporary_folder())
         environment = {
             **self.worker_env,
-            keeper.MARK: str(self.folder),
+            reaper.MARK: str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -203,11 +185,11 @@ class EmbeddedCluster(Cluster):
                     f"embedded Ray listens on {node.ip}, expected the loopback address",
                     hint="this Ray version is not the tested one; install the versions of constraints.txt",
                 )
-        self._vital = keeper.find_marked(self.folder, programs=("gcs_server", "raylet"))
+        self._vital = reaper.find_marked(self.folder, programs=("gcs_server", "raylet"))
 
     def is_whole(self) -> bool:
         """Whether Ray's control process and its node manager live; without them a driver hangs, or is aborted later."""
-        return all(keeper.is_running(pid) for pid in self._vital)
+        return all(reaper.is_running(pid) for pid in self._vital)
 
     def restart(self) -> None:
         """End what is left and start afresh; every actor is gone."""
@@ -288,20 +270,20 @@ def usable_cores() -> list[int]:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """A short private folder for Ray; a keeper process removes it, and what still runs in it, when the driver ends."""
+    """A short private folder for Ray; a reaper process removes it, and what still runs in it, when the driver ends."""
     base = Path(tempfile.gettempdir())
-    if len(str(base)) + len(keeper.PREFIX) + 11 > MAX_TEMP_DIR_BYTES:
+    if len(str(base)) + len(reaper.PREFIX) + 11 > MAX_TEMP_DIR_BYTES:
         log.warning("the temp folder %s is too long a path for Ray's sockets; /tmp is used", base)
         base = Path("/tmp")
-    scratch.sweep_stale(base, keeper.PREFIX, remove=keeper.remove_cluster)
+    scratch.sweep_stale(base, reaper.PREFIX, remove=reaper.remove_cluster)
     try:
-        folder, lock = scratch.make_folder(base, keeper.PREFIX)
+        folder, lock = scratch.make_folder(base, reaper.PREFIX)
     except OSError as error:
         raise ClusterError(
             f"temp folder {base}: cannot be written ({error.strerror})", hint="set TMPDIR to a short path that can"
         ) from error
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", keeper.__file__, str(folder)],
+        [sys.executable, "-I", "-S", reaper.__file__, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -316,7 +298,7 @@ def _temporary_folder() -> Iterator[Path]:
         try:
             process.wait(timeout=15)
         except subprocess.TimeoutExpired:
-            log.warning("processes of Ray in %s have not ended; its keeper (process %d) goes on", folder, process.pid)
+            log.warning("processes of Ray in %s have not ended; its reaper (process %d) goes on", folder, process.pid)
         os.close(lock)
 
 

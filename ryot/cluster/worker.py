@@ -1,6 +1,6 @@
-"""The actor that trains: it holds some cores of one machine and works through one assignment after the other.
+"""The actor that trains: it holds some cores of one machine and works through one attempt after the other.
 
-It decides nothing about recovery. It computes slices, writes checkpoints into the folder of its own attempt, and
+It decides nothing about recovery. It computes chunks, writes checkpoints into the folder of its own attempt, and
 tells the driver; whether a checkpoint counts is the driver's to say.
 """
 
@@ -14,14 +14,15 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ryot import scratch
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.folders import pack_folder, unpack_folder
-from ryot.config import KernelPlan, replace
+from ryot.config import replace
 from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
+from ryot.run.folder import WORKER_LOG
+from ryot.run.training import Training, TrainMetrics
 from ryot.train.gates import GateBreach
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.parallel import Group, ShardedTrainer, join_group, leave_group
@@ -29,26 +30,24 @@ from ryot.train.parallel import Group, ShardedTrainer, join_group, leave_group
 log = logging.getLogger(__name__)
 
 SCRATCH_PREFIX = "ryot-worker-"
-LOG_FILE = "worker.log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
+class Attempt:
     """One attempt at one training."""
 
-    job: TrainJob
-    plan: KernelPlan
+    training: Training
     folder: str
     """Where this attempt's checkpoints go; with `travels` a path of the driver's machine that only names them."""
     resume: str | None
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     travels: bool = False
     """Whether this machine sees none of the driver's paths, so that checkpoints and data come and go as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Where and from which step an assignment goes on."""
+    """Where and from which step an attempt begins."""
 
     hostname: str
     pid: int
@@ -69,14 +68,15 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceReport:
+class ChunkReport:
     """What a worker has done since its last report."""
 
     step: int
     done: bool
     events: list[Event]
     saved: Saved | None
-    facts: dict[str, Any]
+    counters: TrainMetrics
+    """What the trainer counts; without losses, which are among the events."""
     breach: GateBreach | None = None
     """The safety gate that stopped the training."""
     unwritten: RyotError | None = None
@@ -84,7 +84,7 @@ class SliceReport:
 
 
 class TrainWorker:
-    """The body of the Ray actor (`driver.py` wraps it); plain methods, so that it can be read without Ray."""
+    """The body of the Ray actor (`worker_group.py` wraps it); plain methods, so that it can be read without Ray."""
 
     def __init__(self, threads: int):
         self.claim = CoreClaim(threads) if not has_cpu_quota() else None
@@ -92,7 +92,7 @@ class TrainWorker:
         if self._cores:
             pin_process(self._cores)
         self._trainer: Trainer | None = None
-        self._assignment: Assignment | None = None
+        self._attempt: Attempt | None = None
         self._rank = 0
         self._grouped = False
         self._saved_step = -1
@@ -102,7 +102,7 @@ class TrainWorker:
 
     def start(
         self,
-        assignment: Assignment,
+        attempt: Attempt,
         group: Group | None = None,
         dataset: bytes | None = None,
         checkpoint: bytes | None = None,
@@ -113,12 +113,13 @@ class TrainWorker:
         """
         self._trainer = None
         self._rank = group.rank if group else 0
-        job = assignment.job
-        resume = Path(assignment.resume) if assignment.resume else None
-        if not assignment.travels:
-            _log_to(Path(assignment.folder), self._rank)
+        job: TrainJob = attempt.training
+        kernels = attempt.training.kernels
+        resume = Path(attempt.resume) if attempt.resume else None
+        if not attempt.travels:
+            _log_to(Path(attempt.folder), self._rank)
         log.info("%s in process %d on %s, cores %s", job.key, os.getpid(), socket.gethostname(), self._cores)
-        if assignment.travels or dataset is not None:
+        if attempt.travels or dataset is not None:
             own = self._fresh_scratch()
             if dataset is not None:
                 unpack_folder(dataset, own / "dataset")
@@ -128,16 +129,16 @@ class TrainWorker:
                 unpack_folder(checkpoint, resume)
         if group and not self._grouped:
             # The group outlives the training: the same workers may be given the next one.
-            join_group(group, assignment.plan, own_address())
+            join_group(group, kernels, own_address())
             self._grouped = True
         kind = ShardedTrainer if group else Trainer
-        trainer = kind.resume(job, assignment.plan, resume) if resume else kind(job, assignment.plan)
-        self._trainer, self._assignment = trainer, assignment
+        trainer = kind.resume(job, kernels, resume) if resume else kind(job, kernels)
+        self._trainer, self._attempt = trainer, attempt
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
-        log.info("going on from step %d of %d", trainer.step, trainer.num_steps)
+        log.info("resuming from step %d of %d", trainer.step, trainer.num_steps)
         return Started(socket.gethostname(), os.getpid(), self._cores, trainer.step)
 
-    def run_slice(self, max_seconds: float, checkpoint_every_s: float, max_steps: int | None = None) -> SliceReport:
+    def run_chunk(self, max_seconds: float, checkpoint_every_s: float, max_steps: int | None = None) -> ChunkReport:
         """Train for about `max_seconds` or for `max_steps`; save when that is due, and always after the last step."""
         assert self._trainer is not None
         try:
@@ -147,11 +148,11 @@ class TrainWorker:
         due = time.monotonic() - self._saved_at >= checkpoint_every_s
         return self._report(events, save=due or self._trainer.done)
 
-    def save(self) -> SliceReport:
+    def save(self) -> ChunkReport:
         """Save now, unless the last checkpoint is of this step."""
         return self._report([], save=True)
 
-    def _report(self, events: list[Event], *, save: bool = False, breach: GateBreach | None = None) -> SliceReport:
+    def _report(self, events: list[Event], *, save: bool = False, breach: GateBreach | None = None) -> ChunkReport:
         trainer = self._trainer
         assert trainer is not None
         saved, unwritten = None, None
@@ -160,28 +161,28 @@ class TrainWorker:
                 saved = self._save()
             except CheckpointError as error:
                 unwritten = error
-        facts = {
-            "tokens": trainer.tokens,
-            "train_wall_s": trainer.train_wall_s,
-            "compile_s": trainer.compile_s,
-            "grad_norm_max": trainer.grad_norm_max,
-        }
-        return SliceReport(trainer.step, trainer.done, events, saved, facts, breach, unwritten)
+        counters = TrainMetrics(
+            tokens=trainer.tokens,
+            train_wall_s=trainer.train_wall_s,
+            compile_s=trainer.compile_s,
+            grad_norm_max=trainer.grad_norm_max,
+        )
+        return ChunkReport(trainer.step, trainer.done, events, saved, counters, breach, unwritten)
 
     def _save(self) -> Saved | None:
-        trainer, assignment = self._trainer, self._assignment
-        assert trainer is not None and assignment is not None
+        trainer, attempt = self._trainer, self._attempt
+        assert trainer is not None and attempt is not None
         if trainer.step == self._saved_step:
             return None
         name = f"step-{trainer.step:08d}"
-        path = Path(assignment.folder) / name
+        path = Path(attempt.folder) / name
         target = path
-        if assignment.travels:
+        if attempt.travels:
             assert self._scratch is not None
             target = self._scratch / name
         sha256 = trainer.save(target)
-        packed = pack_folder(target) if assignment.travels else None
-        if assignment.travels:
+        packed = pack_folder(target) if attempt.travels else None
+        if attempt.travels:
             shutil.rmtree(target)
         self._saved_step, self._saved_at = trainer.step, time.monotonic()
         return Saved(trainer.step, str(path), sha256, packed)
@@ -217,7 +218,7 @@ def own_address() -> str:
 
 def _log_to(folder: Path, rank: int) -> None:
     """From now on all that this process says goes to `worker.log` in its attempt's folder, C++ included."""
-    name = LOG_FILE if rank == 0 else f"{Path(LOG_FILE).stem}-{rank}.log"
+    name = WORKER_LOG if rank == 0 else f"{Path(WORKER_LOG).stem}-{rank}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.measure import build_spec, measure_rounds
@@ -28,7 +28,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRow:
-    """One test of one bundle; samples are kept a process each, in order."""
+    """One test of one bundle; samples are kept per process, in order."""
 
     bundle: str
     precision: str
@@ -49,8 +49,21 @@ class BenchRow:
     samples_ms: list[list[float]]
 
 
-def plan_grid(bundle: Bundle, grid: Grid) -> dict[str, MeasureSpec]:
-    """The measurements of a bundle by arm name. Raises `ContextError` for a test that its context cannot hold."""
+class BenchCase(NamedTuple):
+    """One process's work: a prompt, a decode behind some depth, or both, of one bundle."""
+
+    bundle: int
+    """Its place among the bundles."""
+    prompt: int | None
+    """Length of the prompt whose time counts; None where all lengths have been had."""
+    decode: tuple[int, int] | None
+    """(tokens, depth)."""
+    batch: int
+    threads: int
+
+
+def plan_grid(number: int, bundle: Bundle, grid: Grid) -> dict[BenchCase, MeasureSpec]:
+    """The measurements of a bundle. Raises `ContextError` for a test that its context cannot hold."""
     context = bundle.model.context_length
     for prompt in grid.n_prompt:
         _check(prompt, context, f"pp{prompt}")
@@ -60,7 +73,7 @@ def plan_grid(bundle: Bundle, grid: Grid) -> dict[str, MeasureSpec]:
     specs = {}
     pairs = itertools.zip_longest(grid.n_prompt, decodes)
     for (prompt, decode), batch, threads in itertools.product(pairs, grid.batch, grid.threads):
-        spec = build_spec(
+        specs[BenchCase(number, prompt, decode, batch, threads)] = build_spec(
             bundle,
             prompt_tokens=prompt or grid.n_prompt[-1],
             decode_tokens=decode[0] if decode else 0,
@@ -68,30 +81,29 @@ def plan_grid(bundle: Bundle, grid: Grid) -> dict[str, MeasureSpec]:
             batch_size=batch,
             threads=threads,
         )
-        specs[f"{bundle.path}|{prompt or 0}|{decode}|{batch}|{threads}"] = spec
     return specs
 
 
 def run_grid(
-    paths: Sequence[Path], grid: Grid, *, rounds: int, on_result: Callable[[MeasureResult], None] | None = None
+    paths: Sequence[Path],
+    grid: Grid,
+    *,
+    rounds: int,
+    on_result: Callable[[Path, MeasureResult], None] = lambda path, result: None,
 ) -> list[BenchRow]:
-    """Measure all bundles over the grid, interleaved, and return a row a test."""
+    """Measure all bundles over the grid, interleaved, and return a row per test; `on_result` is told the bundle."""
     bundles = [load_bundle(path) for path in paths]
-    specs: dict[str, MeasureSpec] = {}
-    owners: dict[str, Bundle] = {}
-    for bundle in bundles:
-        planned = plan_grid(bundle, grid)
-        specs |= planned
-        owners |= dict.fromkeys(planned, bundle)
-    results = measure_rounds(specs, rounds=rounds, on_result=on_result)
+    specs: dict[BenchCase, MeasureSpec] = {}
+    for number, bundle in enumerate(bundles):
+        specs |= plan_grid(number, bundle, grid)
+    results = measure_rounds(specs, rounds=rounds, on_result=lambda case, result: on_result(paths[case.bundle], result))
     rows = []
-    for arm, spec in specs.items():
-        own = [r for r in results if r.arm == arm]
-        if "|0|" not in arm:
-            rows.append(_row(owners[arm], spec, own, f"pp{spec.prompt_tokens}", spec.prompt_tokens, _prompt_ms))
-        if spec.decode_tokens:
-            name = _decode_name(spec.decode_tokens, spec.decode_depth)
-            rows.append(_row(owners[arm], spec, own, name, 1, _token_ms))
+    for case, spec in specs.items():
+        bundle, own = bundles[case.bundle], results[case]
+        if case.prompt is not None:
+            rows.append(_row(bundle, spec, own, f"pp{case.prompt}", case.prompt, _prompt_ms))
+        if case.decode is not None:
+            rows.append(_row(bundle, spec, own, _decode_name(*case.decode), 1, _token_ms))
     return rows
 
 
@@ -131,7 +143,7 @@ def _prompt_ms(result: MeasureResult) -> list[float]:
 
 
 def _token_ms(result: MeasureResult) -> list[float]:
-    """Milliseconds a step, one a run."""
+    """Milliseconds per step, one per run."""
     return [1e3 * result.batch_size / rate for rate in result.decode_tok_s]
 
 

@@ -1,4 +1,4 @@
-"""Forms measured under the limits of targets: those of a run as it goes, or of finished runs and bundles again."""
+"""Artifacts measured under the limits of targets: those of a run as it goes, or of finished runs and bundles again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ryot.artifact import ArtifactId
 from ryot.edge.bundle import MANIFEST_NAME, Bundle, load_bundle
 from ryot.edge.measure import build_spec, measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ConfigError
-from ryot.report.build import FormFacts, build_report
-from ryot.report.rows import Report, arm_name, find_report, load_report
+from ryot.report.build import build_report
+from ryot.report.rows import ExportedArtifact, Report, find_report, load_report
 from ryot.report.targets import Target
 
 #: What a quick run's measuring processes do less of than `MeasureSpec` says.
@@ -29,8 +30,8 @@ def threads_under(targets: Sequence[Target]) -> int:
 def spec_under(targets: Sequence[Target], bundle: Bundle, *, cores: int | None = None, **overrides: Any) -> MeasureSpec:
     """The measurement of a bundle under the limits of `targets`, on `cores` cores (as many as this process may use).
 
-    Several targets share one measurement: the fewest threads of any, and the largest memory limit, which a form has to
-    outgrow to fail them all; smaller limits are compared with the peak.
+    Several targets share one measurement: the fewest threads of any, and the largest memory limit, which an artifact
+    has to outgrow to fail them all; smaller limits are compared with the peak.
     """
     limits = [t.memory_limit_bytes for t in targets if t.memory_limit_bytes]
     return build_spec(
@@ -41,8 +42,8 @@ def spec_under(targets: Sequence[Target], bundle: Bundle, *, cores: int | None =
     )
 
 
-def find_forms(path: Path) -> list[FormFacts]:
-    """The measurable forms behind a run folder, a report file in one, or a bundle; paths are those of their folders.
+def find_artifacts(path: Path) -> list[ExportedArtifact]:
+    """The measurable artifacts of a run folder, a report file in one, or a bundle; paths are those of their folders.
 
     Raises `ConfigError` when there are none, `BundleError` for a damaged bundle.
     """
@@ -50,7 +51,7 @@ def find_forms(path: Path) -> list[FormFacts]:
         bundle = load_bundle(path)
         quality = bundle.manifest.get("quality") or {}
         return [
-            FormFacts(
+            ExportedArtifact(
                 variant=bundle.variant or bundle.name,
                 seed=bundle.seed,
                 precision=bundle.precision,
@@ -61,38 +62,48 @@ def find_forms(path: Path) -> list[FormFacts]:
             )
         ]
     root = find_report(path).parent
-    names = [f.name for f in dataclasses.fields(FormFacts)]
-    known = [FormFacts(**{n: getattr(row, n) for n in names}) for row in load_report(path).rows if row.path]
+    names = [f.name for f in dataclasses.fields(ExportedArtifact)]
+    known = [ExportedArtifact(**{n: getattr(row, n) for n in names}) for row in load_report(path).rows if row.path]
     if missing := [f for f in known if not (root / f.path).is_dir()]:
-        raise ConfigError(f"{path}: form {missing[0].path} is gone, so it cannot be measured again")
+        raise ConfigError(f"{path}: artifact {missing[0].path} is gone, so it cannot be measured again")
     if not known:
-        raise ConfigError(f"{path}: names no exported form", hint="give a run folder or a bundle")
+        raise ConfigError(f"{path}: names no exported artifact", hint="give a run folder or a bundle")
     bundles = [load_bundle(root / f.path) for f in known]
     return [
         dataclasses.replace(f, path=str(bundle.path), size_bytes=bundle.size_bytes) for f, bundle in zip(known, bundles)
     ]
 
 
+class GroupCase(NamedTuple):
+    """An artifact of one of the groups that are measured together."""
+
+    group: int
+    artifact: ArtifactId
+
+    def __str__(self) -> str:
+        return f"{'AB'[self.group] if self.group < 2 else self.group} {self.artifact}"
+
+
 def measure_together(
-    groups: Sequence[Sequence[FormFacts]],
+    groups: Sequence[Sequence[ExportedArtifact]],
     targets: Sequence[Target],
     *,
     rounds: int,
     command: str,
     quick: bool = False,
-    on_result: Callable[[MeasureResult], None] | None = None,
+    on_result: Callable[[GroupCase, MeasureResult], None] | None = None,
 ) -> list[Report]:
-    """One report a group, all groups measured in the same interleaved rounds, so that their ratios are paired.
+    """One report per group, all groups measured in the same interleaved rounds, so that their ratios are paired.
 
     `quick` measures as briefly as a quick run does.
     """
-    specs: dict[str, MeasureSpec] = {}
-    for number, forms in enumerate(groups):
-        for form in forms:
-            arm = arm_name(form.variant, form.seed, form.precision)
-            specs[f"{number}:{arm}"] = spec_under(
-                targets, load_bundle(Path(form.path)), **(QUICK_SPEC if quick else {})
-            )
+    specs = {
+        GroupCase(number, artifact.id): spec_under(
+            targets, load_bundle(Path(artifact.path)), **(QUICK_SPEC if quick else {})
+        )
+        for number, artifacts in enumerate(groups)
+        for artifact in artifacts
+    }
     machine = record_environment()
     results = measure_rounds(specs, rounds=rounds, on_result=on_result)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -100,16 +111,12 @@ def measure_together(
         build_report(
             run_id=f"measured-{now}",
             command=command,
-            forms=forms,
-            results=[
-                dataclasses.replace(r, arm=r.arm.removeprefix(f"{number}:"))
-                for r in results
-                if r.arm.startswith(f"{number}:")
-            ],
+            artifacts=artifacts,
+            results={case.artifact: found for case, found in results.items() if case.group == number},
             targets=targets,
             machine=machine,
             corpus={},
             created_at=now,
         )
-        for number, forms in enumerate(groups)
+        for number, artifacts in enumerate(groups)
     ]

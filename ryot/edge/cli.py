@@ -240,7 +240,7 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise ConfigError(f"--rounds: got {options.rounds}, expected a whole number above 0")
     spec = build_spec(bundle, threads=options.threads, engine=options.engine)
-    results = measure_rounds({bundle.name: spec}, rounds=options.rounds)
+    results = measure_rounds({bundle.name: spec}, rounds=options.rounds)[bundle.name]
     if options.json:
         environment = record_environment()
         json.dump({"environment": environment, "results": [r.to_mapping() for r in results]}, sys.stdout)
@@ -254,7 +254,7 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def describe_results(results: Sequence[MeasureResult]) -> list[str]:
-    """The figures of one arm, a line each: the median over processes of each process's median, and the extremes."""
+    """The figures of one case, one per line: the median over processes of each process's median, and the extremes."""
     import statistics  # slow to import, and generating text does without
 
     good = [r for r in results if r.ok]

@@ -1,10 +1,10 @@
 """The measurement protocol: every figure comes from a fresh process that holds the edge runtime and nothing else.
 
-- One process an arm and round, pinned to its cores, held to its memory limit where the system allows.
-- Rounds of all arms are interleaved: in a round the arms' processes run by turns, one measured run at a time, in an
+- One process per case and round, pinned to its cores, held to its memory limit where the system allows.
+- Rounds of all cases are interleaved: in a round the cases' processes run by turns, one measured run at a time, in an
   order drawn anew for each turn. A core that is slow for a second, as on shared machines, is slow for all of them.
 - Warm-up until the times settle (`protocol.is_steady`), then a minimum count and a minimum time.
-- The prompts are distinct and the same for all arms; nothing is cached between runs.
+- The prompts are distinct and the same for all cases; nothing is cached between runs.
 - Load, first token and warm figures are kept apart, and every raw sample is kept.
 - A process that dies, times out or meets its limit is a result too: `ok=False` with the reason.
 
@@ -26,10 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import ryot
 from ryot.edge.bundle import Bundle
@@ -39,6 +39,8 @@ from ryot.edge.probe import SPAWNED_VARIABLE, main, read_peak_rss_bytes
 from ryot.edge.protocol import MeasureResult, MeasureSpec, MemoryLimit
 
 log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
 
 #: What the child may be told by the environment; numpy's own threads would cost memory and time.
 _CHILD_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -63,22 +65,23 @@ def build_spec(bundle: Bundle, /, **overrides: Any) -> MeasureSpec:
 
 
 def measure_rounds(
-    specs: Mapping[str, MeasureSpec],
+    specs: Mapping[K, MeasureSpec],
     *,
     rounds: int = 3,
     seed: int = 0,
-    on_result: Callable[[MeasureResult], None] | None = None,
-) -> list[MeasureResult]:
-    """Measure every arm once a round, in orders drawn from `seed`; results come in the order they ended.
+    on_result: Callable[[K, MeasureResult], None] | None = None,
+) -> dict[K, list[MeasureResult]]:
+    """The results of every case, one per round, measured in orders drawn from `seed`.
 
-    An interrupt ends the process in flight before it goes on up.
+    A case is whatever tells one spec from another; its `str` is what the results show. `on_result` is called as they
+    end. An interrupt ends the process in flight before it goes on up.
     """
-    results = []
+    results: dict[K, list[MeasureResult]] = {case: [] for case in specs}
     for number in range(rounds):
-        for arm, result in _measure_round(specs, random.Random(f"{seed}/{number}")):
-            results.append(dataclasses.replace(result, arm=arm, round=number))
+        for case, result in _measure_round(specs, random.Random(f"{seed}/{number}")):
+            results[case].append(dataclasses.replace(result, case=str(case), round=number))
             if on_result is not None:
-                on_result(results[-1])
+                on_result(case, results[case][-1])
     return results
 
 
@@ -88,21 +91,21 @@ def measure_once(spec: MeasureSpec) -> MeasureResult:
     return result
 
 
-def _measure_round(specs: Mapping[str, MeasureSpec], order: random.Random) -> Iterator[tuple[str, MeasureResult]]:
-    """Each arm's result, as they end; one process at a time does anything."""
+def _measure_round(specs: Mapping[K, MeasureSpec], order: random.Random) -> Iterator[tuple[K, MeasureResult]]:
+    """Each case's result, as they end; one process at a time does anything."""
     with contextlib.ExitStack() as stack:
-        going: dict[str, _Child] = {}
-        for arm in order.sample(sorted(specs), len(specs)):
-            child = stack.enter_context(_start(specs[arm]))
+        going: dict[K, _Child] = {}
+        for case in order.sample(sorted(specs, key=str), len(specs)):
+            child = stack.enter_context(_start(specs[case]))
             if (result := child.answer()) is None:
-                going[arm] = child
+                going[case] = child
             else:
-                yield arm, result
+                yield case, result
         while going:
-            for arm in order.sample(sorted(going), len(going)):
-                if (result := going[arm].take_turn()) is not None:
-                    del going[arm]
-                    yield arm, result
+            for case in order.sample(sorted(going, key=str), len(going)):
+                if (result := going[case].take_turn()) is not None:
+                    del going[case]
+                    yield case, result
 
 
 class _Child:

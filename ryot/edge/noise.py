@@ -9,7 +9,7 @@ from ryot.edge.protocol import MeasureResult
 
 #: A quiet machine's calibration loops stay within this share of each other,
 NOISY_CALIBRATION = 0.10
-#: the medians of an arm's rounds within this,
+#: the medians of a case's rounds within this,
 NOISY_SPREAD = 0.15
 #: and the load average within this of what the measurement itself makes.
 NOISY_LOAD = 0.5
@@ -17,7 +17,7 @@ NOISY_LOAD = 0.5
 
 def find_noise(results: Sequence[MeasureResult]) -> list[str]:
     """Sentences on the calibration loop that each process runs before and after, the load average before it, processes
-    that did not become steady, and the spread of each arm's rounds.
+    that did not become steady, and the spread of each case's rounds.
     """
     notes = []
     loops = [ms for r in results for ms in r.calibration_ms if ms]
@@ -36,15 +36,15 @@ def find_noise(results: Sequence[MeasureResult]) -> list[str]:
     unsteady = sum(not r.steady for r in measured)
     if unsteady:
         notes.append(f"{unsteady} of {len(measured)} processes did not become steady while warming up")
-    by_arm: dict[str, list[float]] = {}
+    by_case: dict[str, list[float]] = {}
     for result in measured:
         if result.ttft_ms:
-            by_arm.setdefault(result.arm, []).append(statistics.median(result.ttft_ms))
-    wide = {arm: m for arm, m in by_arm.items() if max(m) / min(m) - 1 > NOISY_SPREAD}
+            by_case.setdefault(result.case, []).append(statistics.median(result.ttft_ms))
+    wide = {case: m for case, m in by_case.items() if max(m) / min(m) - 1 > NOISY_SPREAD}
     if wide:
-        worst = max(wide, key=lambda arm: max(wide[arm]) / min(wide[arm]))
+        worst = max(wide, key=lambda case: max(wide[case]) / min(wide[case]))
         notes.append(
-            f"in {len(wide)} of {len(by_arm)} forms the rounds' median TTFT differ by more than {NOISY_SPREAD:.0%}"
+            f"in {len(wide)} of {len(by_case)} cases the rounds' median TTFT differ by more than {NOISY_SPREAD:.0%}"
             f" ({worst}: {min(wide[worst]):.2f} to {max(wide[worst]):.2f} ms)"
         )
     return notes

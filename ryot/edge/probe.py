@@ -1,4 +1,4 @@
-"""The measuring process: `python -m ryot.edge.probe` reads a spec on stdin, measures one arm, answers on stdout.
+"""The measuring process: `python -m ryot.edge.probe` reads a spec on stdin, measures one case, answers on stdout.
 
 It imports what the device would: an engine, and tokenizers where text is timed too. If asked to run by turns, it says
 an empty line before each measured run and waits for one. After the answer it waits for the end of stdin, so that its
@@ -65,19 +65,19 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
     sizes = {"threads": spec.threads, "batch_size": spec.batch_size, "max_len": _longest(spec)}
     decoder = open_engine(bundle, engine=spec.engine, **sizes)
     loaded = time.perf_counter()
-    arm = _Arm(spec, bundle, decoder)
+    case = _Case(spec, bundle, decoder)
     first = time.perf_counter()
-    decoder.prefill(arm.prompts(0, spec.prompt_tokens))
+    decoder.prefill(case.prompts(0, spec.prompt_tokens))
     int(decoder.next_token[0])
     answered = time.perf_counter()
     spawned_at = os.environ.get(SPAWNED_VARIABLE)
     cold_start_s = time.monotonic() - float(spawned_at) if spawned_at else None
     if spec.end_to_end:
-        arm.load_tokenizer()
+        case.load_tokenizer()
     gc.collect()
     gc.disable()
-    warmup = _warm_up(arm)
-    runs = _repeat(arm)
+    warmup = _warm_up(case)
+    runs = _repeat(case)
     gc.enable()
     calibration_after = calibrate_ms()
     peak = read_peak_rss_bytes("self")
@@ -89,7 +89,7 @@ def measure_here(spec: MeasureSpec) -> MeasureResult:
         load_ms=_ms(loaded - imported),
         first_ttft_ms=_ms(answered - first),
         cold_start_ms=None if cold_start_s is None else _ms(cold_start_s),
-        tokenizer_load_ms=arm.tokenizer_load_ms,
+        tokenizer_load_ms=case.tokenizer_load_ms,
         ttft_ms=[r.ttft_ms for r in runs],
         e2e_ttft_ms=[r.e2e_ttft_ms for r in runs if r.e2e_ttft_ms is not None],
         decode_tok_s=[r.decode_tok_s for r in runs if r.decode_tok_s is not None],
@@ -125,7 +125,7 @@ class _Run:
         self.decode_tok_s = rows * len(token_ms) / sum(token_ms) * 1e3 if token_ms else None
 
 
-class _Arm:
+class _Case:
     """A loaded decoder and the prompts it is run with; end-of-text is ignored, so all runs have the same length."""
 
     def __init__(self, spec: MeasureSpec, bundle: Bundle, decoder: Engine):
@@ -189,24 +189,24 @@ class _Arm:
         return _Run(round(ttft_ms, 4), e2e_ms, token_ms, spec.batch_size)
 
 
-def _warm_up(arm: _Arm) -> list[tuple[float, float]]:
+def _warm_up(case: _Case) -> list[tuple[float, float]]:
     """Run until the times are steady, at least `warmup` and at most `MAX_WARMUP_RUNS` times; returns the times."""
     times: list[tuple[float, float]] = []
-    while len(times) < arm.spec.warmup or (not is_steady(times) and len(times) < MAX_WARMUP_RUNS):
-        run = arm.run(len(times))
+    while len(times) < case.spec.warmup or (not is_steady(times) and len(times) < MAX_WARMUP_RUNS):
+        run = case.run(len(times))
         times.append((run.ttft_ms, sum(run.token_ms)))
     return times
 
 
-def _repeat(arm: _Arm) -> list[_Run]:
+def _repeat(case: _Case) -> list[_Run]:
     """Run for the minimum count and the minimum time, of which waiting for a turn is no part."""
     runs: list[_Run] = []
     spent_s = 0.0
-    while len(runs) < arm.spec.min_runs or spent_s < arm.spec.min_time_s:
-        if arm.spec.turns:
+    while len(runs) < case.spec.min_runs or spent_s < case.spec.min_time_s:
+        if case.spec.turns:
             _await_turn()
         begin = time.perf_counter()
-        runs.append(arm.run(len(runs)))
+        runs.append(case.run(len(runs)))
         spent_s += time.perf_counter() - begin
     return runs
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ryot.errors import ConfigError, MeasureError
+from ryot.mapping import formerly, read_mapping
 
 #: `enforced`: a cgroup held the process to the limit; `checked`: the limit can only be compared with the peak.
 MemoryLimit = Literal["enforced", "checked"]
@@ -21,7 +22,7 @@ MAX_WARMUP_RUNS = 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureSpec:
-    """One arm: what to load, what to run, on which cores and within which limits."""
+    """One case: what to load, what to run, on which cores and within which limits."""
 
     bundle: str
     """Folder of the bundle."""
@@ -72,23 +73,21 @@ class MeasureSpec:
     @classmethod
     def from_json(cls, text: str) -> MeasureSpec:
         """The spec that `to_json` wrote; keys that no field has are left out."""
-        values = _known(cls, json.loads(text))
-        values["prompts"] = tuple(tuple(p) for p in values.get("prompts", ()))
-        values["cpus"] = tuple(values.get("cpus", ()))
-        return cls(**values)
+        return read_mapping(cls, json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureResult:
     """What one fresh process measured; times in the unit of the field's name, raw and in order."""
 
-    arm: str = ""
+    case: str = field(default="", metadata=formerly("arm"))
+    """What was measured, as it is shown; `measure_rounds` hands results out by case."""
     round: int = 0
     ok: bool
     reason: str = ""
     """Why there is no measurement; empty when `ok`."""
-    engine: str = ""
-    """The engine: one of `engines.ENGINES`, `capi` or `python`."""
+    engine: str = field(default="", metadata=formerly(values={"CapiDecoder": "capi", "Decoder": "python"}))
+    """Which engine ran: `capi` or `python`."""
     precision: str = ""
     import_ms: float | None = None
     """Importing the engine: for `python` numpy and onnxruntime."""
@@ -100,13 +99,13 @@ class MeasureResult:
     """From the start of the process to the first token, tokenization left out."""
     tokenizer_load_ms: float | None = None
     ttft_ms: list[float] = field(default_factory=list)
-    """From token ids to the first new token, one a run."""
+    """From token ids to the first new token, one per run."""
     e2e_ttft_ms: list[float] = field(default_factory=list)
-    """From text to the text of the first new token, one a run."""
+    """From text to the text of the first new token, one per run."""
     decode_tok_s: list[float] = field(default_factory=list)
-    """Tokens of all rows per second, one a run."""
+    """Tokens of all rows per second, one per run."""
     token_ms: list[list[float]] = field(default_factory=list)
-    """Time of each step, a list a run."""
+    """Time of each step, a list per run."""
     peak_rss_bytes: int | None = None
     """VmHWM, read by the process at its own end."""
     peak_rss_outside_bytes: int | None = None
@@ -141,7 +140,7 @@ class MeasureResult:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MeasureResult:
         """The result that `to_mapping` gave; keys that no field has are left out."""
-        return cls(**_known(cls, values))
+        return read_mapping(cls, values)
 
 
 def is_steady(runs_ms: Sequence[tuple[float, float]]) -> bool:
@@ -165,11 +164,6 @@ def parse_spec(text: str) -> MeasureSpec:
         return MeasureSpec.from_json(text)
     except (ValueError, TypeError, ConfigError) as error:
         raise MeasureError(f"the measurement's spec on stdin cannot be used: {error}") from error
-
-
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if name in names}
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ryot.errors import ConfigError
-from ryot.report.rows import FormRow, Report
+from ryot.report.rows import ArtifactRow, Report
 from ryot.report.samples import paired_ratio, samples_of
 from ryot.report.stats import Interval, call_difference, unpaired_ratio_interval
-from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, wrap
+from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, ratio_text, wrap
 from ryot.report.targets import cpu_name
 
-#: What the lines call held-out bits per byte, a fact of the exported files that no measurement takes again.
-QUALITY = "bits per byte"
 #: Figures that a process measures, with the name that the lines have.
 MEASURED = {
     "ttft_ms": "TTFT (ms)",
@@ -35,10 +33,13 @@ _PROTOCOL = ("prompt_tokens", "decode_tokens", "decode_depth", "batch_size", "th
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One metric of one form (or training) in both reports."""
+    """One metric of one artifact (or training) in both reports."""
 
     subject: str
+    key: str
+    """The metric, as the report's fields call it."""
     metric: str
+    """The same for people."""
     a: float | None
     b: float | None
     ratio: float | None
@@ -59,13 +60,13 @@ class CompareResult:
     notes: tuple[str, ...]
 
 
-def compare_reports(a: Report, b: Report, *, form_a: str | None = None, form_b: str | None = None) -> CompareResult:
-    """Every form that both reports have, or the two named ones (`variant/precision`).
+def compare_reports(a: Report, b: Report, *, name_a: str | None = None, name_b: str | None = None) -> CompareResult:
+    """Every artifact that both reports have, or the two named ones (`variant/precision`).
 
-    Without names and without a form in common the chosen forms are compared. Loss is compared only where corpus and
+    Without names and without an artifact in common the chosen ones are compared. Loss is compared only where corpus and
     tokenizer are the same; bits per byte always.
     """
-    pairs = _pair_forms(a, b, form_a, form_b)
+    pairs = _pair_artifacts(a, b, name_a, name_b)
     same_text, text_notes = _same_text(a, b)
     notes = [*text_notes]
     together = (a.run_id, a.created_at) == (b.run_id, b.created_at)
@@ -83,7 +84,7 @@ def compare_reports(a: Report, b: Report, *, form_a: str | None = None, form_b: 
     lines: list[Line] = []
     for left, right in pairs:
         subject = name_of(left) if name_of(left) == name_of(right) else f"{name_of(left)} / {name_of(right)}"
-        lines += compare_forms(subject, left, right, together)
+        lines += compare_artifacts(subject, left, right, together)
     for left_row, right_row in dict.fromkeys(((x.variant, x.seed), (y.variant, y.seed)) for x, y in pairs):
         lines += _compare_trainings(a, b, left_row, right_row, same_text)
     return CompareResult(a=a.run_id, b=b.run_id, lines=tuple(lines), notes=tuple(notes))
@@ -107,11 +108,11 @@ def render_comparison(result: CompareResult, fmt: Format = "table") -> str:
 def line_columns(rows: Sequence[Line], a: str = "A", b: str = "B") -> list[Column]:
     """The lines as columns of a table; `a` and `b` head the two sides."""
     return [
-        Column("subject", "form", tuple(r.subject for r in rows), needed=True),
+        Column("subject", "artifact", tuple(r.subject for r in rows), needed=True),
         Column("metric", "metric", tuple(r.metric for r in rows), needed=True),
         Column("a", a, tuple(number_text(r.a) for r in rows), needed=True, right=True),
         Column("b", b, tuple(number_text(r.b) for r in rows), needed=True, right=True),
-        Column("ratio", f"{a} / {b}\n[98 %]", tuple(ratio_text(r) for r in rows), needed=True),
+        Column("ratio", f"{a} / {b}\n[98 %]", tuple(line_ratio_text(r) for r in rows), needed=True),
         Column("verdict", f"{a} is", tuple(r.verdict for r in rows), needed=True),
     ]
 
@@ -125,8 +126,8 @@ def render_lines_csv(rows: Sequence[Line]) -> str:
     return out.getvalue().removesuffix("\n")
 
 
-def compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[Line]:
-    """One line a metric; `together` says that both were measured in the same rounds."""
+def compare_artifacts(subject: str, a: ArtifactRow, b: ArtifactRow, together: bool) -> list[Line]:
+    """One line per metric; `together` says that both were measured in the same rounds."""
     lines = []
     differing = [k for k in _PROTOCOL if _protocol(a).get(k) != _protocol(b).get(k)]
     for metric, title in MEASURED.items():
@@ -139,7 +140,16 @@ def compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[
                 f"{k} {_protocol(a).get(k)} and {_protocol(b).get(k)}" for k in differing
             )
             lines.append(
-                Line(subject=subject, metric=title, a=left, b=right, ratio=None, verdict="not compared", note=note)
+                Line(
+                    subject=subject,
+                    key=metric,
+                    metric=title,
+                    a=left,
+                    b=right,
+                    ratio=None,
+                    verdict="not compared",
+                    note=note,
+                )
             )
             continue
         interval = (
@@ -147,14 +157,14 @@ def compare_forms(subject: str, a: FormRow, b: FormRow, together: bool) -> list[
             if together
             else unpaired_ratio_interval(samples_of(a, metric), samples_of(b, metric))
         )
-        lines.append(_line(subject, title, left, right, interval))
-    for title, left, right in (
-        ("size (MB)", a.size_bytes / 1e6, b.size_bytes / 1e6),
-        (QUALITY, a.quality.get("bpb"), b.quality.get("bpb")),
+        lines.append(_line(subject, metric, left, right, interval, title))
+    for metric, title, left, right in (
+        ("size_bytes", "size (MB)", a.size_bytes / 1e6, b.size_bytes / 1e6),
+        ("bpb", "bits per byte", a.quality.get("bpb"), b.quality.get("bpb")),
     ):
         if left and right:
             ratio = left / right
-            lines.append(_line(subject, title, left, right, Interval(ratio, ratio, ratio, 2)))
+            lines.append(_line(subject, metric, left, right, Interval(ratio, ratio, ratio, 2), title))
     return lines
 
 
@@ -174,7 +184,7 @@ def _compare_trainings(
         if metric == "test_loss" and not same_text:
             lines.append(
                 Line(
-                    subject=subject, metric=title, a=x, b=y, ratio=None, verdict="not compared",
+                    subject=subject, key=metric, metric=title, a=x, b=y, ratio=None, verdict="not compared",
                     note="nats per token mean different things for different tokenizers or texts; see bits per byte",
                 )
             )  # fmt: skip
@@ -182,7 +192,7 @@ def _compare_trainings(
         concurrent = metric == "train_wall_s" and (left.concurrent or right.concurrent)
         lines.append(
             Line(
-                subject=subject, metric=title, a=x, b=y, ratio=x / y, verdict="single values",
+                subject=subject, key=metric, metric=title, a=x, b=y, ratio=x / y, verdict="single values",
                 note="trained beside others on one machine: not for quoting" if concurrent else "",
             )
         )  # fmt: skip
@@ -203,41 +213,43 @@ def _same_text(a: Report, b: Report) -> tuple[bool, list[str]]:
     return not notes, notes
 
 
-def _pair_forms(a: Report, b: Report, form_a: str | None, form_b: str | None) -> list[tuple[FormRow, FormRow]]:
-    if form_a or form_b:
-        return [(_find_form(a, form_a or form_b), _find_form(b, form_b or form_a))]
+def _pair_artifacts(
+    a: Report, b: Report, name_a: str | None, name_b: str | None
+) -> list[tuple[ArtifactRow, ArtifactRow]]:
+    if name_a or name_b:
+        return [(_find_artifact(a, name_a or name_b), _find_artifact(b, name_b or name_a))]
     right = {(r.variant, r.precision): r for r in b.rows}
     common = [(r, right[r.variant, r.precision]) for r in a.rows if (r.variant, r.precision) in right]
-    return common or [(_find_form(a, None), _find_form(b, None))]
+    return common or [(_find_artifact(a, None), _find_artifact(b, None))]
 
 
-def _find_form(report: Report, name: str | None) -> FormRow:
-    """The form called `variant/precision`; without a name the chosen one, or the only one."""
+def _find_artifact(report: Report, name: str | None) -> ArtifactRow:
+    """The artifact called `variant/precision`; without a name the chosen one, or the only one."""
     if name is None:
         chosen = [r for r in report.rows if r.chosen] or list(report.rows)
         if not chosen:
-            raise ConfigError(f"report {report.run_id}: holds no form")
+            raise ConfigError(f"report {report.run_id}: holds no artifact")
         return chosen[0]
     for row in report.rows:
-        if name in (name_of(row), row.arm):
+        if name in (name_of(row), str(row.id)):
             return row
     raise ConfigError(
-        f"report {report.run_id}: no form {name!r} (it has {', '.join(name_of(r) for r in report.rows) or 'none'})"
+        f"report {report.run_id}: no artifact {name!r} (it has {', '.join(name_of(r) for r in report.rows) or 'none'})"
     )
 
 
-def _line(subject: str, metric: str, a: float, b: float, interval: Interval | None) -> Line:
+def _line(subject: str, key: str, a: float, b: float, interval: Interval | None, title: str) -> Line:
     if interval is None:
-        return Line(subject=subject, metric=metric, a=a, b=b, ratio=a / b, verdict="single values")
+        return Line(subject=subject, key=key, metric=title, a=a, b=b, ratio=a / b, verdict="single values")
     return Line(
-        subject=subject, metric=metric, a=a, b=b, ratio=interval.value, low=interval.low, high=interval.high,
+        subject=subject, key=key, metric=title, a=a, b=b, ratio=interval.value, low=interval.low, high=interval.high,
         verdict=call_difference(interval),
     )  # fmt: skip
 
 
-def _protocol(row: FormRow) -> dict[str, Any]:
-    """How the form was measured, from its first process that worked."""
-    return next(({k: s[k] for k in _PROTOCOL if k in s} for s in row.samples if s.get("ok")), {})
+def _protocol(row: ArtifactRow) -> dict[str, int]:
+    """How the artifact was measured, from its first process that worked."""
+    return next(({k: getattr(s, k) for k in _PROTOCOL} for s in row.samples if s.ok), {})
 
 
 def machine_key(report: Report) -> tuple[Any, ...]:
@@ -246,7 +258,7 @@ def machine_key(report: Report) -> tuple[Any, ...]:
     return cpu_name(report.machine), cpu.get("cores") if isinstance(cpu, dict) else None
 
 
-def name_of(row: FormRow) -> str:
+def name_of(row: ArtifactRow) -> str:
     """`variant/precision`"""
     return f"{row.variant}/{row.precision}"
 
@@ -256,15 +268,11 @@ def number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def ratio_text(line: Line) -> str:
+def line_ratio_text(line: Line) -> str:
     """`1.020 [0.990, 1.050]`"""
-    if line.ratio is None:
-        return "-"
-    if line.low is None or line.high is None or line.low == line.high:
-        return f"{line.ratio:.3f}"
-    return f"{line.ratio:.3f} [{line.low:.3f}, {line.high:.3f}]"
+    return "-" if line.ratio is None else ratio_text(line.ratio, line.low, line.high, 3)
 
 
 def all_agree(lines: Sequence[Line]) -> bool:
-    """Whether no line of a comparison shows a difference (what two recordings of the same arm should say)."""
+    """Whether no line of a comparison shows a difference (what two recordings of the same case should say)."""
     return all(line.verdict in ("no difference", "single values", "not compared") for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from ryot.report.columns import artifact_columns, limit_columns
 from ryot.report.markdown import (
     facts_line,
     flatten,
@@ -14,8 +15,9 @@ from ryot.report.markdown import (
     training_columns,
 )
 from ryot.report.plots import Plot, draw_plots
+from ryot.report.render import footnotes
 from ryot.report.rows import Report
-from ryot.report.table import Column, footnotes, form_columns, limit_columns, varying_columns
+from ryot.report.table import Column, varying_columns
 
 #: Nothing may be loaded from anywhere; styles are the page's own.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -45,8 +47,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { vertical-align: bottom; font-weight: 600; } th small { display: block; font-weight: 400; color: var(--soft); }
 .text { text-align: left; } tr.chosen td { background: var(--card); font-weight: 600; }
-.forms th:first-child, .forms td:first-child { position: sticky; left: 0; background: var(--paper); }
-.forms tr.chosen td:first-child { background: var(--card); }
+.artifacts th:first-child, .artifacts td:first-child { position: sticky; left: 0; background: var(--paper); }
+.artifacts tr.chosen td:first-child { background: var(--card); }
 .PASS { color: var(--good); font-weight: 600; } .FAIL, .GATE { color: var(--bad); font-weight: 600; }
 .INCONCLUSIVE { color: var(--unsure); font-weight: 600; }
 .plots { display: grid; align-items: start; gap: 1rem;
@@ -74,8 +76,8 @@ def render_html(report: Report) -> str:
         f"<h1>{_text(title(report))}</h1>",
         f'<p class="soft">{_text(facts_line(report).replace("`", ""))}</p>',
         _choice(report),
-        "<h2>Forms</h2>",
-        html_table(_verdicts_first(form_columns(report)), chosen=[r.chosen for r in report.rows]),
+        "<h2>Artifacts</h2>",
+        html_table(_verdicts_first(artifact_columns(report)), chosen=[r.chosen for r in report.rows]),
         _notes(report),
         "<h2>Limits</h2>",
         html_table(limit_columns(report)),
@@ -108,7 +110,7 @@ def render_html(report: Report) -> str:
 
 
 def html_table(columns: Sequence[Column], chosen: Sequence[bool] | None = None) -> str:
-    """A table that scrolls sideways inside the page; verdict words are coloured and stay words."""
+    """A table that scrolls sideways inside the page; cells with a status are coloured, and their words stay."""
     shown = varying_columns(columns)
     if not shown or not shown[0].cells:
         return ""
@@ -117,7 +119,7 @@ def html_table(columns: Sequence[Column], chosen: Sequence[bool] | None = None) 
     lines = []
     for k in range(len(shown[0].cells)):
         mark = ' class="chosen"' if chosen and chosen[k] else ""
-        cells = "".join(f"<td{_side(c, t[k])}>{_text(t[k])}</td>" for c, t in zip(shown, texts))
+        cells = "".join(f"<td{_side(c, k)}>{_text(t[k])}</td>" for c, t in zip(shown, texts))
         lines.append(f"<tr{mark}>{cells}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n'
@@ -127,7 +129,7 @@ def html_table(columns: Sequence[Column], chosen: Sequence[bool] | None = None) 
 
 
 def _verdicts_first(columns: Sequence[Column]) -> list[Column]:
-    """The verdicts moved behind the form's name, where a narrow screen still shows them."""
+    """The verdicts moved behind the artifact's name, where a narrow screen still shows them."""
     names = [c for c in columns if c.name in ("variant", "seed", "precision")]
     words = [c for c in columns if c.name.startswith("verdict_")]
     return [*names, *words, *(c for c in columns if c not in names and c not in words)]
@@ -175,12 +177,10 @@ def _header(header: str) -> str:
     return _text(name) + (f"<small>{_text(unit.strip('[]'))}</small>" if unit else "")
 
 
-def _side(column: Column, text: str | None = None) -> str:
+def _side(column: Column, row: int | None = None) -> str:
     words = ["text"] if column.is_text else []
-    if text is not None:
-        first = text.split(" ", 1)[0].rstrip(":")
-        if first in ("PASS", "FAIL", "INCONCLUSIVE", "GATE"):
-            words.append(first)
+    if row is not None and column.status:
+        words.append(column.status[row])
     return f' class="{" ".join(words)}"' if words else ""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ryot.report.columns import ablation_columns, artifact_columns, limit_columns
+from ryot.report.render import footnotes
 from ryot.report.rows import Report, VariantRow
-from ryot.report.table import Column, ablation_columns, footnotes, form_columns, limit_columns, markdown_table
+from ryot.report.table import Column, markdown_table
 
 
 def render_markdown(report: Report) -> str:
@@ -14,7 +16,7 @@ def render_markdown(report: Report) -> str:
     parts = [f"# {title(report)}", facts_line(report)]
     if report.choice is not None:
         parts.append(f"**{report.choice.reason}**")
-    parts.append(markdown_table(form_columns(report)))
+    parts.append(markdown_table(artifact_columns(report)))
     reason = report.choice.reason if report.choice else None
     parts.append("\n".join(f"- {escape(line)}" for line in footnotes(report) if line != reason))
     if report.ablation:
@@ -54,7 +56,7 @@ def facts_line(report: Report) -> str:
 
 
 def training_columns(report: Report) -> list[Column]:
-    """What each training gave, a row a (variant, seed)."""
+    """What each training gave, a row per (variant, seed)."""
     rows = report.variants
 
     def column(name: str, header: str, get: Any, decimals: int | None = None, needed: bool = False) -> Column:
@@ -133,9 +135,9 @@ def latency_columns(report: Report) -> list[Column]:
 def stage_columns(report: Report) -> list[Column]:
     """How long each stage took."""
     return [
-        Column("stage", "stage", tuple(str(s.get("stage", "")) for s in report.stages), needed=True),
-        Column("variant", "variant", tuple(str(s.get("variant") or "") for s in report.stages)),
-        Column("wall", "wall\ns", tuple(s.get("wall_s") for s in report.stages), 1, True),
+        Column("stage", "stage", tuple(s.stage for s in report.stages), needed=True),
+        Column("variant", "variant", tuple(s.variant for s in report.stages)),
+        Column("wall", "wall\ns", tuple(s.wall_s for s in report.stages), 1, True),
     ]
 
 

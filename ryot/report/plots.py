@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ryot.errors import RyotError
-from ryot.report.rows import FormRow, Report
+from ryot.report.rows import ArtifactRow, Report
 from ryot.report.samples import samples_of, token_latencies
 from ryot.report.table import Column
 
@@ -122,7 +122,7 @@ def inline_svg(svg: str, name: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-heading"', 1)
 
 
-def label_of(row: FormRow, rows: Sequence[FormRow]) -> str:
+def label_of(row: ArtifactRow, rows: Sequence[ArtifactRow]) -> str:
     """`optimized int8-dyn`, with the seed where rows differ in it."""
     return f"{row.variant} {row.precision}" + (f" seed {row.seed}" if len({r.seed for r in rows}) > 1 else "")
 
@@ -160,7 +160,7 @@ def _loss(report: Report, against: str) -> Plot:
     )
 
 
-def _ttft(rows: Sequence[FormRow]) -> Plot:
+def _ttft(rows: Sequence[ArtifactRow]) -> Plot:
     numbers: list[tuple[Any, ...]] = []
     with _figure("ttft", (_SIZE[0], 1.1 + 0.5 * len(rows))) as (_, axes, out):
         for k, row in enumerate(rows):
@@ -180,15 +180,15 @@ def _ttft(rows: Sequence[FormRow]) -> Plot:
     return Plot(
         "ttft",
         "Time to first token",
-        "One line of dots a process, one dot a run; the bar is the process's median.",
+        "One line of dots per process, one dot per run; the bar is the process's median.",
         out[0],
         _columns(
-            ("form", "round", "samples", "least (ms)", "median (ms)", "most (ms)"), numbers, (None, 0, 0, 3, 3, 3)
+            ("artifact", "round", "samples", "least (ms)", "median (ms)", "most (ms)"), numbers, (None, 0, 0, 3, 3, 3)
         ),
     )
 
 
-def _tokens(rows: Sequence[FormRow]) -> Plot:
+def _tokens(rows: Sequence[ArtifactRow]) -> Plot:
     numbers: list[tuple[Any, ...]] = []
     lows, highs = [], []
     with _figure("tokens", (_SIZE[0], 3.8)) as (_, axes, out):
@@ -213,12 +213,12 @@ def _tokens(rows: Sequence[FormRow]) -> Plot:
         "All processes together, up to 99.5 %. The table has only the percentiles that the samples carry.",
         out[0],
         _columns(
-            ("form", "tokens", "p50 (ms)", "p90 (ms)", "p95 (ms)", "p99 (ms)"), numbers, (None, 0, 3, 3, 3, 3)
+            ("artifact", "tokens", "p50 (ms)", "p90 (ms)", "p95 (ms)", "p99 (ms)"), numbers, (None, 0, 3, 3, 3, 3)
         ),
     )  # fmt: skip
 
 
-def _frontier(rows: Sequence[FormRow]) -> Plot:
+def _frontier(rows: Sequence[ArtifactRow]) -> Plot:
     numbers: list[tuple[Any, ...]] = []
     with _figure("frontier", (_SIZE[0], 4.0)) as (_, axes, out):
         bits = [r.quality.get("bpb") for r in rows]
@@ -252,18 +252,18 @@ def _frontier(rows: Sequence[FormRow]) -> Plot:
     return Plot(
         "frontier",
         "Size, speed, quality",
-        "Up and left is better; a larger mark has fewer bits per byte. The ringed form goes into the bundle."
-        " On the Pareto front no other form is as good in size, TTFT, speed and quality at once.",
+        "Up and left is better; a larger mark has fewer bits per byte. The ringed artifact goes into the bundle."
+        " On the Pareto front no other artifact is as good in size, TTFT, speed and quality at once.",
         out[0],
         _columns(
-            ("form", "size (MB)", "tok/s", "TTFT (ms)", "bits/byte", "Pareto", "bundle"),
+            ("artifact", "size (MB)", "tok/s", "TTFT (ms)", "bits/byte", "Pareto", "bundle"),
             numbers,
             (None, 2, 0, 2, 4, None, None),
         ),
     )
 
 
-def _order(rows: Sequence[FormRow]) -> Plot:
+def _order(rows: Sequence[ArtifactRow]) -> Plot:
     numbers: list[tuple[Any, ...]] = []
     with _figure("order", (_SIZE[0], 0.9 + (0.85 if len(rows) < 6 else 0.6) * len(rows))) as (figure, axes, out):
         figure.delaxes(axes)
@@ -291,14 +291,14 @@ def _order(rows: Sequence[FormRow]) -> Plot:
         " the plot.",
         out[0],
         _columns(
-            ("form", "between rounds (%)", "first over rest (%)", "lag-1 correlation", "outliers", "round:sample"),
+            ("artifact", "between rounds (%)", "first over rest (%)", "lag-1 correlation", "outliers", "round:sample"),
             numbers,
             (None, 1, 1, 2, 0, None),
         ),
     )
 
 
-def _spread_numbers(row: FormRow) -> tuple[Any, ...]:
+def _spread_numbers(row: ArtifactRow) -> tuple[Any, ...]:
     spread = row.spread.get("ttft_ms", {})
     found = spread.get("outliers") or ()
     first = spread.get("first_over_rest")

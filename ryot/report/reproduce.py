@@ -8,17 +8,16 @@ from dataclasses import dataclass
 
 from ryot.report.compare import (
     MEASURED,
-    QUALITY,
     Line,
-    compare_forms,
+    compare_artifacts,
     line_columns,
+    line_ratio_text,
     machine_key,
     name_of,
     number_text,
-    ratio_text,
     render_lines_csv,
 )
-from ryot.report.rows import FormRow, Report
+from ryot.report.rows import ArtifactRow, Report
 from ryot.report.table import WIDTH, Format, markdown_table, plain_table, wrap
 
 #: What a second measurement on the same machine may differ by and still agree. Timings: what separate sessions on a
@@ -49,26 +48,26 @@ def check_reproduced(old: Report, new: Report) -> Reproduction:
     notes = [] if same_machine else ["Another machine: timings and memory are shown and don't count."]
     notes.append("Quality is not measured again: ryot-deploy eval does that.")
     for before in old.rows:
-        after = new.row_of(before.arm)
+        after = new.row_of(before.id)
         if after is None:
             differences.append(f"{name_of(before)}: measured then, missing now")
             continue
-        found = [c for c in compare_forms(name_of(before), after, before, together=False) if c.metric != QUALITY]
+        found = [c for c in compare_artifacts(name_of(before), after, before, together=False) if c.key != "bpb"]
         lines += found
         for line in found:
-            margin = _margin(line.metric)
-            if line.metric == MEASURED["load_ms"] or (line.metric in MEASURED.values() and not same_machine):
+            margin = _margin(line.key)
+            if line.key == "load_ms" or (line.key in MEASURED and not same_machine):
                 continue
             if line.ratio is not None and _outside(line, margin):
                 differences.append(
                     f"{line.subject}: {line.metric} {number_text(line.b)} then, {number_text(line.a)} now"
-                    f" (ratio {ratio_text(line)}, allowed within {margin:.1%})"
+                    f" (ratio {line_ratio_text(line)}, allowed within {margin:.1%})"
                 )
         differences += _changed_verdicts(before, after, same_machine)
     return Reproduction(agrees=not differences, lines=tuple(lines), differences=tuple(differences), notes=tuple(notes))
 
 
-def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> list[str]:
+def _changed_verdicts(before: ArtifactRow, after: ArtifactRow, same_machine: bool) -> list[str]:
     facts = ("size", "context")
     return [
         f"{name_of(before)}: {target} {metric} was {word}, is {after.verdicts[target].get(metric)}"
@@ -79,10 +78,8 @@ def _changed_verdicts(before: FormRow, after: FormRow, same_machine: bool) -> li
     ]
 
 
-def _margin(metric: str) -> float:
-    if metric == MEASURED["peak_rss_bytes"]:
-        return MEMORY_MARGIN
-    return 0.0 if metric == "size (MB)" else TIMING_MARGIN
+def _margin(key: str) -> float:
+    return {"peak_rss_bytes": MEMORY_MARGIN, "size_bytes": 0.0}.get(key, TIMING_MARGIN)
 
 
 def _outside(line: Line, margin: float) -> bool:

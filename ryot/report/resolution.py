@@ -1,4 +1,4 @@
-"""What a measurement can tell apart, from a long recording of the same arm against itself.
+"""What a measurement can tell apart, from a long recording of the same case against itself.
 
 The recording is interleaved like any other; it is cut into disjoint windows of as many rounds as a measurement has,
 and each window is judged as one.
@@ -27,7 +27,7 @@ class Resolution:
 
 
 def measure_resolution(a: Rounds, b: Rounds, *, rounds: int, power: float = 0.8) -> Resolution:
-    """Judge the disjoint windows of `rounds` rounds in two recordings of the same arm (times: larger is slower).
+    """Judge the disjoint windows of `rounds` rounds in two recordings of the same case (times: larger is slower).
 
     A slowdown moves a window's interval on the log scale without changing its width, so the slowdown that a window
     would just find is 1 / low - 1, and the one that a share `power` of them finds is that quantile.

@@ -1,36 +1,72 @@
 """The one schema behind the table, Markdown, CSV, JSON and HTML, and how a report is kept on disk.
 
-`samples` of a form holds what each measuring process sent, untouched; every number that a table prints is computed
+`samples` of an artifact holds what each measuring process sent, untouched; every number that a table prints is computed
 from it (and from `size_bytes`, `quality` and the variant's own row). MB is 10^6 bytes everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from ryot.artifact import ArtifactId
 from ryot.atomic import write_atomically
+from ryot.edge.protocol import MeasureResult
 from ryot.errors import ConfigError
+from ryot.mapping import read_mapping
 
-SCHEMA = 1
+#: Schema 1 called a sample's `case` `arm`, and a verdict had no `cause`.
+SCHEMA = 2
 REPORT_FILE = "report.json"
 RECORD_FILE = "record.json"
 
 VerdictWord = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Curve = tuple[tuple[float, float, float], ...]
 """Points of (tokens, train_wall_s, nats per token)."""
-T = TypeVar("T")
 
 
-def arm_name(variant: str, seed: int, precision: str, batch_size: int = 1) -> str:
-    """The name by which a form is measured: `optimized/seed-0/int8-dyn`; with `/batch-16` behind it for a batch."""
-    return f"{variant}/seed-{seed}/{precision}" + (f"/batch-{batch_size}" if batch_size != 1 else "")
+class Cause(enum.StrEnum):
+    """Why a verdict is what it is."""
+
+    LIMIT = "limit"
+    """The value against the limit."""
+    NOT_MEASURED = "not-measured"
+    DIED = "died"
+    """A process that measured did not live to its end."""
+    GATE = "gate"
+    """A quality gate stopped the artifact."""
+    THREADS = "threads"
+    """It was measured with other threads than the target has, and the value alone cannot decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedArtifact:
+    """What is known of an artifact before it is measured."""
+
+    variant: str
+    seed: int
+    precision: str
+    size_bytes: int
+    context_tokens: int | None = None
+    quality: Mapping[str, float | None] = field(default_factory=dict)
+    """kl, top1, bpb, bpb_ratio: against this variant's own fp32."""
+    passed: bool = True
+    """Whether the parity and quality gates let it through."""
+    reason: str = ""
+    """Why a gate did not; empty when all did."""
+    path: str = ""
+    """Its bundle folder, relative to the run folder."""
+
+    @property
+    def id(self) -> ArtifactId:
+        return ArtifactId(self.variant, self.seed, self.precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +102,9 @@ class VariantRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormRow:
-    """One exported form of one training: its size, quality, measured figures and verdicts."""
+class ArtifactRow(ExportedArtifact):
+    """One exported artifact: its size, quality, measured figures and verdicts; `reason` may be a measurement's."""
 
-    variant: str
-    seed: int
-    precision: str
-    size_bytes: int
     ttft_ms: float | None = None
     decode_tok_s: float | None = None
     peak_rss_bytes: int | None = None
@@ -86,13 +118,6 @@ class FormRow:
     runs: int = 0
     """Processes started."""
     runs_ok: int = 0
-    context_tokens: int | None = None
-    quality: Mapping[str, float | None] = field(default_factory=dict)
-    """kl, top1, bpb, bpb_ratio: against this variant's own fp32."""
-    passed: bool = True
-    """Whether the parity and quality gates let the form through."""
-    reason: str = ""
-    """Why a gate or the measurement failed; empty when none did."""
     verdicts: Mapping[str, Mapping[str, VerdictWord | None]] = field(default_factory=dict)
     """By target, then ttft, throughput, memory, size, quality, context; None where the target sets no limit."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -102,20 +127,14 @@ class FormRow:
     spread: Mapping[str, Any] = field(default_factory=dict)
     """What the spread comes from, by metric: see stats.describe_spread."""
     pareto: bool = False
-    """Whether no other form is at least as good in size, speed and bits per byte, and better in one."""
+    """Whether no other artifact is at least as good in size, speed and bits per byte, and better in one."""
     chosen: bool = False
-    path: str = ""
-    """The form's bundle folder, relative to the run folder."""
     batch_tok_s: Mapping[str, float] = field(default_factory=dict)
     """Tokens/s of all sequences together, by batch size."""
-    samples: tuple[Mapping[str, Any], ...] = ()
-    """One measure result a process, in order of the rounds."""
-    batch_samples: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[MeasureResult, ...] = ()
+    """One measure result per process, in order of the rounds."""
+    batch_samples: tuple[MeasureResult, ...] = ()
     """The same for batches of more than one sequence."""
-
-    @property
-    def arm(self) -> str:
-        return arm_name(self.variant, self.seed, self.precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +154,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One limit of one target, held against one form."""
+    """One limit of one target, held against one artifact."""
 
     target: str
     variant: str
@@ -149,29 +168,49 @@ class Verdict:
     high: float | None
     """In the limit's unit."""
     verdict: VerdictWord
+    cause: Cause = Cause.LIMIT
     note: str = ""
+    """The same and more, for people."""
+
+    @property
+    def id(self) -> ArtifactId:
+        return ArtifactId(self.variant, self.seed, self.precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """Which form goes into the bundle, and why, in one sentence; empty names when none does."""
+    """Which artifact goes into the bundle (or is the nearest), and why; empty names when none is left."""
 
     variant: str = ""
     seed: int = 0
     precision: str = ""
     reason: str
     missed: tuple[str, ...] = ()
-    """What the nearest form misses, when none passes every limit."""
+    """What the nearest artifact misses, when none passes every limit."""
     exit_code: int
+
+    @property
+    def id(self) -> ArtifactId | None:
+        return ArtifactId(self.variant, self.seed, self.precision) if self.variant else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblationRow:
-    """What one optimization, alone or with the others, bought against the baseline; one entry a seed."""
+    """What one optimization, alone or with the others, bought against the baseline; one entry per seed."""
 
     name: str
     train_wall_s: tuple[float, ...]
     val_loss: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTime:
+    """How long a stage of a run took."""
+
+    stage: str
+    variant: str = ""
+    """Whose stage it was; empty for one of all variants."""
+    wall_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +219,7 @@ class Report:
 
     schema: int = SCHEMA
     kind: Literal["report", "record"] = "report"
-    """`record` is a bundle's own: one form, without the others."""
+    """`record` is a bundle's own: one artifact, without the others."""
     run_id: str
     command: str
     created_at: str
@@ -190,42 +229,37 @@ class Report:
     quick: bool = False
     """Made with a small budget: not comparable with other reports."""
     baseline: str = ""
-    """Arm that the ratios are against."""
+    """The artifact that the ratios are against, by name."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     corpus: Mapping[str, Any] = field(default_factory=dict)
     """name, sha256, train_tokens, val_tokens, test_tokens; tokenizer_sha256 and vocab_size where known."""
     plan: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration, kernel decisions included."""
-    stages: tuple[Mapping[str, Any], ...] = ()
-    """stage, variant, wall_s."""
+    stages: tuple[StageTime, ...] = ()
     targets: tuple[Mapping[str, Any], ...] = ()
     variants: tuple[VariantRow, ...] = ()
-    rows: tuple[FormRow, ...] = ()
+    rows: tuple[ArtifactRow, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     choice: Choice | None = None
     ablation: tuple[AblationRow, ...] = ()
     notes: tuple[str, ...] = ()
-    """Warnings for the reader: a noisy machine, a fallback, a form that died."""
+    """Warnings for the reader: a noisy machine, a fallback, an artifact that died."""
     bundle: str | None = None
     """The bundle's folder, relative to the run folder."""
 
-    def variant_of(self, row: FormRow) -> VariantRow | None:
-        """The training that a form comes from."""
+    def variant_of(self, row: ArtifactRow) -> VariantRow | None:
+        """The training that an artifact comes from."""
         return next((v for v in self.variants if (v.name, v.seed) == (row.variant, row.seed)), None)
 
-    def row_of(self, arm: str) -> FormRow | None:
-        """The form with this arm name."""
-        return next((r for r in self.rows if r.arm == arm), None)
+    def row_of(self, artifact: ArtifactId) -> ArtifactRow | None:
+        """The row of an artifact."""
+        return next((r for r in self.rows if r.id == artifact), None)
 
-
-_PARTS: dict[str, type] = {
-    "variants": VariantRow,
-    "rows": FormRow,
-    "comparisons": Comparison,
-    "verdicts": Verdict,
-    "ablation": AblationRow,
-}
+    @property
+    def baseline_row(self) -> ArtifactRow | None:
+        """The row that the ratios are against."""
+        return next((r for r in self.rows if str(r.id) == self.baseline), None)
 
 
 def report_to_dict(report: Report) -> dict[str, Any]:
@@ -238,21 +272,29 @@ def report_from_dict(values: Mapping[str, Any], where: str) -> Report:
     """The report that `report_to_dict` made `values` from; `ConfigError` beginning with `where` when it did not."""
     if not isinstance(values, Mapping) or "schema" not in values:
         raise ConfigError(f"{where}: not a ryot report (it has no 'schema')")
-    if values["schema"] != SCHEMA:
+    if values["schema"] not in (1, SCHEMA):
         raise ConfigError(
-            f"{where}: schema {values['schema']!r}, this version reads schema {SCHEMA}",
+            f"{where}: schema {values['schema']!r}, this version reads schema 1 to {SCHEMA}",
             hint="read it with the ryot version that wrote it, or run again"
             + (f" (it was written by ryot {values['ryot_version']})" if values.get("ryot_version") else ""),
         )
     try:
-        built: dict[str, Any] = _known(Report, {k: v for k, v in values.items() if k not in _PARTS})
-        for name, cls in _PARTS.items():
-            built[name] = tuple(cls(**_known(cls, part)) for part in values.get(name, ()))
-        if values.get("choice"):
-            built["choice"] = Choice(**_known(Choice, values["choice"]))
-        return Report(**built)
+        report = read_mapping(Report, values)
     except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: not a complete ryot report ({error})") from error
+    if values["schema"] == 1:
+        verdicts = tuple(dataclasses.replace(v, cause=_cause_in_words(v)) for v in report.verdicts)
+        report = dataclasses.replace(report, schema=SCHEMA, verdicts=verdicts)
+    return report
+
+
+def _cause_in_words(verdict: Verdict) -> Cause:
+    """The cause of a verdict of schema 1, which only its note tells."""
+    if "processes failed" in verdict.note:
+        return Cause.DIED
+    if verdict.value is None:
+        return Cause.GATE if verdict.verdict == "FAIL" else Cause.NOT_MEASURED
+    return Cause.THREADS if verdict.verdict == "INCONCLUSIVE" and "threads" in verdict.note else Cause.LIMIT
 
 
 def save_report(report: Report, path: Path) -> None:
@@ -272,6 +314,11 @@ def load_report(path: Path) -> Report:
     return report_from_dict(values, str(file))
 
 
+def has_report(path: Path) -> bool:
+    """Whether `find_report` finds one."""
+    return path.is_file() or any((path / name).is_file() for name in (REPORT_FILE, RECORD_FILE))
+
+
 def find_report(path: Path) -> Path:
     """The report file that a path stands for."""
     if path.is_dir():
@@ -287,18 +334,16 @@ def find_report(path: Path) -> Path:
     return path
 
 
-def build_record(report: Report, row: FormRow) -> Report:
-    """The part of a report that goes into the bundle of `row`: that form, its training, its verdicts and ratios."""
+def build_record(report: Report, row: ArtifactRow) -> Report:
+    """The part of a report that goes into the bundle of `row`: its own row, training, verdicts and ratios."""
     training = report.variant_of(row)
     return dataclasses.replace(
         report,
         kind="record",
         variants=(dataclasses.replace(training, curve=(), train_curve=()),) if training else (),
         rows=(row,),
-        comparisons=tuple(c for c in report.comparisons if row.arm == c.a),
-        verdicts=tuple(
-            v for v in report.verdicts if (v.variant, v.seed, v.precision) == (row.variant, row.seed, row.precision)
-        ),
+        comparisons=tuple(c for c in report.comparisons if c.a == str(row.id)),
+        verdicts=tuple(v for v in report.verdicts if v.id == row.id),
         ablation=(),
         stages=(),
     )
@@ -308,16 +353,6 @@ def load_schema() -> dict[str, Any]:
     """The JSON Schema of report.json and record.json."""
     schema: dict[str, Any] = json.loads((files("ryot.report") / "report.schema.json").read_text(encoding="utf-8"))
     return schema
-
-
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that `cls` has fields for, with lists as tuples; later additions to the schema are dropped."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {k: _tuples(v) for k, v in values.items() if k in names}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

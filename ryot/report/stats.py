@@ -1,7 +1,7 @@
 """Medians, intervals and the look for noise in timings taken by fresh, interleaved processes.
 
 Samples inside one process share its memory layout, its core and its moment, so they are strongly correlated: thirty
-of them are far from thirty independent facts. The unit that repeats is the *round* (one fresh process an arm). Every
+of them are far from thirty independent facts. The unit that repeats is the *round* (one fresh process per case). Every
 interval here therefore comes from the rounds, on the log scale, with Student's factor for how few they are.
 
 The standard error has two levels: the spread of the round medians, and what a bootstrap of the samples inside the
@@ -9,7 +9,7 @@ rounds gives. The first already contains the second; the larger of the two count
 A percentile interval of a bootstrap over rounds is far too narrow at 3 to 5 rounds (it cannot leave their range:
 Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4), hence Student's t.
 
-Intervals are at 98 %: with 95 % an arm would differ from itself in 5 of 100 windows on average, so in more than 5 of
+Intervals are at 98 %: with 95 % a case would differ from itself in 5 of 100 windows on average, so in more than 5 of
 them almost every other time. At 98 % more than 5 of 100 come up in 3 recordings of 200.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 Rounds = Sequence[Sequence[float]]
-"""One inner list of samples a round."""
+"""One inner list of samples per round."""
 
 RESAMPLES = 400
 #: Between-process spread (standard deviation of the log) taken for granted where one round cannot show it: several
@@ -32,11 +32,13 @@ ONE_ROUND_SPREAD = 0.10
 #: Fewest samples that carry a percentile: MLPerf's early-stopping rule at confidence 0.99.
 PERCENTILE_COUNTS = {50: 1, 90: 64, 95: 130, 99: 662}
 
-_T99: dict[int, float] = {
-    1: 31.8205, 2: 6.9646, 3: 4.5407, 4: 3.7469, 5: 3.3649, 6: 3.1427, 7: 2.9980, 8: 2.8965, 9: 2.8214, 10: 2.7638,
-    12: 2.6810, 15: 2.6025, 20: 2.5280, 30: 2.4573, 60: 2.3901, 120: 2.3578,
+#: Student's t at 0.95 and 0.99 by degrees of freedom; the last is the normal distribution's.
+_T: dict[float, tuple[float, float]] = {
+    1: (6.3138, 31.8205), 2: (2.9200, 6.9646), 3: (2.3534, 4.5407), 4: (2.1318, 3.7469), 5: (2.0150, 3.3649),
+    6: (1.9432, 3.1427), 7: (1.8946, 2.9980), 8: (1.8595, 2.8965), 9: (1.8331, 2.8214), 10: (1.8125, 2.7638),
+    12: (1.7823, 2.6810), 15: (1.7531, 2.6025), 20: (1.7247, 2.5280), 30: (1.6973, 2.4573), 60: (1.6706, 2.3901),
+    120: (1.6577, 2.3578), math.inf: (1.6449, 2.3263),
 }  # fmt: skip
-_NORMAL99 = 2.3263
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,11 @@ class Interval:
         return self.low <= number <= self.high
 
 
-def t_quantile(df: float) -> float:
-    """Student's t at 0.99 for `df` degrees of freedom: a table, linear in 1/df between its entries."""
-    assert df >= 1, df
-    inverse = [1 / d for d in reversed(_T99)]
-    return float(np.interp(1 / df, [0.0, *inverse], [_NORMAL99, *reversed(_T99.values())]))
+def t_quantile(df: float, level: float = 0.99) -> float:
+    """Student's t at `level` (0.95 or 0.99) for `df` degrees of freedom: a table, linear in 1/df in between."""
+    assert df >= 1 and level in (0.95, 0.99), (df, level)
+    column = 0 if level == 0.95 else 1
+    return float(np.interp(1 / df, [1 / d for d in reversed(_T)], [t[column] for t in reversed(_T.values())]))
 
 
 def round_medians(rounds: Rounds) -> list[float]:
@@ -95,7 +97,7 @@ def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval 
     sides = []
     for interval in (left, right):
         df = float(max(interval.rounds - 1, 1))
-        factor = t_quantile(df) if interval.rounds > 1 else _NORMAL99
+        factor = t_quantile(df) if interval.rounds > 1 else t_quantile(math.inf)
         sides.append((math.log(interval.high / interval.low) / 2 / factor, df))
     (ea, da), (eb, db) = sides
     variance = ea**2 + eb**2
@@ -107,10 +109,6 @@ def unpaired_ratio_interval(a: Rounds, b: Rounds, *, seed: int = 0) -> Interval 
 
 #: Nats per token within which two final losses count as equal: one and a half times the spread between seeds.
 EQUIVALENCE_MARGIN = 0.05
-_T95: dict[int, float] = {
-    1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318, 5: 2.0150, 6: 1.9432, 8: 1.8595, 10: 1.8125, 20: 1.7247, 60: 1.6706,
-}  # fmt: skip
-_NORMAL95 = 1.6449
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +134,7 @@ def compare_means(a: Sequence[float], b: Sequence[float], margin: float = EQUIVA
     ea, eb = (float(np.var(x, ddof=1)) / len(x) for x in (a, b))
     variance = ea + eb
     df = variance**2 / (ea**2 / (len(a) - 1) + eb**2 / (len(b) - 1)) if variance else float(len(a) + len(b) - 2)
-    inverse = [1 / d for d in reversed(_T95)]
-    half = float(np.interp(1 / df, [0.0, *inverse], [_NORMAL95, *reversed(_T95.values())])) * math.sqrt(variance)
+    half = t_quantile(df, 0.95) * math.sqrt(variance)
     difference = float(np.mean(a) - np.mean(b))
     return Equivalence(difference, difference - half, difference + half, margin)
 
@@ -160,7 +157,7 @@ def _interval(rounds: Rounds, seed: int, one_round_factor: float) -> Interval | 
     logs = np.log(round_medians(kept))
     inside = float(_bootstrapped_logs(kept, np.random.default_rng(seed)).mean(axis=0).std())
     if len(kept) == 1:
-        half = _NORMAL99 * math.hypot(ONE_ROUND_SPREAD * one_round_factor, inside)
+        half = t_quantile(math.inf) * math.hypot(ONE_ROUND_SPREAD * one_round_factor, inside)
     else:
         between = float(logs.std(ddof=1)) / math.sqrt(len(kept))
         half = t_quantile(len(kept) - 1) * max(between, inside)
@@ -227,7 +224,7 @@ def outlier_positions(samples: Sequence[float], *, deviations: float = 5.0) -> l
 
 
 def describe_spread(rounds: Rounds) -> dict[str, Any]:
-    """What the spread of one arm comes from: first-run effect, outliers, correlation inside and between processes."""
+    """What the spread of one case comes from: first-run effect, outliers, correlation inside and between processes."""
     kept = [list(r) for r in rounds if len(r)]
     if not kept:
         return {}

@@ -13,7 +13,7 @@ from ryot.report.targets import LIMITS, Target, target_to_mapping
 
 
 def render_targets(targets: Sequence[Target], fmt: Format = "table") -> str:
-    """One row a target, with every limit that any of them sets; JSON has devices and sources too."""
+    """One row per target, with every limit that any of them sets; JSON has devices and sources too."""
     if fmt == "json":
         return json.dumps({"schema": 1, "targets": [target_to_mapping(t) for t in targets]}, indent=1)
     columns = _columns(targets)
@@ -33,10 +33,10 @@ def render_target(target: Target) -> str:
     values: dict[str, object] = dict(target.limits)
     if target.device is not None:
         values |= {key: getattr(target.device, key) for key in ("cores", "ram_mb", "isa", "threads")}
-    lines = [f"{target.name}: {target.summary}", f"  prefers the {target.prefer} form that passes"]
+    lines = [f"{target.name}: {target.summary}", f"  prefers the {target.prefer} artifact that passes"]
     for key, value in values.items():
         kind = LIMITS.get(key)
-        shown = " ".join(value) if isinstance(value, tuple) else f"{value:g}"  # type: ignore[str-format]
+        shown = " ".join(value) if isinstance(value, tuple) else f"{value:g}"
         lines.append(f"  {key} {kind.sign} {shown}" if kind else f"  {key} {shown}")
         if key in target.sources:
             lines.append(indent(wrap(target.sources[key], WIDTH - 4).replace("\n  ", "\n"), "    "))

@@ -1,7 +1,7 @@
 """Targets: contracts on latency, throughput, memory, size, quality and context, read from TOML.
 
 summary = "one line for people"
-prefer = "smallest"            # or "fastest": what to choose among the forms that pass
+prefer = "smallest"            # or "fastest": what to choose among the artifacts that pass
 [limits]                       # every key carries its unit; MB is 10^6 bytes
 ttft_ms = 120
 [device]                       # left out when the target is this machine, whatever it is
@@ -87,12 +87,12 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A contract that an exported form passes or misses."""
+    """A contract that an exported artifact passes or misses."""
 
     name: str
     summary: str = ""
     prefer: Literal["smallest", "fastest"] = "smallest"
-    """What is chosen among the forms that pass every limit."""
+    """What is chosen among the artifacts that pass every limit."""
     limits: Mapping[str, float] = field(default_factory=dict)
     """By the keys of LIMITS."""
     device: Device | None = None

@@ -1,4 +1,4 @@
-"""A run's curves for TensorBoard: one folder a training, so that they lie over each other in one plot."""
+"""A run's curves for TensorBoard: one folder per training, so that they lie over each other in one plot."""
 
 from __future__ import annotations
 

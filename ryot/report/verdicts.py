@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ryot.report.rows import FormRow, Verdict, VerdictWord
+from ryot.report.rows import ArtifactRow, Cause, Verdict, VerdictWord
 from ryot.report.targets import LIMITS, METRICS, LimitKind, Target, cpu_name
 
 #: Limits that hold a timed or measured figure; the others are facts of the exported files.
 _MEASURED = ("ttft_ms", "decode_tok_s", "peak_rss_mb")
 
 
-def judge_form(row: FormRow, target: Target, machine: Mapping[str, Any]) -> list[Verdict]:
+def judge_artifact(row: ArtifactRow, target: Target, machine: Mapping[str, Any]) -> list[Verdict]:
     """One verdict for each limit that the target sets."""
     return [_judge(row, target, key, machine) for key in target.limits]
 
@@ -39,11 +39,11 @@ def place_note(target: Target, machine: Mapping[str, Any]) -> str:
     return f"measured under the target's limits on this CPU ({cpu}), not on {target.device.name}"
 
 
-def _judge(row: FormRow, target: Target, key: str, machine: Mapping[str, Any]) -> Verdict:
+def _judge(row: ArtifactRow, target: Target, key: str, machine: Mapping[str, Any]) -> Verdict:
     kind, limit = LIMITS[key], target.limits[key]
     value, low, high = limited_value(row, key)
-    word, note = _word(row, target, key, kind, limit, value, low, high)
-    if not note:
+    word, cause, note = _word(row, target, key, kind, limit, value, low, high)
+    if cause is Cause.LIMIT:
         parts = []
         if key in _MEASURED:
             if target.device is not None and not target.is_device(machine):
@@ -65,12 +65,13 @@ def _judge(row: FormRow, target: Target, key: str, machine: Mapping[str, Any]) -
         low=low,
         high=high,
         verdict=word,
+        cause=cause,
         note=note,
     )
 
 
 def _word(
-    row: FormRow,
+    row: ArtifactRow,
     target: Target,
     key: str,
     kind: LimitKind,
@@ -78,32 +79,33 @@ def _word(
     value: float | None,
     low: float | None,
     high: float | None,
-) -> tuple[VerdictWord, str]:
+) -> tuple[VerdictWord, Cause, str]:
     if key in _MEASURED and row.runs > row.runs_ok:
-        return "FAIL", death_reason(row)
+        return "FAIL", Cause.DIED, death_reason(row)
     if key == "bpb_ratio" and not row.passed and value is None:
-        return "FAIL", row.reason or "a gate failed"
+        return "FAIL", Cause.GATE, row.reason or "a gate failed"
     if value is None or low is None or high is None:
-        return "INCONCLUSIVE", "not measured"
+        return "INCONCLUSIVE", Cause.NOT_MEASURED, "not measured"
     passes_best, passes_worst = (low <= limit, high <= limit) if kind.at_most else (high >= limit, low >= limit)
     timed, used = key in ("ttft_ms", "decode_tok_s"), _threads(row)
     if timed and (used > target.threads if passes_worst else used < target.threads):
-        return "INCONCLUSIVE", f"measured with {_plural(used, 'thread')}, the target has {target.threads}"
+        note = f"measured with {_plural(used, 'thread')}, the target has {target.threads}"
+        return "INCONCLUSIVE", Cause.THREADS, note
     if not passes_best:
-        return "FAIL", ""
-    return "PASS" if passes_worst else "INCONCLUSIVE", ""
+        return "FAIL", Cause.LIMIT, ""
+    return "PASS" if passes_worst else "INCONCLUSIVE", Cause.LIMIT, ""
 
 
-def _threads(row: FormRow) -> int:
-    return max((int(s.get("threads") or 1) for s in row.samples), default=1)
+def _threads(row: ArtifactRow) -> int:
+    return max((s.threads for s in row.samples), default=1)
 
 
 def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def limited_value(row: FormRow, key: str) -> tuple[float | None, float | None, float | None]:
-    """The form's value, low and high for a limit, in the limit's unit; exact figures have low = high."""
+def limited_value(row: ArtifactRow, key: str) -> tuple[float | None, float | None, float | None]:
+    """The artifact's value, low and high for a limit, in the limit's unit; exact figures have low = high."""
     if key == "size_mb":
         exact: float | None = row.size_bytes / 1e6
     elif key == "bpb_ratio":
@@ -120,17 +122,17 @@ def limited_value(row: FormRow, key: str) -> tuple[float | None, float | None, f
     return exact, exact, exact
 
 
-def memory_mode(row: FormRow, limit_mb: float) -> str:
+def memory_mode(row: ArtifactRow, limit_mb: float) -> str:
     """`enforced` when every process ran under a memory limit no looser than this one, else `checked`."""
-    modes = {s.get("memory_limit") for s in row.samples if s.get("ok")}
-    applied = [s.get("memory_limit_bytes") for s in row.samples if s.get("ok")]
+    modes = {s.memory_limit for s in row.samples if s.ok}
+    applied = [s.memory_limit_bytes for s in row.samples if s.ok]
     if modes == {"enforced"} and all(b is None or b <= limit_mb * 1e6 for b in applied):
         return "enforced"
     return "checked"
 
 
-def death_reason(row: FormRow) -> str:
-    """Why processes of this form died, with how many did."""
-    reasons = [str(s.get("reason") or "no reason given") for s in row.samples if not s.get("ok")]
+def death_reason(row: ArtifactRow) -> str:
+    """Why processes of this artifact died, with how many did."""
+    reasons = [s.reason or "no reason given" for s in row.samples if not s.ok]
     first = reasons[0] if reasons else row.reason or "no reason given"
     return f"{row.runs - row.runs_ok} of {row.runs} processes failed: {first}"

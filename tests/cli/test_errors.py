@@ -115,7 +115,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
     from ryot.config import find_named
 
     text = find_named("variants", "optimized").read_text()
-    (tmp_path / "odd.toml").write_text(text.replace("num_kv_heads = 2", "num_kv_heads = 2\nnum_heads = 3"))
+    (tmp_path / "odd.toml").write_text(text.replace("[model]\n", "[model]\nnum_heads = 3\n"))
     result = ryot("cluster-run", "--variants", tmp_path / "odd.toml", "--dry-run")
     check_refused(result, 2, "num_heads: got 3, expected a divisor of dim 128")
 

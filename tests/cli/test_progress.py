@@ -58,7 +58,9 @@ def test_what_goes_wrong_is_said_and_what_is_routine_is_not() -> None:
     assert "val 7.600" in told(held_out, step(10))[0]
     breach = GateEvent(variant="a", seed=0, gate="loss", passed=False, value=None, limit=10.0, detail="loss is nan")
     assert told(breach) == ["gate loss breached by a: loss is nan"]
-    assert told(MeasureEvent(arm="a/fp32", round=0, ok=False, reason="died")) == ["measure a/fp32 round 0 failed: died"]
+    assert told(MeasureEvent(case="a/fp32", round=0, ok=False, reason="died")) == [
+        "measure a/fp32 round 0 failed: died"
+    ]
 
 
 def test_rows_are_cut_to_a_narrow_terminal_and_taken_away_at_the_end() -> None:

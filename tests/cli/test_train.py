@@ -56,7 +56,7 @@ def test_a_breached_gate_leaves_the_last_good_checkpoint(
     done = CliRunner().invoke(train.command, arguments)
     assert isinstance(done.exception, TrainingError), done.output
     [kept] = tmp_path.glob("out.step-*")
-    assert str(done.exception.hint) == f"the last good checkpoint is {kept}: go on with --resume {kept}"
+    assert str(done.exception.hint) == f"the last good checkpoint is {kept}. To resume: --resume {kept}"
     assert load_training_state(kept)[0]["step"] == int(kept.name.rpartition("-")[2])
     assert not (tmp_path / "out").exists()
 

@@ -16,21 +16,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.driver import train_variants
-from ryot.cluster.jobs import DriverOptions, PlannedJob, TrainResult, plan_job
-from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.runtime import Cluster, ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.runtime import Cluster, open_cluster
 from ryot.config import KernelPlan
 from ryot.events import Event
+from ryot.run.folder import RunFolder
+from ryot.run.journal import Journal
+from ryot.run.lock import RunLock
+from ryot.run.training import Training, TrainResult, plan_training
 from ryot.train.dataset import Dataset
-from ryot.train.loop import TrainJob
 from tests.conftest import tiny_variant
 
 PROGRAM = Path(__file__).with_name("train_program.py")
 
-#: Slices short enough that a training of a second or two has several of them, each with a checkpoint.
-SHORT = DriverOptions(slice_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
+#: Chunks short enough that a training of a second or two has several of them, each with a checkpoint.
+SHORT = DriverOptions(chunk_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def planned(
     dataset: Dataset, name: str = "optimized", *, steps: int = 60, seed: int = 0, workers: int = 1, **train: object
-) -> PlannedJob:
+) -> Training:
     """A small training; `name` is one of the packaged recipes."""
-    job = TrainJob(variant=tiny_variant(name, steps=steps, **train), seed=seed, dataset_dir=str(dataset.path))
-    return plan_job(job, KernelPlan(), workers=workers)
+    variant = tiny_variant(name, steps=steps, **train)
+    return plan_training(variant, seed, dataset.path, KernelPlan(), workers=workers)
 
 
 def train(
     run_dir: Path,
-    jobs: list[PlannedJob],
+    trainings: list[Training],
     cluster: Cluster,
     *,
     options: DriverOptions = SHORT,
@@ -59,12 +61,13 @@ def train(
 ) -> list[TrainResult]:
     """One driver's work on a run folder: lock, journal, trainings."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir):
-        journal = Journal(run_dir)
+    folder = RunFolder(run_dir)
+    with RunLock(folder):
+        journal = Journal(folder)
         try:
             journal.open_run()
             return train_variants(
-                jobs, cluster=cluster, run_dir=run_dir, journal=journal, emit=emit, options=options, on_done=on_done
+                trainings, cluster=cluster, folder=folder, journal=journal, emit=emit, options=options, on_done=on_done
             )
         finally:
             journal.close()
@@ -106,7 +109,7 @@ def records(run_dir: Path, kind: str) -> list[dict]:
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """The processes of the embedded cluster in `folder`."""
-    return [psutil.Process(pid) for pid in keeper.find_marked(folder)]
+    return [psutil.Process(pid) for pid in reaper.find_marked(folder)]
 
 
 def workers_of(folder: Path) -> list[int]:
@@ -116,7 +119,7 @@ def workers_of(folder: Path) -> list[int]:
 
 def cluster_folders() -> set[Path]:
     """The folders of all embedded clusters of this machine."""
-    return set(Path(tempfile.gettempdir()).glob(f"{keeper.PREFIX}*"))
+    return set(Path(tempfile.gettempdir()).glob(f"{reaper.PREFIX}*"))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.address import probe_address
 from ryot.cluster.probe import NodeFacts, check_facts
 from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
@@ -46,7 +46,7 @@ def head() -> Iterator[str]:
         ),
         *(f"--temp-dir={folder / 'r'}", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"),
     ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, keeper.MARK: str(folder)}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, reaper.MARK: str(folder)}
     with (folder / "log").open("w") as said:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
@@ -60,7 +60,7 @@ def head() -> Iterator[str]:
         probe_address("127.0.0.1", port)
         yield f"127.0.0.1:{port}"
     finally:
-        keeper.end_marked(folder)
+        reaper.end_marked(folder)
         process.wait()
         shutil.rmtree(folder)
 
@@ -70,7 +70,8 @@ def connect(address: str, tmp_path: Path, token: str | None, program: str = "") 
     code = f"""
 import sys, time
 from pathlib import Path
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions
+from ryot.cluster.runtime import open_cluster
 from ryot.errors import RyotError
 begin = time.monotonic()
 try:
@@ -175,7 +176,7 @@ cp -r {private}/run {tmp_path}/run
     assert "checkpoints travel through the driver" in done.stderr
     for name in ("baseline", "optimized"):
         job = planned(dataset, name)
-        trainer = Trainer(job.job, job.plan)
+        trainer = Trainer(job, job.kernels)
         trainer.run_slice(600)
         trainer.save(tmp_path / name)
         [last] = (tmp_path / f"run/variants/{name}/seed-0/attempt-1").glob("step-00000060")
@@ -227,7 +228,8 @@ def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: st
         spec = build_spec(load_bundle(Path({str(bundle)!r})), min_runs=3, min_time_s=0.0)
         for label in ("measure", "", "arm"):
             measured = measure_on_node(cluster, dict(a=spec, b=spec), label=label, rounds=1)
-            print(json.dumps([measured.node, [[r.arm, r.ok, r.reason, r.runs] for r in measured.results]]))
+            results = [[case, r.ok, r.reason, r.runs] for case, (r,) in measured.results.items()]
+            print(json.dumps([measured.node, results]))
 """
     done = connect(head, tmp_path, TOKEN, program)
     assert done.returncode == EXIT_FAILED
@@ -249,23 +251,23 @@ def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head:
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     details = [e["detail"] for e in events if e["kind"] == "stage"]
     assert any("2 ranks" in d for d in details)
-    assert any(d.startswith("1 forms, ") and f"on {socket.gethostname()}" in d for d in details)
+    assert any(d.startswith("1 artifacts, ") and f"on {socket.gethostname()}" in d for d in details)
 
 
 def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:
     # The last test of this module: it ends the module's head.
     watch = """
         import os, signal
-        from ryot.cluster import keeper, runtime
+        from ryot.cluster import reaper, runtime
         runtime.HEAD_LOST_S = 6.0
-        [server] = keeper.find_marked(Path(os.environ["HEAD_FOLDER"]), programs=("gcs_server",))
+        [server] = reaper.find_marked(Path(os.environ["HEAD_FOLDER"]), programs=("gcs_server",))
         assert cluster.is_whole()
         os.kill(server, signal.SIGKILL)
         while cluster.is_whole():
             time.sleep(0.1)
         cluster.restart()
 """
-    [folder] = [p for p in Path("/tmp").glob("ryot-head-*") if keeper.find_marked(p)]
+    [folder] = [p for p in Path("/tmp").glob("ryot-head-*") if reaper.find_marked(p)]
     os.environ["HEAD_FOLDER"] = str(folder)
     try:
         done = connect(head, tmp_path, TOKEN, watch)

@@ -1,4 +1,4 @@
-"""What touches the machine: cores, the keeper process, addresses, signals. No Ray."""
+"""What touches the machine: cores, the reaper process, addresses, signals. No Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from ryot import scratch
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.cluster.address import PROBE_S, probe_address, resolve_address
 from ryot.cluster.cores import CoreClaim
 from ryot.cluster.folders import pack_folder, unpack_folder
@@ -61,16 +61,16 @@ def test_workers_get_different_cores_with_all_their_threads_and_a_dead_one_frees
             holder.communicate()
 
 
-def test_the_keeper_ends_the_processes_and_removes_the_folder_of_a_killed_driver() -> None:
+def test_the_reaper_ends_the_processes_and_removes_the_folder_of_a_killed_driver() -> None:
     base = Path(tempfile.mkdtemp(prefix="ryot-test-", dir="/tmp"))
     # A driver that does what runtime.py does, with a plain process in the place of Ray's.
     program = f"""
 import subprocess, sys, time
 from pathlib import Path
-from ryot.cluster import runtime, keeper
+from ryot.cluster import runtime, reaper
 runtime.tempfile.tempdir = {str(base)!r}
 with runtime._temporary_folder() as folder:
-    child = subprocess.Popen(["sleep", "60"], env={{keeper.MARK: str(folder)}}, start_new_session=True)
+    child = subprocess.Popen(["sleep", "60"], env={{reaper.MARK: str(folder)}}, start_new_session=True)
     print(folder, child.pid, flush=True)
     time.sleep(60)
 """
@@ -79,9 +79,9 @@ with runtime._temporary_folder() as folder:
     name, child = driver.stdout.readline().split()
     assert Path(name).exists()
     deadline = time.monotonic() + 10
-    while keeper.find_marked(Path(name)) != [int(child)]:  # its environment reads empty while it is being started
+    while reaper.find_marked(Path(name)) != [int(child)]:  # its environment reads empty while it is being started
         assert time.monotonic() < deadline
-    assert scratch.sweep_stale(base, keeper.PREFIX, min_age_s=0) == []
+    assert scratch.sweep_stale(base, reaper.PREFIX, min_age_s=0) == []
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     driver.stdout.close()
@@ -93,15 +93,15 @@ with runtime._temporary_folder() as folder:
     base.rmdir()
 
 
-def test_a_folder_whose_driver_and_keeper_are_dead_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
-    dead, lock = scratch.make_folder(tmp_path, keeper.PREFIX)
+def test_a_folder_whose_driver_and_reaper_are_dead_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
+    dead, lock = scratch.make_folder(tmp_path, reaper.PREFIX)
     os.close(lock)
-    alive, lock = scratch.make_folder(tmp_path, keeper.PREFIX)
-    (tmp_path / f"{keeper.PREFIX}not-ours").mkdir()
-    left_over = subprocess.Popen(["sleep", "60"], env={keeper.MARK: str(dead)})
-    assert scratch.sweep_stale(tmp_path, keeper.PREFIX, remove=keeper.remove_cluster, min_age_s=0) == [dead]
+    alive, lock = scratch.make_folder(tmp_path, reaper.PREFIX)
+    (tmp_path / f"{reaper.PREFIX}not-ours").mkdir()
+    left_over = subprocess.Popen(["sleep", "60"], env={reaper.MARK: str(dead)})
+    assert scratch.sweep_stale(tmp_path, reaper.PREFIX, remove=reaper.remove_cluster, min_age_s=0) == [dead]
     assert left_over.wait(timeout=5) == -signal.SIGKILL
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, f"{keeper.PREFIX}not-ours"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, f"{reaper.PREFIX}not-ours"])
     os.close(lock)
 
 
@@ -211,7 +211,7 @@ def test_a_folder_travels_as_bytes_and_a_hostile_one_stays_inside(tmp_path: Path
 def test_the_first_signal_asks_the_second_insists_and_the_third_ends(tmp_path: Path) -> None:
     program = """
 import os, signal
-from ryot.cluster.signals import StopSignals
+from ryot.run.signals import StopSignals
 with StopSignals() as signals:
     assert not signals.stop
     os.kill(os.getpid(), signal.SIGINT)
@@ -224,14 +224,14 @@ with StopSignals() as signals:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "twice\n")
-    assert "stopping after the slice in flight" in done.stderr
+    assert "stopping after the chunk in flight" in done.stderr
 
 
 def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
     # As under `nohup ... &`: Ctrl-C and the terminal's end are for others, SIGTERM is not.
     program = """
 import os, signal
-from ryot.cluster.signals import StopSignals, hold_signals, interrupt_on_signals
+from ryot.run.signals import StopSignals, hold_signals, interrupt_on_signals
 interrupt_on_signals()
 with StopSignals() as signals, hold_signals():
     for number in (signal.SIGINT, signal.SIGHUP):

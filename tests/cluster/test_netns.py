@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ryot.cluster import keeper
+from ryot.cluster import reaper
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.dataset import Dataset
 from ryot.train.loop import Trainer
@@ -90,7 +90,7 @@ def test_a_cut_link_is_noticed_and_what_the_far_side_goes_on_to_write_does_not_c
             break
     lab("cut", "2")
     cut_at = time.time()
-    zombies = [p for p in keeper.find_marked(lab.folder) if _is_worker(p) and _address_of(p) == "10.78.0.2"]
+    zombies = [p for p in reaper.find_marked(lab.folder) if _is_worker(p) and _address_of(p) == "10.78.0.2"]
     lost = wait_for_event(driver, "stage")
     while lost["status"] != "lost":
         lost = wait_for_event(driver, "stage")
@@ -106,7 +106,7 @@ def test_a_cut_link_is_noticed_and_what_the_far_side_goes_on_to_write_does_not_c
     assert driver.returncode == 0
     for name, checkpoint in results.items():
         job = planned(dataset, name, steps=STEPS)
-        trainer = Trainer(job.job, job.plan)
+        trainer = Trainer(job, job.kernels)
         trainer.run_slice(600)
         trainer.save(tmp_path / name)
         assert learned(checkpoint) == learned(tmp_path / name)

@@ -30,8 +30,8 @@ def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict
     """What the program's two trainings learn when nothing disturbs them, without any of the driver."""
     digests = {}
     for name in ("baseline", "optimized"):
-        job = planned(dataset, name, steps=STEPS)
-        trainer = Trainer(job.job, job.plan)
+        training = planned(dataset, name, steps=STEPS)
+        trainer = Trainer(training, training.kernels)
         trainer.run_slice(600)
         path = tmp_path_factory.mktemp(name) / "checkpoint"
         trainer.save(path)
@@ -76,14 +76,14 @@ def test_a_run_that_is_killed_stopped_and_stopped_at_once_learns_what_an_undistu
     with (run_dir / "journal.jsonl").open("ab") as journal:
         journal.write(b'{"record": "checkpoint", "key": "opti')
 
-    # Stopped: the slice in flight is finished and counts.
+    # Stopped: the chunk in flight is finished and counts.
     with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         wait_for_event(driver, "checkpoint")
         folders = cluster_folders() - before
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=60)
     assert driver.returncode == EXIT_INTERRUPTED
-    assert "stopping after the slice in flight" in said
+    assert "stopping after the chunk in flight" in said
     assert "Error: stopped by a signal; what was accepted so far is in" in said
     assert "Traceback" not in said
     wait_until_gone(folders)
@@ -112,7 +112,7 @@ def wait_for_attempt(driver: subprocess.Popen[str], attempt: int) -> None:
     """Read the program's events until a training has begun its attempt of this number or a later one."""
     while True:
         event = wait_for_event(driver, "stage")
-        if event["status"] == "begin" and int(event["detail"].rpartition("attempt ")[2]) >= attempt:
+        if event["status"] == "begin" and event["attempt"] >= attempt:
             return
 
 

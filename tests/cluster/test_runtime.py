@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ryot.cluster.runtime import MALLOC_TUNABLES, Cluster, ClusterOptions, EmbeddedCluster, open_cluster
+from ryot.cluster.options import MALLOC_TUNABLES, ClusterOptions
+from ryot.cluster.runtime import Cluster, EmbeddedCluster, open_cluster
 from ryot.errors import ClusterError
 from tests.cluster.conftest import cluster_folders, processes_of
 

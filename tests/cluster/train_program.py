@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 from ryot.cluster.driver import train_variants
-from ryot.cluster.jobs import DriverOptions
-from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.runtime import ClusterOptions, open_cluster
+from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.runtime import open_cluster
 from ryot.errors import RyotError
 from ryot.events import Event, event_to_dict
+from ryot.run.folder import RunFolder
+from ryot.run.journal import Journal
+from ryot.run.lock import RunLock
 from ryot.train.dataset import load_dataset
 from tests.cluster.conftest import planned
 
@@ -43,15 +45,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     dataset = load_dataset(arguments.dataset_dir)
     jobs = [planned(dataset, name, steps=arguments.steps) for name in ("baseline", "optimized")]
-    options = DriverOptions(slice_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
+    options = DriverOptions(chunk_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
     run_dir = arguments.run_dir
     run_dir.mkdir(exist_ok=True)
-    with RunLock(run_dir):
-        journal = Journal(run_dir)
+    folder = RunFolder(run_dir)
+    with RunLock(folder):
+        journal = Journal(folder)
         journal.open_run()
         with open_cluster(ClusterOptions(address=arguments.address), log_dir=run_dir / "logs") as cluster:
             results = train_variants(
-                jobs, cluster=cluster, run_dir=run_dir, journal=journal, emit=say_event, options=options
+                jobs, cluster=cluster, folder=folder, journal=journal, emit=say_event, options=options
             )
     for result in results:
         say({"kind": "result", "variant": result.variant, "checkpoint": str(result.checkpoint)})

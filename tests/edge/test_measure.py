@@ -113,40 +113,40 @@ def test_a_batch_is_timed_as_one(llama: Bundle) -> None:
 
 
 def test_rounds_are_interleaved_in_an_order_that_the_seed_decides(llama: Bundle) -> None:
-    specs = {arm: build_spec(llama, **QUICK) for arm in ("a", "b", "c")}
+    specs = {case: build_spec(llama, **QUICK) for case in ("a", "b", "c")}
     seen: list[MeasureResult] = []
-    results = measure_rounds(specs, rounds=2, seed=1, on_result=seen.append)
-    assert results == seen
-    assert [r.round for r in results] == [0, 0, 0, 1, 1, 1]
-    assert {r.arm for r in results[:3]} == {r.arm for r in results[3:]} == {"a", "b", "c"}
-    assert [r.arm for r in results[:3]] != [r.arm for r in results[3:]]
+    results = measure_rounds(specs, rounds=2, seed=1, on_result=lambda _, result: seen.append(result))
+    assert results == {case: [r for r in seen if r.case == case] for case in specs}
+    assert [r.round for r in seen] == [0, 0, 0, 1, 1, 1]
+    assert {r.case for r in seen[:3]} == {r.case for r in seen[3:]} == {"a", "b", "c"}
+    assert [r.case for r in seen[:3]] != [r.case for r in seen[3:]]
 
 
 def test_the_processes_of_a_round_live_side_by_side_and_run_by_turns(llama: Bundle) -> None:
-    specs = {arm: build_spec(llama, **QUICK | {"min_runs": 5}) for arm in ("a", "b", "c")}
+    specs = {case: build_spec(llama, **QUICK | {"min_runs": 5}) for case in ("a", "b", "c")}
     alive: list[int] = []
 
-    def look(_: MeasureResult) -> None:
+    def look(case: str, _: MeasureResult) -> None:
         children = psutil.Process().children()
         alive.append(sum("ryot.edge.probe" in c.cmdline() for c in children if c.status() != psutil.STATUS_ZOMBIE))
 
     results = measure_rounds(specs, rounds=1, on_result=look)
-    assert [r.runs for r in results] == [5, 5, 5]
+    assert [r.runs for found in results.values() for r in found] == [5, 5, 5]
     # Nobody ends before all have had four turns, so the first to end leaves two behind (and may still be ending).
     assert alive[0] >= 2
 
 
-def test_a_failing_arm_leaves_the_others_standing(llama: Bundle, tmp_path: Path) -> None:
+def test_a_failing_case_leaves_the_others_standing(llama: Bundle, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(llama.path, tmp_path / "broken"))
     (broken / "fast.onnx").write_bytes(b"not a graph")
     write_manifest(broken)
     specs = {"broken": dataclasses.replace(build_spec(llama, **QUICK), bundle=str(broken))}
     specs["whole"] = build_spec(llama, **QUICK)
-    by_arm = {r.arm: r for r in measure_rounds(specs, rounds=1)}
-    assert not by_arm["broken"].ok
-    assert "fast.onnx: onnxruntime" in by_arm["broken"].reason
-    assert (by_arm["broken"].runs, by_arm["broken"].runs_ok) == (1, 0)
-    assert by_arm["whole"].ok
+    by_case = {case: found[0] for case, found in measure_rounds(specs, rounds=1).items()}
+    assert not by_case["broken"].ok
+    assert "fast.onnx: onnxruntime" in by_case["broken"].reason
+    assert (by_case["broken"].runs, by_case["broken"].runs_ok) == (1, 0)
+    assert by_case["whole"].ok
 
 
 @pytest.mark.parametrize(

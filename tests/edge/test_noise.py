@@ -10,7 +10,7 @@ from ryot.edge.protocol import MeasureResult
 
 def result(**changes: Any) -> MeasureResult:
     values: dict[str, Any] = {
-        "arm": "a",
+        "case": "a",
         "ok": True,
         "steady": True,
         "threads": 1,
@@ -29,7 +29,7 @@ def test_a_quiet_machine_gives_no_note() -> None:
     ("changes", "word"),
     [
         ({"calibration_ms": [20.0, 26.0]}, "calibration loop took 20.0 to 26.0 ms"),
-        ({"ttft_ms": [7.0]}, "in 1 of 1 forms the rounds' median TTFT differ by more than 15% (a: 5.00 to 7.00 ms)"),
+        ({"ttft_ms": [7.0]}, "in 1 of 1 cases the rounds' median TTFT differ by more than 15% (a: 5.00 to 7.00 ms)"),
         ({"steady": False}, "1 of 3 processes did not become steady"),
     ],
 )

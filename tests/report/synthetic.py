@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
-from ryot.report.build import FormFacts, build_report
-from ryot.report.rows import Report, VariantRow, arm_name
+from ryot.artifact import ArtifactId
+from ryot.edge.protocol import MeasureResult
+from ryot.report.build import build_report
+from ryot.report.rows import ExportedArtifact, Report, StageTime, VariantRow
 from ryot.report.targets import load_target
 
 MACHINE = {
@@ -33,7 +36,7 @@ CORPUS = {
     "test_tokens": 170_000,
 }
 #: variant, precision -> size MB, TTFT ms, tok/s, peak MB, bpb ratio, KL, top-1
-FORMS = {
+ARTIFACTS = {
     ("baseline", "fp32"): (8.61, 4.9, 3900, 62.0, 1.0, 0.0, 1.0),
     ("baseline", "int8-dyn"): (2.31, 2.9, 5600, 55.5, 1.0021, 0.0011, 0.981),
     ("optimized", "fp32"): (5.35, 3.7, 5200, 58.3, 1.0, 0.0, 1.0),
@@ -42,8 +45,8 @@ FORMS = {
 
 
 def make_result(
-    arm: str, round_: int, rng: np.random.Generator, *, ttft_ms: float, tok_s: float, peak_mb: float
-) -> dict:
+    case: ArtifactId, round_: int, rng: np.random.Generator, *, ttft_ms: float, tok_s: float, peak_mb: float
+) -> MeasureResult:
     """A measure result with correlated samples inside the process and an offset of its own."""
     offset = rng.normal(0, 0.006)
 
@@ -57,8 +60,8 @@ def make_result(
     ttft = series(30, ttft_ms)
     ttft[11] *= 1.6
     tokens = [series(64, 1000 / tok_s) for _ in range(6)]
-    return {
-        "arm": arm,
+    values = {
+        "case": str(case),
         "round": round_,
         "ok": True,
         "reason": "",
@@ -84,25 +87,39 @@ def make_result(
         "threads": 1,
         "cpus": [1],
         "started_at": "2026-01-01T00:00:00+00:00",
+        "steady": True,
+    }
+    return MeasureResult.from_mapping(values)
+
+
+def make_results(
+    *, rounds: int = 3, seed: int = 0, artifacts: dict = ARTIFACTS, slowdown: float = 1.0
+) -> dict[ArtifactId, list[MeasureResult]]:
+    """Results of every artifact in every round."""
+    rng = np.random.default_rng(seed)
+    results: dict[ArtifactId, list[MeasureResult]] = {}
+    for k in range(rounds):
+        for (variant, precision), (_, ttft, tok_s, peak, *_) in artifacts.items():
+            case = ArtifactId(variant, 0, precision)
+            result = make_result(case, k, rng, ttft_ms=ttft * slowdown, tok_s=tok_s / slowdown, peak_mb=peak)
+            results.setdefault(case, []).append(result)
+    return results
+
+
+def change_results(
+    results: dict[ArtifactId, list[MeasureResult]], only: ArtifactId | None = None, *, rounds: int = 99, **changes
+) -> dict[ArtifactId, list[MeasureResult]]:
+    """The results with some fields changed: of all artifacts or one, in the first `rounds` rounds."""
+    return {
+        case: [dataclasses.replace(r, **changes) if only in (None, case) and r.round < rounds else r for r in found]
+        for case, found in results.items()
     }
 
 
-def make_results(*, rounds: int = 3, seed: int = 0, forms: dict = FORMS, slowdown: float = 1.0) -> list[dict]:
-    """Results of every form in every round."""
-    rng = np.random.default_rng(seed)
+def make_artifacts(artifacts: dict = ARTIFACTS, **changes) -> list[ExportedArtifact]:
+    """What is known of each artifact beside its timings."""
     return [
-        make_result(
-            arm_name(variant, 0, precision), k, rng, ttft_ms=ttft * slowdown, tok_s=tok_s / slowdown, peak_mb=peak
-        )
-        for k in range(rounds)
-        for (variant, precision), (_, ttft, tok_s, peak, *_) in forms.items()
-    ]
-
-
-def make_facts(forms: dict = FORMS, **changes) -> list[FormFacts]:
-    """What is known of each form beside its timings."""
-    return [
-        FormFacts(
+        ExportedArtifact(
             variant=variant,
             seed=0,
             precision=precision,
@@ -112,7 +129,7 @@ def make_facts(forms: dict = FORMS, **changes) -> list[FormFacts]:
             path=f"variants/{variant}/seed-0/{precision}",
             **changes,
         )
-        for (variant, precision), (size, _, _, _, ratio, kl, top1) in forms.items()
+        for (variant, precision), (size, _, _, _, ratio, kl, top1) in artifacts.items()
     ]
 
 
@@ -145,14 +162,14 @@ def make_report(**changes) -> Report:
         "run_id": "synthetic-run",
         "command": "ryot-deploy cluster-run",
         "preset": "reference",
-        "forms": make_facts(),
+        "artifacts": make_artifacts(),
         "results": make_results(),
         "targets": [load_target("phase1")],
         "machine": MACHINE,
         "corpus": CORPUS,
         "variants": make_variants(),
         "plan": {"preset": "reference", "seeds": 1, "threads": 1},
-        "stages": [{"stage": "train", "variant": "baseline", "wall_s": 140.2}, {"stage": "measure", "wall_s": 61.0}],
+        "stages": [StageTime(stage="train", variant="baseline", wall_s=140.2), StageTime(stage="measure", wall_s=61.0)],
         "created_at": "2026-01-01T00:00:00+00:00",
         "bundle": "bundle",
     }

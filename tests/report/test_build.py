@@ -12,15 +12,25 @@ from operator import truediv
 
 import pytest
 
-from ryot.edge.protocol import MeasureResult
+from ryot.artifact import ArtifactId
 from ryot.events import EvalEvent, StepEvent
-from ryot.report.build import build_ablation, build_report, curves_from_events
-from ryot.report.rows import VariantRow, arm_name, report_to_dict
+from ryot.report.build import build_ablation, build_report
+from ryot.report.curves import curves_from_events
+from ryot.report.render import render
+from ryot.report.rows import VariantRow, report_to_dict
 from ryot.report.stats import ratio_interval, value_interval
-from ryot.report.table import render
 from ryot.report.targets import load_target
 
-from .synthetic import CORPUS, FORMS, MACHINE, make_facts, make_report, make_results, make_variants
+from .synthetic import (
+    ARTIFACTS,
+    CORPUS,
+    MACHINE,
+    change_results,
+    make_artifacts,
+    make_report,
+    make_results,
+    make_variants,
+)
 
 
 def test_the_whole_table_is_recomputed_from_the_raw_samples():
@@ -98,12 +108,12 @@ def test_every_printed_number_stands_in_the_recomputed_report():
             assert cell in line.split()
 
 
-def test_a_form_that_dies_fails_with_the_reason_and_the_others_stand():
-    results = make_results()
-    for r in results:
-        if r["arm"] == arm_name("optimized", 0, "int8-dyn") and r["round"] == 1:
-            r.update(ok=False, reason="killed by the memory limit of 60 MB", ttft_ms=[], decode_tok_s=[], token_ms=[],
-                     peak_rss_bytes=None, peak_rss_outside_bytes=None, load_ms=None)  # fmt: skip
+def test_a_artifact_that_dies_fails_with_the_reason_and_the_others_stand():
+    results = change_results(
+        make_results(), ArtifactId("optimized", 0, "int8-dyn"), rounds=1, ok=False,
+        reason="killed by the memory limit of 60 MB", ttft_ms=[], decode_tok_s=[], token_ms=[], peak_rss_bytes=None,
+        peak_rss_outside_bytes=None, load_ms=None,
+    )  # fmt: skip
     report = make_report(results=results)
     dead = report.rows[3]
     assert (dead.runs, dead.runs_ok) == (3, 2)
@@ -114,8 +124,8 @@ def test_a_form_that_dies_fails_with_the_reason_and_the_others_stand():
     assert (report.choice.variant, report.choice.precision) == ("baseline", "int8-dyn")
 
 
-def test_a_form_that_was_never_measured_has_a_row_without_figures():
-    report = make_report(results=[r for r in make_results() if "int8" not in r["arm"]])
+def test_a_artifact_that_was_never_measured_has_a_row_without_figures():
+    report = make_report(results={case: r for case, r in make_results().items() if case.precision == "fp32"})
     assert report.rows[1].ttft_ms is None
     assert report.rows[1].verdicts["phase1"]["ttft"] == "INCONCLUSIVE"
     assert not report.rows[1].pareto
@@ -124,28 +134,26 @@ def test_a_form_that_was_never_measured_has_a_row_without_figures():
 def test_ratios_are_paired_by_the_number_of_the_round():
     results = make_results()
     # The baseline's round 0 is lost: only rounds 1 and 2 can be paired, whatever order the results came in.
-    lost = [r for r in results if not (r["arm"] == arm_name("baseline", 0, "fp32") and r["round"] == 0)]
-    report = make_report(results=list(reversed(lost)))
-    found = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a.endswith("optimized/seed-0/int8-dyn"))
-    by_round = {arm: {r["round"]: r["ttft_ms"] for r in results if r["arm"] == arm} for arm in (found.a, found.b)}
-    ratios = [statistics.median(map(truediv, by_round[found.a][k], by_round[found.b][k])) for k in (1, 2)]
+    base, other = ArtifactId("baseline", 0, "fp32"), ArtifactId("optimized", 0, "int8-dyn")
+    lost = {case: [r for r in reversed(found) if (case, r.round) != (base, 0)] for case, found in results.items()}
+    report = make_report(results=lost)
+    found = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a == str(other))
+    assert found.b == str(base)
+    by_round = {case: {r.round: r.ttft_ms for r in results[case]} for case in (base, other)}
+    ratios = [statistics.median(map(truediv, by_round[other][k], by_round[base][k])) for k in (1, 2)]
     assert found.ratio == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=1e-9)
 
 
 def test_batches_are_kept_apart_from_single_sequences():
-    extra = [
-        {**r, "arm": r["arm"] + "/batch-16", "batch_size": 16, "decode_tok_s": [v * 9 for v in r["decode_tok_s"]]}
-        for r in make_results()
-    ]
-    plain, report = make_report(), make_report(results=make_results() + extra)
+    both = {
+        case: found
+        + [dataclasses.replace(r, batch_size=16, decode_tok_s=[v * 9 for v in r.decode_tok_s]) for r in found]
+        for case, found in make_results().items()
+    }
+    plain, report = make_report(), make_report(results=both)
     assert report.rows[0].decode_tok_s == plain.rows[0].decode_tok_s
     assert report.rows[0].batch_tok_s["16"] == pytest.approx(9 * plain.rows[0].decode_tok_s)
     assert "batch 16" in render(report)
-
-
-def test_results_may_be_the_dataclasses_of_the_protocol():
-    results = [MeasureResult.from_mapping(r) for r in make_results()]
-    assert make_report(results=results).rows[2].ttft_ms == make_report().rows[2].ttft_ms
 
 
 def test_curves_keep_the_last_word_on_each_step_and_are_thinned():
@@ -209,27 +217,26 @@ def test_an_ablation_is_made_of_the_variants_named_for_it():
     rows = build_ablation([variant("baseline", 0, 9.0), variant("baseline", 1, 8.0), variant("baseline+tied", 0, 7.0)])
     assert [(r.name, r.train_wall_s) for r in rows] == [("baseline", (9.0, 8.0)), ("baseline+tied", (7.0,))]
     assert build_ablation(make_variants()) == []
-    # A training that a gate stopped has figures of its own, but none of an arm's.
+    # A training that a gate stopped has figures of its own, but none of an ablation's.
     stopped = dataclasses.replace(variant("baseline+rates", 0, 1.0), failed="gate loss: loss is nan")
     assert [r.name for r in build_ablation([variant("baseline", 0, 9.0), stopped])] == ["baseline"]
 
 
 def test_a_bundle_alone_can_be_measured_without_any_training_known():
     report = build_report(
-        run_id="bench", command="ryot-deploy bench", forms=make_facts()[3:], results=make_results(),
+        run_id="bench", command="ryot-deploy bench", artifacts=make_artifacts()[3:], results=make_results(),
         targets=[load_target("phase1")], machine=MACHINE, corpus=CORPUS,
     )  # fmt: skip
-    assert report.baseline == arm_name("optimized", 0, "int8-dyn")
+    assert report.baseline == "optimized/seed-0/int8-dyn"
     assert report.choice.exit_code == 0
     assert "optimized" in render(report)
 
 
 def test_a_quick_run_and_a_noisy_machine_are_said():
-    results = make_results()
-    results[0]["calibration_ms"] = [20.0, 40.0]
+    results = change_results(make_results(), ArtifactId("baseline", 0, "fp32"), rounds=1, calibration_ms=[20.0, 40.0])
     notes = " ".join(make_report(results=results, quick=True).notes)
     assert "not comparable" in notes and "Noisy machine" in notes
 
 
-def test_the_synthetic_forms_cover_both_variants_and_precisions():
-    assert len(FORMS) == len(make_facts()) == 4
+def test_the_synthetic_artifacts_cover_both_variants_and_precisions():
+    assert len(ARTIFACTS) == len(make_artifacts()) == 4

@@ -12,7 +12,7 @@ from ryot.errors import ConfigError
 from ryot.report.compare import all_agree, compare_reports, render_comparison
 from ryot.report.rows import build_record
 
-from .synthetic import CORPUS, MACHINE, make_report, make_results
+from .synthetic import CORPUS, MACHINE, change_results, make_report, make_results
 
 LATER = {"created_at": "2026-01-02T00:00:00+00:00", "run_id": "later"}
 
@@ -21,7 +21,7 @@ def lines_of(result, metric):
     return [line for line in result.lines if line.metric == metric]
 
 
-def test_two_recordings_of_the_same_forms_show_no_difference_in_time():
+def test_two_recordings_of_the_same_artifacts_show_no_difference_in_time():
     result = compare_reports(make_report(), make_report(results=make_results(seed=5), **LATER))
     assert all_agree(lines_of(result, "TTFT (ms)") + lines_of(result, "decode (tok/s)"))
     assert any("not interleaved" in n for n in result.notes)
@@ -34,11 +34,11 @@ def test_a_slower_recording_is_found():
         assert line.low < 1.2 < line.high
 
 
-def test_forms_of_one_recording_are_paired_by_round():
+def test_artifacts_of_one_recording_are_paired_by_round():
     report = make_report()
-    result = compare_reports(report, report, form_a="optimized/int8-dyn", form_b="baseline/fp32")
+    result = compare_reports(report, report, name_a="optimized/int8-dyn", name_b="baseline/fp32")
     (line,) = lines_of(result, "TTFT (ms)")
-    stored = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a == report.rows[3].arm)
+    stored = next(c for c in report.comparisons if c.metric == "ttft_ms" and c.a == str(report.rows[3].id))
     assert (line.ratio, line.low, line.high) == (stored.ratio, stored.low, stored.high)
     assert not any("interleaved" in n for n in result.notes)
 
@@ -64,7 +64,7 @@ def test_loss_is_compared_on_the_same_text():
 
 
 def test_other_lengths_or_threads_are_not_compared():
-    results = [{**r, "prompt_tokens": 64} for r in make_results()]
+    results = change_results(make_results(), prompt_tokens=64)
     result = compare_reports(make_report(), make_report(results=results, **LATER))
     line = lines_of(result, "TTFT (ms)")[0]
     assert line.verdict == "not compared" and "prompt_tokens 128 and 64" in line.note
@@ -84,15 +84,15 @@ def test_a_bundles_record_is_compared_like_a_report():
     assert {line.subject for line in result.lines} == {"optimized/int8-dyn", "optimized training"}
 
 
-def test_without_a_common_form_the_chosen_ones_meet():
+def test_without_a_common_artifact_the_chosen_ones_meet():
     report = make_report()
     left, right = build_record(report, report.rows[3]), build_record(report, report.rows[0])
     assert compare_reports(left, right).lines[0].subject == "optimized/int8-dyn / baseline/fp32"
 
 
-def test_an_unknown_form_is_named_with_those_that_exist():
-    with pytest.raises(ConfigError, match=r"no form 'optimized/int4' .it has baseline/fp32"):
-        compare_reports(make_report(), make_report(), form_a="optimized/int4")
+def test_an_unknown_artifact_is_named_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"no artifact 'optimized/int4' .it has baseline/fp32"):
+        compare_reports(make_report(), make_report(), name_a="optimized/int4")
 
 
 def test_every_format_has_the_same_lines():

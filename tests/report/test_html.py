@@ -20,7 +20,7 @@ from ryot.report.html import POLICY, render_html
 from ryot.report.rows import AblationRow, Report, VariantRow
 from ryot.report.targets import load_target
 
-from .synthetic import make_facts, make_report
+from .synthetic import make_artifacts, make_report
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian package: chromium)")
@@ -209,7 +209,9 @@ def test_names_from_outside_cannot_become_markup():
 
 
 def test_a_report_in_which_nothing_was_measured_still_has_a_page():
-    page = render_html(make_report(results=[], variants=[], forms=make_facts(passed=False, reason="logits differ")))
+    page = render_html(
+        make_report(results={}, variants=[], artifacts=make_artifacts(passed=False, reason="logits differ"))
+    )
     assert "logits differ" in page and "<figure" not in page and "GATE" in page
 
 
@@ -219,6 +221,6 @@ def test_seeds_share_one_legend_entry(seeds):
         VariantRow(name="baseline", seed=k, params=1, tokens=1, curve=((0.0, 0.0, 7.0), (1e3, 1.0, 4.0 + k / 10)))
         for k in range(seeds)
     ]
-    page = render_html(make_report(variants=variants, results=[]))
+    page = render_html(make_report(variants=variants, results={}))
     drawing = page[page.index('<figure id="loss-tokens"') : page.index("<details>", page.index('id="loss-tokens"'))]
     assert len(re.findall(r">baseline</text>", drawing)) == 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from ryot.artifact import ArtifactId
 from ryot.report.reproduce import check_reproduced, render_reproduction
 
-from .synthetic import make_facts, make_report, make_results
+from .synthetic import change_results, make_artifacts, make_report, make_results
 from .test_compare import LATER
 
 
@@ -26,26 +27,25 @@ def test_timings_of_another_machine_do_not_count_but_size_does():
     other = {"machine": {"cpu": {"model": "Other", "cores": 8}}, **LATER}
     found = check_reproduced(make_report(), make_report(results=make_results(seed=5, slowdown=1.5), **other))
     assert found.agrees and "Another machine" in found.notes[0]
-    facts = make_facts()
-    larger = [dataclasses.replace(f, size_bytes=f.size_bytes + 1000) for f in facts]
-    assert not check_reproduced(make_report(), make_report(forms=larger, **other)).agrees
+    artifacts = make_artifacts()
+    larger = [dataclasses.replace(f, size_bytes=f.size_bytes + 1000) for f in artifacts]
+    assert not check_reproduced(make_report(), make_report(artifacts=larger, **other)).agrees
 
 
-def test_a_missing_form_and_a_changed_verdict_are_differences():
-    missing = check_reproduced(make_report(), make_report(forms=make_facts()[:3], **LATER))
+def test_a_missing_artifact_and_a_changed_verdict_are_differences():
+    missing = check_reproduced(make_report(), make_report(artifacts=make_artifacts()[:3], **LATER))
     assert missing.differences == ("optimized/int8-dyn: measured then, missing now",)
-    results = make_results()
-    for r in results:
-        if "optimized/seed-0/int8-dyn" in r["arm"]:
-            r.update(ok=False, reason="killed")
+    results = change_results(make_results(), ArtifactId("optimized", 0, "int8-dyn"), ok=False, reason="killed")
     changed = check_reproduced(make_report(), make_report(results=results, **LATER))
     assert "optimized/int8-dyn: phase1 ttft was PASS, is FAIL" in changed.differences
 
 
-def test_a_form_that_failed_its_quality_gate_is_measured_again_too_and_quality_is_not():
-    facts = [dataclasses.replace(f, passed=f.precision != "int8-dyn", reason="too bad") for f in make_facts()]
-    other = [dataclasses.replace(f, quality={**f.quality, "bpb": 9.9}) for f in facts]
-    found = check_reproduced(make_report(forms=facts), make_report(forms=other, results=make_results(seed=5), **LATER))
+def test_a_artifact_that_failed_its_quality_gate_is_measured_again_too_and_quality_is_not():
+    artifacts = [dataclasses.replace(f, passed=f.precision != "int8-dyn", reason="too bad") for f in make_artifacts()]
+    other = [dataclasses.replace(f, quality={**f.quality, "bpb": 9.9}) for f in artifacts]
+    found = check_reproduced(
+        make_report(artifacts=artifacts), make_report(artifacts=other, results=make_results(seed=5), **LATER)
+    )
     assert found.agrees, found.differences
     assert not [line for line in found.lines if line.metric == "bits per byte"]
     assert found.notes[-1].startswith("Quality is not measured again")

@@ -18,7 +18,7 @@ from ryot.report.rows import (
     save_report,
 )
 
-from .synthetic import make_facts, make_report
+from .synthetic import make_artifacts, make_report
 
 
 def test_a_saved_report_is_valid_and_reads_back_equal(report, tmp_path):
@@ -38,7 +38,7 @@ def test_the_schema_is_one_itself_and_refuses_a_wrong_report(report):
 
 
 def test_a_report_of_a_run_where_everything_failed_is_valid_too():
-    report = make_report(forms=make_facts(passed=False, reason="logits differ by 3"), results=[], variants=[])
+    report = make_report(artifacts=make_artifacts(passed=False, reason="logits differ by 3"), results={}, variants=[])
     jsonschema.validate(report_to_dict(report), load_schema())
     assert report.choice.exit_code == 4
 
@@ -55,25 +55,25 @@ def test_the_contract_fields_are_there(report):
     assert set(values["comparisons"][0]) >= {"metric", "a", "b", "ratio", "low", "high", "verdict"}
 
 
-def test_a_record_is_the_part_of_one_form(report, tmp_path):
+def test_a_record_is_the_part_of_one_artifact(report, tmp_path):
     row = report.rows[3]
     save_report(build_record(report, row), tmp_path / "record.json")
     record = load_report(tmp_path)
     jsonschema.validate(report_to_dict(record), load_schema())
-    assert (record.kind, record.rows[0].arm, len(record.rows)) == ("record", row.arm, 1)
+    assert (record.kind, record.rows[0].id, len(record.rows)) == ("record", row.id, 1)
     assert {v.name for v in record.variants} == {"optimized"}
-    assert {c.a for c in record.comparisons} == {row.arm}
+    assert {c.a for c in record.comparisons} == {str(row.id)}
 
 
 def test_other_schemas_and_other_files_are_refused(report, tmp_path):
     path = tmp_path / "report.json"
     values = report_to_dict(report)
     for text, message in (
-        (json.dumps({**values, "schema": 99}), "schema 99, this version reads schema 1"),
+        (json.dumps({**values, "schema": 99}), "schema 99, this version reads schema 1 to 2"),
         (json.dumps({"hello": 1}), "not a ryot report"),
         ("[1, 2]", "not a ryot report"),
         (json.dumps(values)[:400], "cut short"),
-        (json.dumps({"schema": 1, "run_id": "x"}), "not a complete ryot report"),
+        (json.dumps({"schema": 2, "run_id": "x"}), "not a complete ryot report"),
         (json.dumps({**values, "rows": [{"variant": "x"}]}), "not a complete ryot report"),
     ):
         path.write_text(text)

@@ -8,22 +8,25 @@ import json
 
 import pytest
 
+from ryot.artifact import ArtifactId
+from ryot.report.columns import artifact_columns
+from ryot.report.render import render
 from ryot.report.rows import load_schema, report_from_dict
-from ryot.report.table import FORMATS, Column, decimals_for, form_columns, render, wrap
+from ryot.report.table import Column, decimals_for, wrap
 from ryot.report.targets import load_target
 
-from .synthetic import FORMS, make_facts, make_report, make_results
+from .synthetic import ARTIFACTS, change_results, make_artifacts, make_report, make_results
 
 MANY = {
     (variant, precision): values
     for variant in ("baseline", "optimized", "a-variant-with-a-name")
     for precision in ("fp32", "int8-dyn", "int8-dyn+int4")
-    for values in [FORMS["optimized", "int8-dyn"]]
+    for values in [ARTIFACTS["optimized", "int8-dyn"]]
 }
 
 
 def many(**changes):
-    return make_report(forms=make_facts(MANY), results=make_results(forms=MANY), **changes)
+    return make_report(artifacts=make_artifacts(MANY), results=make_results(artifacts=MANY), **changes)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ def many(**changes):
         make_report(),
         many(),
         many(targets=[load_target(n) for n in ("phase1", "pi-5", "ryzen-laptop", "browser-tab")]),
-        make_report(results=[], targets=[load_target("pi-5")]),
+        make_report(results={}, targets=[load_target("pi-5")]),
     ],
     ids=["default", "many", "targets", "unmeasured"],
 )
@@ -71,14 +74,14 @@ def test_concurrent_training_times_are_labelled():
 
 
 def test_no_difference_is_marked():
-    forms = {k: v for k, v in FORMS.items() if k[0] == "baseline"}
-    forms["baseline", "int8-dyn"] = forms["baseline", "fp32"]
-    text = render(make_report(forms=make_facts(forms), results=make_results(forms=forms)))
+    artifacts = {k: v for k, v in ARTIFACTS.items() if k[0] == "baseline"}
+    artifacts["baseline", "int8-dyn"] = artifacts["baseline", "fp32"]
+    text = render(make_report(artifacts=make_artifacts(artifacts), results=make_results(artifacts=artifacts)))
     line = next(x for x in text.splitlines() if x.startswith("baseline") and "int8-dyn" in x)
     assert "] =" in line
 
 
-def test_the_second_table_has_every_limit_of_the_chosen_form():
+def test_the_second_table_has_every_limit_of_the_chosen_artifact():
     report = make_report()
     table = render(report).split("\n\n")[2].splitlines()
     assert table[0].split("  ")[0] == "target" and "value [98 %]" in table[0]
@@ -87,11 +90,9 @@ def test_the_second_table_has_every_limit_of_the_chosen_form():
     assert table[4].endswith("PASS (checked)")
 
 
-def test_a_form_that_misses_a_limit_is_listed_with_its_reason():
-    results = make_results()
-    for r in results:
-        if "baseline/seed-0/fp32" in r["arm"]:
-            r.update(ok=False, reason="timed out after 120 s")
+def test_a_artifact_that_misses_a_limit_is_listed_with_its_reason():
+    died = {"ok": False, "reason": "timed out after 120 s"}
+    results = change_results(make_results(), ArtifactId("baseline", 0, "fp32"), **died)
     text = render(make_report(results=results))
     assert "FAIL (3 of 3 died)" in text.split("\n\n")[2]
     assert "baseline fp32: 3 of 3 processes failed: timed out after 120 s" in text
@@ -103,10 +104,10 @@ def test_json_is_the_whole_report():
 
     values = json.loads(render(make_report(), "json"))
     jsonschema.validate(values, load_schema())
-    assert report_from_dict(values, "x").rows[0].samples[0]["ttft_ms"]
+    assert report_from_dict(values, "x").rows[0].samples[0].ttft_ms
 
 
-def test_csv_has_a_line_a_form_in_full_precision():
+def test_csv_has_a_line_an_artifact_in_full_precision():
     report = make_report()
     lines = list(csv.DictReader(io.StringIO(render(report, "csv"))))
     assert [float(x["ttft_ms"]) for x in lines] == [r.ttft_ms for r in report.rows]
@@ -120,9 +121,11 @@ def test_markdown_has_one_header_line_with_units():
 
 
 def test_every_format_renders_an_empty_report():
-    report = make_report(forms=[], results=[], variants=[])
-    for fmt in FORMATS:
-        assert isinstance(render(report, fmt), str)
+    report = make_report(artifacts=[], results={}, variants=[])
+    assert render(report) == report.choice.reason == "No artifact passed the gates (nothing was exported)."
+    assert render(report, "md") == ""
+    assert [line.split(",")[0] for line in render(report, "csv").splitlines()] == ["variant"]
+    assert json.loads(render(report, "json"))["rows"] == []
     assert report.choice.exit_code == 4
 
 
@@ -137,5 +140,5 @@ def test_wrap_keeps_words_whole():
 
 
 def test_every_target_gets_its_own_verdict_column():
-    names = [c.header for c in form_columns(make_report(targets=[load_target("phase1"), load_target("pi-5")]))]
+    names = [c.header for c in artifact_columns(make_report(targets=[load_target("phase1"), load_target("pi-5")]))]
     assert names[-2:] == ["phase1", "pi-5"]

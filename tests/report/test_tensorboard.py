@@ -24,7 +24,7 @@ def test_the_curves_of_each_training_can_be_read_back_from_the_event_files(tmp_p
                 )
             )  # fmt: skip
     export(EvalEvent(variant="a", seed=1, step=2, tokens=256, train_wall_s=1, split="test", loss=6.5, bits_per_byte=3))
-    export(MeasureEvent(arm="a", round=0, ok=True))
+    export(MeasureEvent(case="a", round=0, ok=True))
     export.close()
     a, b = (EventAccumulator(str(tmp_path / name / "seed-1")).Reload() for name in "ab")
     assert points(a, "train/loss") == points(b, "train/loss") == [(128, 7.5), (256, 6.25)]

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from ryot.artifact import ArtifactId
 from ryot.report.build import build_row
-from ryot.report.rows import arm_name
+from ryot.report.rows import Cause
 from ryot.report.targets import build_target, load_target
-from ryot.report.verdicts import judge_form, overall, place_note, verdict_words
+from ryot.report.verdicts import judge_artifact, overall, place_note, verdict_words
 
-from .synthetic import MACHINE, make_facts, make_results
+from .synthetic import MACHINE, change_results, make_artifacts, make_results
 
-ARM = arm_name("optimized", 0, "int8-dyn")
+ID = ArtifactId("optimized", 0, "int8-dyn")
 
 
-def form(**changes):
-    results = [{**r, **changes} for r in make_results() if r["arm"] == ARM]
-    return build_row(make_facts()[3], results)
+def artifact(**changes):
+    results = change_results(make_results(), **changes)[ID]
+    return build_row(make_artifacts()[3], results)
 
 
 def judge(row, **limits):
-    (verdict,) = judge_form(row, build_target("t", {"limits": limits}, "t"), MACHINE)
+    (verdict,) = judge_artifact(row, build_target("t", {"limits": limits}, "t"), MACHINE)
     return verdict
 
 
 def test_pass_fail_and_inconclusive_follow_the_interval():
-    row = form()
+    row = artifact()
     low, high = row.intervals["ttft_ms"]
     assert judge(row, ttft_ms=high * 1.001).verdict == "PASS"
     assert judge(row, ttft_ms=low * 0.999).verdict == "FAIL"
@@ -41,50 +44,52 @@ def test_pass_fail_and_inconclusive_follow_the_interval():
     [("size_mb", 1.47, 1.46), ("bpb_ratio", 1.0034, 1.0033), ("context_tokens", 128, 129), ("peak_rss_mb", 60, 50)],
 )
 def test_exact_figures_pass_at_the_limit_itself(key, passing, failing):
-    row = form()
+    row = artifact()
     assert judge(row, **{key: passing}).verdict == "PASS"
     assert judge(row, **{key: failing}).verdict == "FAIL"
 
 
 def test_memory_between_two_processes_peaks_is_inconclusive():
-    results = [r for r in make_results() if r["arm"] == ARM]
-    for r, peak in zip(results, (50_000_000, 55_000_000, 60_000_000)):
-        r.update(peak_rss_bytes=peak, peak_rss_outside_bytes=peak)
-    row = build_row(make_facts()[3], results)
+    results = [
+        dataclasses.replace(r, peak_rss_bytes=peak, peak_rss_outside_bytes=peak)
+        for r, peak in zip(make_results()[ID], (50_000_000, 55_000_000, 60_000_000))
+    ]
+    row = build_row(make_artifacts()[3], results)
     assert row.peak_rss_bytes == 60_000_000
     assert judge(row, peak_rss_mb=55).verdict == "INCONCLUSIVE"
     assert judge(row, peak_rss_mb=60).verdict == "PASS"
 
 
 def test_memory_is_enforced_only_under_a_limit_no_looser_than_the_targets():
-    assert judge(form(), peak_rss_mb=100).note == "checked"
-    enforced = form(memory_limit="enforced", memory_limit_bytes=100_000_000)
+    assert judge(artifact(), peak_rss_mb=100).note == "checked"
+    enforced = artifact(memory_limit="enforced", memory_limit_bytes=100_000_000)
     assert judge(enforced, peak_rss_mb=100).note == "enforced"
     assert judge(enforced, peak_rss_mb=80).note == "checked"
 
 
 def test_a_dead_process_fails_what_it_was_to_measure_and_nothing_else():
-    row = form(ok=False, reason="out of memory at 60 MB")
-    words = verdict_words(judge_form(row, load_target("pi-zero-2w"), MACHINE))
+    row = artifact(ok=False, reason="out of memory at 60 MB")
+    words = verdict_words(judge_artifact(row, load_target("pi-zero-2w"), MACHINE))
     assert (words["ttft"], words["throughput"], words["memory"]) == ("FAIL", "FAIL", "FAIL")
     assert (words["size"], words["quality"], words["context"]) == ("PASS", "PASS", "PASS")
+    assert judge(row, peak_rss_mb=60).cause is Cause.DIED
     assert judge(row, peak_rss_mb=60).note == "3 of 3 processes failed: out of memory at 60 MB"
 
 
 def test_more_threads_than_the_target_has_prove_nothing():
-    row = form(threads=2)
+    row = artifact(threads=2)
     verdict = judge(row, ttft_ms=100)
-    assert verdict.verdict == "INCONCLUSIVE"
+    assert (verdict.verdict, verdict.cause) == ("INCONCLUSIVE", Cause.THREADS)
     assert verdict.note == "measured with 2 threads, the target has 1"
     assert judge(row, ttft_ms=0.1).verdict == "FAIL"
 
 
 def test_fewer_threads_than_the_target_has_can_pass_it_but_not_fail_it():
-    row, device = form(threads=1), {"name": "D", "cores": 4, "threads": 4, "ram_mb": 1000, "isa": []}
+    row, device = artifact(threads=1), {"name": "D", "cores": 4, "threads": 4, "ram_mb": 1000, "isa": []}
 
     def on_device(limit):
         target = build_target("t", {"limits": {"ttft_ms": limit}, "device": device}, "t")
-        (verdict,) = judge_form(row, target, MACHINE)
+        (verdict,) = judge_artifact(row, target, MACHINE)
         return verdict
 
     assert on_device(100).verdict == "PASS"
@@ -95,18 +100,18 @@ def test_fewer_threads_than_the_target_has_can_pass_it_but_not_fail_it():
 
 def test_the_note_never_claims_the_device():
     target = load_target("pi-zero-2w")
-    verdict = judge_form(form(threads=4), target, MACHINE)[0]
+    verdict = judge_artifact(artifact(threads=4), target, MACHINE)[0]
     assert verdict.note == "measured under the target's limits on this CPU"
     assert place_note(target, MACHINE) == (
         "measured under the target's limits on this CPU (Synthetic CPU 3.0 GHz), not on Raspberry Pi Zero 2 W"
     )
     board = {"cpu": {"model": "Raspberry Pi Zero 2 W Rev 1.0"}}
     assert place_note(target, board).startswith("measured on the device")
-    assert judge_form(form(threads=4), target, board)[0].note == ""
+    assert judge_artifact(artifact(threads=4), target, board)[0].note == ""
     assert place_note(load_target("phase1"), MACHINE) == "measured on this CPU (Synthetic CPU 3.0 GHz)"
 
 
-def test_one_failing_limit_fails_the_form():
+def test_one_failing_limit_fails_the_artifact():
     assert overall({"a": "PASS", "b": None}) == "PASS"
     assert overall({"a": "PASS", "b": "INCONCLUSIVE"}) == "INCONCLUSIVE"
     assert overall({"a": "INCONCLUSIVE", "b": "FAIL"}) == "FAIL"

@@ -9,9 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from ryot.cli.main import main
-from ryot.cluster.journal import Journal, RunLock
-from ryot.cluster.runs import read_run, remove_run
 from ryot.errors import ClusterError, ConfigError
+from ryot.run.folder import RunFolder
+from ryot.run.journal import AttemptBegun, CheckpointAccepted, Journal, TrainingDone, TrainingFailed
+from ryot.run.listing import read_run, remove_run
+from ryot.run.lock import RunLock
+from ryot.run.training import TrainMetrics
 
 
 @pytest.fixture
@@ -19,14 +22,16 @@ def run(tmp_path: Path) -> Path:
     """A run in `runs/` of which one training has ended, one has failed and one has begun."""
     path = tmp_path / "runs/first"
     path.mkdir(parents=True)
-    journal = Journal(path)
+    journal = Journal(RunFolder(path))
     journal.open_run()
     for key in ("a/seed-0", "b/seed-0", "c/seed-0"):
-        journal.append("attempt", key=key, digest="d", attempt=1, node="here")
-    facts = {"val_loss": 3.25}
-    journal.append("checkpoint", key="a/seed-0", digest="d", attempt=1, step=40, path="p", sha256="s", facts=facts)
-    journal.append("done", key="a/seed-0", digest="d", path="p")
-    journal.append("failed", key="b/seed-0", digest="d", reason="gate loss: loss is nan", final=True)
+        journal.append(AttemptBegun(key=key, digest="d", attempt=1, node="here"))
+    metrics = TrainMetrics(val_loss=3.25)
+    journal.append(
+        CheckpointAccepted(key="a/seed-0", digest="d", attempt=1, step=40, path="p", sha256="s", metrics=metrics)
+    )
+    journal.append(TrainingDone(key="a/seed-0", digest="d", path="p"))
+    journal.append(TrainingFailed(key="b/seed-0", digest="d", reason="gate loss: loss is nan", final=True))
     journal.close()
     (path / "weights").write_bytes(b"\0" * 1_000_000)
     return path
@@ -42,7 +47,7 @@ def test_a_run_shows_how_far_each_training_is_and_how_to_go_on(run: Path) -> Non
     shown = invoke("show", str(run))
     assert shown.splitlines()[0] == f"{run}: stopped"
     assert "gate loss: loss is nan" in shown
-    assert f"go on with: ryot-deploy cluster-run --resume {run}" in shown
+    assert f"To resume: ryot-deploy cluster-run --resume {run}" in shown
     trainings = json.loads(invoke("show", "--format", "json", str(run)))["trainings"]
     assert [(t["key"], t["state"], t["step"], t["val_loss"]) for t in trainings] == [
         ("a/seed-0", "done", 40, 3.25),
@@ -61,7 +66,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(run: Path) -> None:
 
 
 def test_a_run_is_running_while_a_driver_holds_it_and_finished_with_its_report(run: Path) -> None:
-    with RunLock(run):
+    with RunLock(RunFolder(run)):
         assert read_run(run).state == "running"
     assert read_run(run).state == "stopped"
     (run / "report.json").write_text("{}")
@@ -77,7 +82,7 @@ def test_runs_are_listed_with_their_size_and_other_folders_are_not(run: Path) ->
 
 
 def test_a_removed_run_is_gone_and_a_running_one_stays(run: Path) -> None:
-    with RunLock(run), pytest.raises(ClusterError, match="is working on it"):
+    with RunLock(RunFolder(run)), pytest.raises(ClusterError, match="is working on it"):
         remove_run(run)
     assert read_run(run).trainings
     invoke("remove", "--yes", str(run))

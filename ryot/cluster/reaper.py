@@ -1,6 +1,6 @@
 """The process that outlives a driver and removes what its embedded cluster leaves behind.
 
-    python -I -S keeper.py FOLDER
+    python -I -S reaper.py FOLDER
 
 It waits until its standard input closes, which happens when the driver closes it or dies in any way, SIGKILL
 included. Then it kills every process whose environment carries `RYOT_CLUSTER=FOLDER` and removes FOLDER.

@@ -12,13 +12,11 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ryot.cluster.folders import unpack_folder
-from ryot.cluster.jobs import PlannedJob
-from ryot.cluster.journal import Accepted, Journal
-from ryot.cluster.worker import Saved
 from ryot.errors import ClusterError
+from ryot.run.folder import RunFolder
+from ryot.run.journal import CheckpointAccepted, CheckpointRejected, Journal
+from ryot.run.training import Training, TrainMetrics
 from ryot.train.checkpoint import checkpoint_digest
 
 log = logging.getLogger(__name__)
@@ -27,62 +25,58 @@ log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of all trainings of one run."""
 
-    def __init__(self, run_dir: Path, journal: Journal, *, keep: int, reread: bool):
+    def __init__(self, folder: RunFolder, journal: Journal, *, keep: int, reread: bool):
         """`reread`: whether an accepted checkpoint is hashed again here, because another machine wrote it."""
-        self.run_dir, self.journal, self._keep, self._reread = run_dir, journal, keep, reread
+        self.folder, self.journal, self._keep, self._reread = folder, journal, keep, reread
 
-    def attempt_folder(self, planned: PlannedJob, attempt: int) -> Path:
+    def attempt_folder(self, training: Training, attempt: int) -> Path:
         """Where an attempt writes."""
-        job = planned.job
-        return self.run_dir / "variants" / job.variant.name / f"seed-{job.seed}" / f"attempt-{attempt}"
+        return self.folder.attempt(training.variant.name, training.seed, attempt)
 
-    def find_whole(self, planned: PlannedJob) -> tuple[list[Accepted], list[str]]:
+    def find_whole(self, training: Training) -> tuple[list[CheckpointAccepted], list[str]]:
         """The accepted checkpoints, newest first, and what is wrong with newer ones.
 
         The first is on disk as it was accepted; newer ones that are not are rejected in the journal.
         """
-        accepted, problems = self.journal.accepted(planned.key, planned.digest), []
+        accepted, problems = self.journal.accepted(training.key, training.digest), []
         while accepted:
             newest = accepted[0]
-            path = self.run_dir / newest.path
+            path = self.folder.path / newest.path
             if path.is_dir() and checkpoint_digest(path) == newest.sha256:
                 break
             problem = "has changed since it was accepted" if path.is_dir() else "is missing"
-            self.journal.append("rejected", key=planned.key, path=newest.path, reason=problem)
+            self.journal.append(CheckpointRejected(key=training.key, path=newest.path, reason=problem))
             accepted.pop(0)
-            then = f"going on from step {accepted[0].step}" if accepted else "starting over"
+            then = f"resuming from step {accepted[0].step}" if accepted else "starting over"
             problems.append(f"checkpoint {newest.path} {problem}; {then}")
             log.warning("%s", problems[-1])
         return accepted, problems
 
-    def accept(self, planned: PlannedJob, attempt: int, saved: Saved, facts: dict[str, Any]) -> Accepted:
+    def accept(
+        self, training: Training, attempt: int, *, step: int, path: Path, sha256: str, metrics: TrainMetrics
+    ) -> CheckpointAccepted:
         """Make a checkpoint count: its files are checked, then the journal names it. Raises `ClusterError`."""
-        path = Path(saved.path)
-        if saved.packed is not None:
-            unpack_folder(saved.packed, path)
-        if not path.is_dir() or (self._reread and checkpoint_digest(path) != saved.sha256):
+        if not path.is_dir() or (self._reread and checkpoint_digest(path) != sha256):
             raise ClusterError(
                 f"checkpoint {path}: the worker wrote it, but it is not what the driver reads there",
                 hint="is the shared path mounted here and on every node?",
             )
-        relative = path.relative_to(self.run_dir).as_posix()
-        accepted = Accepted(relative, saved.sha256, saved.step, attempt, dict(facts))
-        self.journal.append(
-            "checkpoint",
-            key=planned.key,
-            digest=planned.digest,
+        accepted = CheckpointAccepted(
+            key=training.key,
+            digest=training.digest,
             attempt=attempt,
-            step=saved.step,
-            path=relative,
-            sha256=saved.sha256,
-            facts=facts,
+            step=step,
+            path=self.folder.relative(path),
+            sha256=sha256,
+            metrics=metrics,
         )
+        self.journal.append(accepted)
         return accepted
 
-    def prune(self, planned: PlannedJob, accepted: Sequence[Accepted], attempt: int) -> None:
+    def prune(self, training: Training, accepted: Sequence[CheckpointAccepted], attempt: int) -> None:
         """Remove the files of a training that do not count: old checkpoints and leftovers of earlier attempts."""
-        keep = {self.run_dir / a.path for a in accepted[: self._keep]}
-        current = self.attempt_folder(planned, attempt)
+        keep = {self.folder.path / a.path for a in accepted[: self._keep]}
+        current = self.attempt_folder(training, attempt)
         for folder in current.parent.glob("attempt-*"):
             for path in [p for p in folder.iterdir() if p.is_dir()]:
                 # The attempt in progress may be writing a draft next to its checkpoints.

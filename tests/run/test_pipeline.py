@@ -19,13 +19,20 @@ import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
-from tests.conftest import TINY_MODEL
+from tests.conftest import CONTEXT, VOCAB_SIZE
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
+#: A size of a user's own, without a word on what only recipes decide.
 PRESET = f"""
-summary = "as small as the fused kernels take"
-{TINY_MODEL}
+summary = "as small as the fused kernels take at half its width"
+[model]
+vocab_size = {VOCAB_SIZE}
+dim = 128
+num_layers = 2
+num_heads = 4
+ff_dim = 128
+max_seq_len = {CONTEXT}
 [train]
 batch_size = 4
 tokens = 7680
@@ -222,7 +229,7 @@ def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], ca
     find_worker(process).kill()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "lost its worker: " in err and "Traceback" not in err
+    assert "its worker failed: " in err and "Traceback" not in err
     events = list(read_events(run_dir / "events.jsonl"))
     assert [e.status for e in events if isinstance(e, StageEvent) and e.status == "lost"] == ["lost"]
 
@@ -278,20 +285,26 @@ def test_a_finished_run_is_compared_and_reproduced(finished: tuple[Path, subproc
     assert same.returncode == 0 and "no difference" in same.stdout
     assert not {"lower", "higher"} & set(same.stdout.split())
     bundle = run_dir / "bundle"
-    measured = ryot("compare", bundle, run_dir / "variants/optimized/seed-0/forms/fp32", "--measure", "--rounds", 1)
+    measured = ryot("compare", bundle, run_dir / "variants/optimized/seed-0/artifacts/fp32", "--measure", "--rounds", 1)
     assert measured.returncode == 0 and "size (MB)" in measured.stdout, measured.stderr
-    again = ryot("reproduce", bundle, "--rounds", 1)
-    assert again.returncode in (0, 1) and "decode (tok/s)" in again.stdout, again.stderr
+    again = ryot("reproduce", bundle, "--rounds", 1, "--format", "json")
+    found = json.loads(again.stdout)
+    # Whether one round on a busy machine agrees is no matter of this test; that the code says what the text says is.
+    assert again.returncode == (0 if found["agrees"] else 1), again.stderr
+    lines = {line["key"]: line for line in found["lines"]}
+    stored = load_report(bundle).rows[0]
+    assert lines["decode_tok_s"]["b"] == stored.decode_tok_s and lines["size_bytes"]["ratio"] == 1
+    assert set(lines) == {"ttft_ms", "decode_tok_s", "load_ms", "peak_rss_bytes", "size_bytes"}
 
 
-def test_forms_are_benched_and_scored(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_artifacts_are_benched_and_scored(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     bundle = finished[0] / "bundle"
     benched = ryot("bench", bundle, "-p", "8,32", "-n", "16", "-d", "8", "-r", "1", "--format", "json")
     rows = json.loads(benched.stdout)["rows"]
     assert [r["test"] for r in rows] == ["pp8", "tg16 @ d8", "pp32"] and all(r["samples_ms"] for r in rows)
     refused = ryot("bench", bundle, "-p", "33")
     assert refused.returncode == 1 and "pp33: needs 33 tokens, the bundle's context holds 32" in refused.stderr
-    fp32 = finished[0] / "variants/optimized/seed-0/forms/fp32"
+    fp32 = finished[0] / "variants/optimized/seed-0/artifacts/fp32"
     scored = ryot("eval", bundle, "--reference", fp32, "--tokens", "2000", "--format", "json")
     assert json.loads(scored.stdout)["bpb_ratio"] == pytest.approx(1, abs=0.02), scored.stderr
 
@@ -321,9 +334,10 @@ def test_options_cannot_change_when_a_run_is_resumed(
 
 
 def test_a_running_run_is_not_taken_twice(finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path) -> None:
-    from ryot.cluster.journal import RunLock
+    from ryot.run.folder import RunFolder
+    from ryot.run.lock import RunLock
 
-    with RunLock(finished[0]):
+    with RunLock(RunFolder(finished[0])):
         process = start("--resume", str(finished[0]), cache=cache)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "is working on it" in err

@@ -78,7 +78,7 @@ class StopSignals:
             with contextlib.suppress(OSError):  # a closed terminal takes no words
                 os.write(
                     sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                    b"\nstopping after the slice in flight; once more to stop at once\n",
+                    b"\nstopping after the chunk in flight; once more to stop at once\n",
                 )
         elif self.count >= 3:
             os._exit(EXIT_INTERRUPTED)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from ryot.cluster.placement import Need
+from ryot.cluster.placement import ResourceRequest
 from ryot.cluster.runtime import Node
 from ryot.cluster.worker import TrainWorker
 from ryot.errors import RyotError
@@ -30,15 +31,23 @@ class WorkerFailed(Exception):
         self.cause = cause
 
 
-class Lane:
-    """Actors, the cores they hold, and the call they are at."""
+class Call(enum.Enum):
+    """What a group can be asked for; the value is the method of `TrainWorker`."""
 
-    def __init__(self, nodes: Sequence[Node], need: Need):
+    START = "start"
+    CHUNK = "run_chunk"
+    SAVE = "save"
+
+
+class WorkerGroup:
+    """Actors, the cores they hold, and the call that they are at."""
+
+    def __init__(self, nodes: Sequence[Node], request: ResourceRequest):
         """Ask for an actor on each of `nodes` (a node may come several times)."""
         self.nodes = list(nodes)
-        self.need = need
-        self.actors = [_make_actor(node, need) for node in nodes]
-        self.doing = ""
+        self.request = request
+        self.actors = [_make_actor(node, request) for node in nodes]
+        self.call_in_flight: Call | None = None
         self.since = 0.0
         self._refs: list[Any] = []
         self._answers: dict[int, Any] = {}
@@ -54,12 +63,12 @@ class Lane:
         """Names of its nodes."""
         return ", ".join(dict.fromkeys(n.name for n in self.nodes))
 
-    def call(self, doing: str, method: str, *arguments: tuple[Any, ...]) -> None:
+    def call(self, call: Call, *arguments: tuple[Any, ...]) -> None:
         """Call a method of all actors, with the same arguments or, given several tuples, each with its own."""
         per_rank = arguments if len(arguments) == len(self.actors) else arguments * len(self.actors)
-        self.doing, self.since, self._failed_at = doing, time.monotonic(), 0.0
+        self.call_in_flight, self.since, self._failed_at = call, time.monotonic(), 0.0
         self._answers = {}
-        self._refs = [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, per_rank, strict=True)]
+        self._refs = [getattr(actor, call.value).remote(*own) for actor, own in zip(self.actors, per_rank, strict=True)]
 
     def collect(self, ready: set[Any]) -> Any | None:
         """The answer of the first rank once all have answered, else None.
@@ -110,16 +119,16 @@ def _say_why(error: Exception) -> str:
     return why.split(". ")[0] if found else f"{type(error).__name__}: {text}"
 
 
-def _make_actor(node: Node, need: Need) -> Any:
+def _make_actor(node: Node, request: ResourceRequest) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # A restarted actor would answer from a fresh constructor as if nothing had happened.
     options: dict[str, Any] = {
-        "num_cpus": need.threads,
-        "num_gpus": need.gpus,
+        "num_cpus": request.threads,
+        "num_gpus": request.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
     }
-    return ray.remote(**options)(TrainWorker).remote(need.threads)
+    return ray.remote(**options)(TrainWorker).remote(request.threads)

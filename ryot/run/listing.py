@@ -8,12 +8,20 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ryot.cluster.journal import FILE, RunLock, is_held, parse_journal
 from ryot.errors import ClusterError, ConfigError
-
-REPORT = "report.json"
+from ryot.mapping import to_mapping
+from ryot.run.folder import RunFolder, resume_hint
+from ryot.run.journal import (
+    AttemptBegun,
+    CheckpointAccepted,
+    Opened,
+    Record,
+    TrainingDone,
+    TrainingFailed,
+    parse_journal,
+)
+from ryot.run.lock import RunLock, is_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,63 +53,58 @@ class RunState:
     problem: str = ""
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run's."""
-    return (path / FILE).is_file()
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The runs directly in `folder`, oldest first."""
-    if not folder.is_dir():
+def find_runs(root: Path) -> list[RunFolder]:
+    """The runs directly in `root`, oldest first."""
+    if not root.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if is_run(p)), key=lambda p: (p / FILE).stat().st_ctime)
+    folders = [RunFolder(path) for path in root.iterdir()]
+    return sorted((f for f in folders if f.is_run), key=lambda f: f.journal.stat().st_ctime)
 
 
 def read_run(path: Path) -> RunState:
     """The state of a run; it may be running. Raises `ConfigError` when the folder is no run's."""
-    if not is_run(path):
-        raise ConfigError(f"run {path}: is not a run folder (no {FILE})")
-    records, _ = parse_journal(path / FILE)
-    keys = list(dict.fromkeys(r["key"] for r in records if r["record"] == "attempt"))
-    trainings = []
-    for key in keys:
-        mine = [r for r in records if r.get("key") == key]
-        checkpoints = [r for r in mine if r["record"] == "checkpoint"]
-        ends = [r for r in mine if r["record"] in ("done", "failed")]
-        trainings.append(
-            TrainingState(
-                key=key,
-                state=ends[-1]["record"] if ends else "begun",
-                step=checkpoints[-1]["step"] if checkpoints else 0,
-                attempts=sum(r["record"] == "attempt" for r in mine),
-                val_loss=checkpoints[-1]["facts"].get("val_loss") if checkpoints else None,
-                reason=ends[-1].get("reason", "") if ends else "",
-            )
-        )
-    opened: dict[str, Any] = next((r for r in records if r["record"] == "opened"), {"time": 0.0, "version": "?"})
-    if is_held(path):
+    folder = RunFolder(path)
+    if not folder.is_run:
+        raise ConfigError(f"run {path}: is not a run folder (no {folder.journal.name})")
+    records, _ = parse_journal(folder.journal)
+    keys = dict.fromkeys(r.key for r in records if isinstance(r, AttemptBegun))
+    opened = next((r for r in records if isinstance(r, Opened)), None)
+    if is_held(folder):
         state = "running"
     else:
-        state = "finished" if (path / REPORT).exists() else "stopped"
+        state = "finished" if folder.report.exists() else "stopped"
     return RunState(
         path=path,
         state=state,
-        begun_at=opened["time"],
-        version=opened["version"],
+        begun_at=opened.time if opened else 0.0,
+        version=opened.version if opened else "?",
         size_bytes=_size(path),
-        trainings=tuple(trainings),
+        trainings=tuple(_training_state(key, [r for r in records if r.key == key]) for key in keys),
     )
 
 
-def list_runs(folder: Path) -> list[RunState]:
-    """The state of every run in `folder`; one that cannot be read hides no other."""
+def _training_state(key: str, records: list[Record]) -> TrainingState:
+    newest = next((r for r in reversed(records) if isinstance(r, CheckpointAccepted)), None)
+    end = next((r for r in reversed(records) if isinstance(r, (TrainingDone, TrainingFailed))), None)
+    return TrainingState(
+        key=key,
+        state=end.record if end else "begun",
+        step=newest.step if newest else 0,
+        attempts=sum(isinstance(r, AttemptBegun) for r in records),
+        val_loss=newest.metrics.val_loss if newest else None,
+        reason=end.reason if isinstance(end, TrainingFailed) else "",
+    )
+
+
+def list_runs(root: Path) -> list[RunState]:
+    """The state of every run in `root`; one that cannot be read hides no other."""
     states = []
-    for path in find_runs(folder):
+    for folder in find_runs(root):
         try:
-            states.append(read_run(path))
+            states.append(read_run(folder.path))
         except ClusterError as error:
-            begun_at = (path / FILE).stat().st_ctime
-            states.append(RunState(path, "damaged", begun_at, "?", _size(path), (), str(error)))
+            begun_at = folder.journal.stat().st_ctime
+            states.append(RunState(folder.path, "damaged", begun_at, "?", _size(folder.path), (), str(error)))
     return states
 
 
@@ -115,11 +118,11 @@ def _size(path: Path) -> int:
 
 def remove_run(path: Path) -> int:
     """Remove a run folder; returns the bytes freed. Raises when it is running or no run's."""
-    state = read_run(path)
-    lock = RunLock(path)
+    state, folder = read_run(path), RunFolder(path)
+    lock = RunLock(folder)
     try:
         # Without its journal a folder half removed is no run any more.
-        (path / FILE).unlink()
+        folder.journal.unlink()
         shutil.rmtree(path)
     except OSError as error:
         raise ClusterError(f"run {path}: cannot be removed ({error.strerror})") from error
@@ -130,29 +133,11 @@ def remove_run(path: Path) -> int:
 
 def run_to_dict(state: RunState) -> dict[str, object]:
     """The state as plain values."""
-    return {
-        "path": str(state.path),
-        "state": state.state,
-        "begun_at": state.begun_at,
-        "version": state.version,
-        "size_bytes": state.size_bytes,
-        "problem": state.problem,
-        "trainings": [
-            {
-                "key": t.key,
-                "state": t.state,
-                "step": t.step,
-                "attempts": t.attempts,
-                "val_loss": t.val_loss,
-                "reason": t.reason,
-            }
-            for t in state.trainings
-        ],
-    }
+    return {**to_mapping(state, keep_none=True), "path": str(state.path)}
 
 
 def format_runs(states: list[RunState], fmt: str) -> str:
-    """A line a run, or JSON."""
+    """A line per run, or JSON."""
     if fmt == "json":
         return json.dumps({"schema": 1, "runs": [run_to_dict(s) for s in states]}, indent=1)
     from tabulate import tabulate
@@ -172,7 +157,7 @@ def format_runs(states: list[RunState], fmt: str) -> str:
 
 
 def format_run(state: RunState, fmt: str) -> str:
-    """A line a training, or JSON."""
+    """A line per training, or JSON."""
     if fmt == "json":
         return json.dumps({"schema": 1, **run_to_dict(state)}, indent=1)
     from tabulate import tabulate
@@ -182,5 +167,5 @@ def format_run(state: RunState, fmt: str) -> str:
         for t in state.trainings
     ]
     table = tabulate(rows, headers=["training", "state", "step", "val loss", "attempts", "reason"])
-    way_on = f"\ngo on with: ryot-deploy cluster-run --resume {state.path}" if state.state == "stopped" else ""
-    return f"{state.path}: {state.state}\n{table}{way_on}"
+    resume = f"\n{resume_hint(state.path)}" if state.state == "stopped" else ""
+    return f"{state.path}: {state.state}\n{table}{resume}"

@@ -160,7 +160,7 @@ def _token_weights(energy_T: Tensor) -> Tensor:
 
 
 def _label_gradients(x_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss gradient by the head's inputs for labels that it draws, and the squared one by logits, over T and over V."""
+    """The loss gradient by the head's inputs for labels it draws, and the squared one by logits, over T and over V."""
     x_TD = x_BTD[0]
     gradients, head_V, head_T = [], torch.zeros(len(head_VD)), []
     for rows_RD in x_TD.split(LOGIT_ROWS):

@@ -41,6 +41,7 @@ from ryot.deploy.quality import (
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.standard import StandardGraph
+from ryot.deploy.stored import BlockSource
 from ryot.deploy.verify import PARITY_ROWS, PARITY_TOKENS, SAFETY, ParityResult, check_parity, reference_logits
 from ryot.deploy.weights import DecoderWeights, load_decoder_weights
 from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
@@ -97,27 +98,30 @@ def export_variant(
     data: EvalData,
     *,
     options: ExportOptions,
+    source: BlockSource | None = None,
     on_artifact: Callable[[ArtifactResult], None] = lambda _: None,
 ) -> list[ArtifactResult]:
     """Export a checkpoint in every precision to `out_root/PRECISION`, gate and score each.
 
     The fp32 graphs are checked against torch first, also where `fp32` is not asked for; all artifacts are then scored
     against torch on one pass over held-out text. Raises `QualityError` when parity fails and nothing can be trusted;
-    one that is merely worse than the limit comes back with `passed` false.
+    one that is merely worse than the limit comes back with `passed` false. A `source` that holds matrices in 4 bits
+    gives them to `int4` as they are.
     """
     for precision in precisions:
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     weights = load_decoder_weights(checkpoint)
     context = weights.cfg.max_seq_len
-    if any(precision != "fp32" for precision in precisions):
-        weights = smooth_for(weights, data)
     parity_windows = data.windows(options.split, PARITY_ROWS, min(context, PARITY_TOKENS))[:, :-1]
     halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
+    # Blocks that the source has rounded hold for its own values alone.
+    if any(half != "fp32" for half in halves) and not (source and "int4" in halves):
+        weights = smooth_for(weights, data)
     prompts = data.windows("val", NUM_PROMPTS, context)[:, :context]
     identity = _Identity(checkpoint, weights, options, data.corpus_sha256, prompts)
     with scratch_folder("export") as scratch:
-        quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch)
+        quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch, source=source)
         singles = {"fp32": quantizer.quantize("fp32")}
         parity = check_parity(
             load_model(checkpoint),

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ryot.config import replace
 from ryot.deploy.artifacts import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
-from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
+from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
 from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix, block_size_for
@@ -43,7 +43,9 @@ from ryot.deploy.weights import DecoderWeights, FloatArray
 log = logging.getLogger(__name__)
 
 #: Training tokens that the inputs of each matrix are observed over, in windows of at most this length.
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 4_096, 256
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8_192, 256
+#: Training tokens that gradients are taken over and what an option costs is judged on; not those it was made on.
+COST_TOKENS = 2_048
 #: Training tokens that the size of each input is averaged over.
 SMOOTHING_TOKENS = 1_024
 #: Validation tokens that a choice is made on.
@@ -233,20 +235,22 @@ class Quantizer:
         options = self._stored_options(names)
         if len(options) == len(names):
             return options
-        windows = quality_windows(
-            self._data, "train", self._length, tokens=CALIBRATION_TOKENS, window=CALIBRATION_WINDOW
-        )[:, :-1]
-        sensitivity = measure_sensitivity(self._weights, windows)
+        tokens = CALIBRATION_TOKENS + COST_TOKENS
+        windows = quality_windows(self._data, "train", self._length, tokens=tokens, window=CALIBRATION_WINDOW)[:, :-1]
+        num_cost = max(1, len(windows) * COST_TOKENS // tokens)
+        cost, fit = windows[:num_cost], windows[num_cost:]
+        sensitivity = measure_sensitivity(self._weights, cost)
 
-        def round_matrix(name: str, moments_KK: Tensor) -> None:
+        def round_matrix(name: str, moments: Moments) -> None:
             if name not in options:
                 log.debug("int4: rounding %s", name)
-                options[name] = self._options_of(name, sensitivity, moments_KK)
+                curvature = factorize(moments.fit_KK, fit.size)
+                options[name] = self._options_of(name, sensitivity, curvature, moments.cost_KK)
 
-        capture_moments(self._weights, windows, round_matrix, sensitivity.tokens)
+        capture_moments(self._weights, fit, cost, sensitivity.tokens, round_matrix)
         for name in names:
             if name not in options:  # a table that is only looked up: no product, no inputs
-                options[name] = self._options_of(name, sensitivity, None)
+                options[name] = self._options_of(name, sensitivity, None, None)
         return {name: options[name] for name in names}
 
     def _stored_options(self, names: list[str]) -> dict[str, list[Option]]:
@@ -267,7 +271,9 @@ class Quantizer:
             for name in kept
         }
 
-    def _options_of(self, name: str, sensitivity: Sensitivity, moments_KK: Tensor | None) -> list[Option]:
+    def _options_of(
+        self, name: str, sensitivity: Sensitivity, curvature: Curvature | None, moments_KK: Tensor | None
+    ) -> list[Option]:
         values = self._weights[f"{name}.weight"]
 
         def option(matrix: BlockMatrix) -> Option:
@@ -283,7 +289,6 @@ class Quantizer:
                 matrix=matrix,
             )
 
-        curvature = None if moments_KK is None else factorize(moments_KK)
         sizes = dict.fromkeys(self._block_size(name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK))
         formats = [(4, size) for size in sizes] + [(8, self._block_size(name, self._settings.int8_block_size))]
         return [option(_round(values, curvature, bits, block_size)) for bits, block_size in formats]

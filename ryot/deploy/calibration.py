@@ -33,8 +33,19 @@ SENSITIVITY_WINDOW = 256
 #: Rows of the output matrix that are multiplied at a time; a whole vocabulary of logits takes much memory.
 LOGIT_ROWS = 128
 
-OnMatrix = Callable[[str, Tensor], Tensor | None]
-"""Called with a matrix's name and its inputs' moments [K, K]; returns new values [N, K] to go on with, or None."""
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments [K, K] of a matrix's inputs over two texts."""
+
+    fit_KK: Tensor
+    """To round by: all tokens alike."""
+    cost_KK: Tensor
+    """To judge by: other text, tokens weighed by their gradients."""
+
+
+OnMatrix = Callable[[str, Moments], None]
+"""Called with a matrix's name and the moments of its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,26 +110,26 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
 @torch.no_grad()
 def capture_moments(
     weights: DecoderWeights,
-    windows: NDArray[np.int64],
+    fit: NDArray[np.int64],
+    cost: NDArray[np.int64],
+    token_weights: Mapping[str, Tensor],
     on_matrix: OnMatrix,
-    token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """One forward pass over token windows [B, T] that hands each matrix's input moments to `on_matrix`, in order.
+    """One forward pass over token windows [B, T] of two texts that hands each matrix's moments over, in order.
 
-    What is not returned is freed: the moments of one matrix exist at a time. Tokens count alike or by `token_weights`
-    [B * T] of each matrix.
+    The moments of one matrix exist at a time. `token_weights` [B * T] are those of `cost`.
     """
     model = build_decoder(weights.spec, weights.arrays)
 
-    def moments(name: str, x_BTK: Tensor) -> Tensor:
+    def moments(name: str, x_BTK: Tensor) -> Moments:
         x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
-        weighed_MK = x_MK if token_weights is None else x_MK * token_weights[name][:, None]
-        return weighed_MK.T @ x_MK / len(x_MK)
+        fit_MK, cost_MK = x_MK[: fit.size], x_MK[fit.size :]
+        weighed_MK = cost_MK * token_weights[name][:, None]
+        return Moments(fit_MK.T @ fit_MK / len(fit_MK), weighed_MK.T @ cost_MK / len(cost_MK))
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if (values_NK := on_matrix(name, moments(name, inputs[0]))) is not None:
-                module.weight = nn.Parameter(values_NK, requires_grad=False)
+            on_matrix(name, moments(name, inputs[0]))
 
         return see
 
@@ -127,7 +138,7 @@ def capture_moments(
     for layer in model.layers:
         # The keys and values of all tokens, which nobody reads, would be kept till the end.
         layer.register_forward_hook(lambda module, inputs, out: (out[0], None))
-    x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
+    x_BTD, _ = model.trunk(torch.from_numpy(np.concatenate((fit, cost))), model.table_VE)
     on_matrix(weights.head, moments(weights.head, x_BTD))
 
 
@@ -161,7 +172,7 @@ def _token_weights(energy_T: Tensor) -> Tensor:
 
 
 def _label_gradients(x_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss gradient by the head's inputs for labels that it draws; the squared one by logits, over T and over V."""
+    """The loss gradient by the head's inputs for labels it draws, and the squared one by logits, over T and over V."""
     x_TD = x_BTD[0]
     gradients, head_V, head_T = [], torch.zeros(len(head_VD)), []
     for rows_RD in x_TD.split(LOGIT_ROWS):

@@ -34,6 +34,7 @@ from ryot.deploy.quality import (
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.standard import StandardGraph
+from ryot.deploy.stored import BlockSource
 from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
@@ -71,6 +72,7 @@ def export_variant(
     data: EvalData,
     *,
     options: ExportOptions,
+    source: BlockSource | None = None,
     on_artifact: Callable[[ArtifactResult], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[ArtifactResult]:

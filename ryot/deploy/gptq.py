@@ -29,7 +29,7 @@ from ryot.models.tensors import FloatArray
 
 #: Shares of a block's range that are tried as its end, on either side.
 CLIPPINGS = (1.0, 0.94, 0.88, 0.82, 0.76)
-#: Added to the diagonal, as a share of its mean, so that the inverse exists (GPTQ's own default).
+#: Added to the diagonal, as a share of its mean, at least (GPTQ's own default).
 DAMPING = 0.01
 #: Columns whose effect on the columns after them is applied at once.
 PANEL = 64
@@ -62,11 +62,21 @@ class Curvature:
     """Upper Cholesky factor of the damped inverse moments in that order, as GPTQ walks it."""
 
 
-def factorize(moments_KK: Tensor) -> Curvature:
-    """Factorize in float64, which the inverse needs."""
+def damping(num_inputs: int, num_tokens: int) -> float:
+    """What is added to the diagonal of moments that so many tokens gave, as a share of its mean.
+
+    Few tokens leave directions in which they hardly vary and other text does: there GPTQ would put its errors. On
+    SmolLM2-135M with 2,048 tokens a damping of 0.01 left more error on other text than RTN does (K = 1536: 8.3e-3 and
+    6.8e-3 of the outputs' energy, RTN 5.2e-3), one near K / tokens least (4.5e-3 and 4.0e-3; 2 matrices, 2026-11-27).
+    """
+    return max(DAMPING, num_inputs / num_tokens)
+
+
+def factorize(moments_KK: Tensor, num_tokens: int) -> Curvature:
+    """Factorize moments over so many tokens, in float64, which the inverse needs."""
     order = torch.argsort(moments_KK.diagonal(), descending=True, stable=True)
     damped = moments_KK[order][:, order].double()
-    damped.diagonal().add_(DAMPING * max(float(damped.diagonal().mean()), 1e-12))
+    damped.diagonal().add_(damping(len(damped), num_tokens) * max(float(damped.diagonal().mean()), 1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return Curvature(moments_KK, order, torch.linalg.cholesky(inverse, upper=True).float())
 

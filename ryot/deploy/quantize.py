@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ryot.config import replace
-from ryot.deploy.calibration import Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
+from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
-from ryot.deploy.matrices import BlockMatrix, Matrix, block_size_for
+from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix, block_size_for
 from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
@@ -37,13 +37,16 @@ from ryot.deploy.selection import Ladder, Option, find_smallest
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
+from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)
 
 #: Training tokens that the inputs of each matrix are observed over, in windows of at most this length.
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 4_096, 256
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8_192, 256
+#: Training tokens that gradients are taken over and what an option costs is judged on; not those it was made on.
+COST_TOKENS = 2_048
 #: Training tokens that the size of each input is averaged over.
 SMOOTHING_TOKENS = 1_024
 #: Validation tokens that a choice is made on.
@@ -119,8 +122,17 @@ class Quantizer:
     """Quantizes one decoder; temporary graphs are gone from the disk as soon as they are loaded."""
 
     def __init__(
-        self, weights: DecoderWeights, data: EvalData, settings: ExportSettings, max_bpb_ratio: float, scratch: Path
+        self,
+        weights: DecoderWeights,
+        data: EvalData,
+        settings: ExportSettings,
+        max_bpb_ratio: float,
+        scratch: Path,
+        *,
+        source: BlockSource | None = None,
     ):
+        """With a `source` that holds matrices in 4 bits `int4` takes those; `weights` are its values, not smoothed."""
+        self._source = source
         self._weights, self._data, self._settings = weights, data, settings
         self._limit, self._scratch = max_bpb_ratio, scratch
         self._length = weights.spec.max_seq_len
@@ -219,25 +231,50 @@ class Quantizer:
         return Quantized(matrices={name: option.matrix for name, option in mix.items()}, record=record)
 
     def _options(self) -> dict[str, list[Option]]:
-        """The ways to round each matrix, in the order of `float_matrices`."""
-        windows = quality_windows(
-            self._data, "train", self._length, tokens=CALIBRATION_TOKENS, window=CALIBRATION_WINDOW
-        )[:, :-1]
-        sensitivity = measure_sensitivity(self._weights, windows)
-        options: dict[str, list[Option]] = {}
-
-        def round_matrix(name: str, moments_KK: Tensor) -> None:
-            log.debug("int4: rounding %s", name)
-            options[name] = self._options_of(name, sensitivity, moments_KK)
-
-        capture_moments(self._weights, windows, round_matrix, sensitivity.tokens)
+        """The ways to round each matrix, in the order of `float_matrices`; what the source has rounded stays so."""
         names = list(float_matrices(self._weights))
+        options = self._stored_options(names)
+        if len(options) == len(names):
+            return options
+        tokens = CALIBRATION_TOKENS + COST_TOKENS
+        windows = quality_windows(self._data, "train", self._length, tokens=tokens, window=CALIBRATION_WINDOW)[:, :-1]
+        num_cost = max(1, len(windows) * COST_TOKENS // tokens)
+        cost, fit = windows[:num_cost], windows[num_cost:]
+        sensitivity = measure_sensitivity(self._weights, cost)
+
+        def round_matrix(name: str, moments: Moments) -> None:
+            if name not in options:
+                log.debug("int4: rounding %s", name)
+                curvature = factorize(moments.fit_KK, fit.size)
+                options[name] = self._options_of(name, sensitivity, curvature, moments.cost_KK)
+
+        capture_moments(self._weights, fit, cost, sensitivity.tokens, round_matrix)
         for name in names:
             if name not in options:  # a table that is only looked up: no product, no inputs
-                options[name] = self._options_of(name, sensitivity, None)
+                options[name] = self._options_of(name, sensitivity, None, None)
         return {name: options[name] for name in names}
 
-    def _options_of(self, name: str, sensitivity: Sensitivity, moments_KK: Tensor | None) -> list[Option]:
+    def _stored_options(self, names: list[str]) -> dict[str, list[Option]]:
+        """The matrices that the source holds in 4 bits; its tables in 8 bits too if all others are in 4."""
+        if self._source is None:
+            return {}
+        tables = table_names(self._weights)
+        found: dict[str, BlockMatrix | OffsetBlockMatrix] = {}
+        for name in names:
+            stored = self._source.blocks(name)
+            matrix = stored and (repack(stored) or (None if name in tables else repack_with_offsets(stored)))
+            if matrix:
+                found[name] = matrix
+        four = [name for name, m in found.items() if isinstance(m, OffsetBlockMatrix) or m.bits == 4]
+        kept = found if set(four) >= set(names) - set(tables) else four
+        return {
+            name: [Option(label="as stored", num_bytes=found[name].num_bytes, expected_kl=0.0, matrix=found[name])]
+            for name in kept
+        }
+
+    def _options_of(
+        self, name: str, sensitivity: Sensitivity, curvature: Curvature | None, moments_KK: Tensor | None
+    ) -> list[Option]:
         values = self._weights[f"{name}.weight"]
 
         def option(matrix: BlockMatrix) -> Option:
@@ -253,7 +290,6 @@ class Quantizer:
                 matrix=matrix,
             )
 
-        curvature = None if moments_KK is None else factorize(moments_KK)
         sizes = dict.fromkeys(self._block_size(name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK))
         formats = [(4, size) for size in sizes] + [(8, self._block_size(name, self._settings.int8_block_size))]
         return [option(_round(values, curvature, bits, block_size)) for bits, block_size in formats]

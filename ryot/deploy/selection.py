@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ryot.deploy.matrices import BlockMatrix
+from ryot.deploy.matrices import Matrix
 
 #: Whole graphs that are measured, at most.
 MAX_MEASURED = 6
@@ -28,7 +28,7 @@ class Option:
     """Bits and block size."""
     num_bytes: int
     expected_kl: float
-    matrix: BlockMatrix
+    matrix: Matrix
 
 
 class Ladder:

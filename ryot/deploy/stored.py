@@ -10,7 +10,7 @@ its types with a float minimum (Q4_1, Q5_1, Q4_K, Q5_K) are not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,8 +61,10 @@ def repack_with_offsets(stored: StoredBlocks) -> OffsetBlockMatrix | None:
     left_NC = (stored.minimums_NC + zeros * scales).astype(np.float32)
     size = codes.shape[2]
     blocks = BlockMatrix(codes, scales, 4, codes.shape[1] * size, zeros.astype(np.uint8))
-    offsets = round_by_search(left_NC, bits=4, block_size=size)
-    return OffsetBlockMatrix(blocks, offsets)
+    # Padded here: the product has one block size, even where a smaller one would divide C.
+    padded = np.pad(left_NC, ((0, 0), (0, -left_NC.shape[1] % size)))
+    offsets = round_by_search(padded, bits=4, block_size=size)
+    return OffsetBlockMatrix(blocks, replace(offsets, num_inputs=left_NC.shape[1]))
 
 
 def repack(stored: StoredBlocks) -> BlockMatrix | None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ryot.deploy.gptq import DAMPING, factorize, output_errors, round_by_gptq, round_by_search
+from ryot.deploy.gptq import damping, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.matrices import quantize_blocks
 
 N, K = 48, 256
+TOKENS = 100 * K
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_gptq_loses_least_then_searched_scales_then_rtn(problem, size):
     weights, _, moments = problem
     rtn = lost(problem, quantize_blocks(weights, bits=4, block_size=size))
     search = lost(problem, round_by_search(weights, moments.diagonal(), bits=4, block_size=size))
-    gptq = lost(problem, round_by_gptq(weights, factorize(moments), bits=4, block_size=size))
+    gptq = lost(problem, round_by_gptq(weights, factorize(moments, TOKENS), bits=4, block_size=size))
     assert search < rtn
     assert gptq < 0.5 * rtn
     assert gptq < 0.8 * search
@@ -40,7 +41,7 @@ def test_gptq_loses_least_then_searched_scales_then_rtn(problem, size):
 
 def test_zero_points_lose_less_than_symmetric_blocks(problem):
     weights, x, moments = problem
-    one_sided, curvature = weights + 1.0, factorize(moments)
+    one_sided, curvature = weights + 1.0, factorize(moments, TOKENS)
     found = [
         lost((one_sided, x, moments), round_by_gptq(one_sided, curvature, bits=4, block_size=32, asymmetric=asymmetric))
         for asymmetric in (True, False)
@@ -51,15 +52,32 @@ def test_zero_points_lose_less_than_symmetric_blocks(problem):
 def test_eight_bits_gain_by_gptq_too(problem):
     weights, _, moments = problem
     rtn = lost(problem, quantize_blocks(weights, bits=8, block_size=32))
-    gptq = round_by_gptq(weights, factorize(moments), bits=8, block_size=32, asymmetric=False)
+    gptq = round_by_gptq(weights, factorize(moments, TOKENS), bits=8, block_size=32, asymmetric=False)
     assert lost(problem, gptq) < 0.5 * rtn
+
+
+def test_few_tokens_of_calibration_do_no_harm_on_others():
+    """Half as many tokens as inputs: with the usual damping GPTQ fits them so well that other text loses by it."""
+    r = np.random.default_rng(0)
+    weights = r.standard_normal((N, K)).astype(np.float32)
+    mixing = r.standard_normal((K, K)) * np.exp(0.5 * r.standard_normal(K))
+    few, many = ((r.standard_normal((count, K)) @ mixing).astype(np.float32) for count in (K // 2, 4096))
+    moments = torch.from_numpy(few.T @ few / len(few))
+
+    def lost_elsewhere(matrix):
+        return np.square(many @ (matrix.dequantize() - weights).T).mean()
+
+    search = lost_elsewhere(round_by_search(weights, moments.diagonal(), bits=4, block_size=32))
+    careful = round_by_gptq(weights, factorize(moments, len(few)), bits=4, block_size=32)
+    careless = round_by_gptq(weights, factorize(moments, 100 * K), bits=4, block_size=32)
+    assert lost_elsewhere(careful) < search < lost_elsewhere(careless)
 
 
 def textbook_gptq(weights, moments, scales, zeros, size):
     """GPTQ column by column in float64, with the whole inverse updated by elimination instead of a factor of it."""
     order = np.argsort(-np.diag(moments), kind="stable")
     h = moments[np.ix_(order, order)].astype(np.float64)
-    inverse = np.linalg.inv(h + np.eye(len(h)) * DAMPING * np.diag(h).mean())
+    inverse = np.linalg.inv(h + np.eye(len(h)) * damping(K, TOKENS) * np.diag(h).mean())
     left, codes = weights[:, order].astype(np.float64), np.zeros(weights.shape, np.int64)
     for i, column in enumerate(order):
         scale, zero = scales[:, column // size].astype(np.float64), zeros[:, column // size].astype(np.float64)
@@ -72,7 +90,7 @@ def textbook_gptq(weights, moments, scales, zeros, size):
 
 def test_panels_give_the_codes_of_the_textbook(problem):
     weights, _, moments = problem
-    found = round_by_gptq(weights, factorize(moments), bits=4, block_size=64)
+    found = round_by_gptq(weights, factorize(moments, TOKENS), bits=4, block_size=64)
     expected = textbook_gptq(weights, moments.numpy(), found.scales_NC, found.zeros_NC, 64)
     # float32 against float64: a value within 1e-5 of the middle between two codes may go either way, and what follows
     # it in its row then differs by a step.
@@ -94,7 +112,7 @@ def test_a_width_without_a_block_size_is_padded_with_zeros_and_inputs_that_are_n
     x[:, 3] = 0
     moments = torch.from_numpy(x.T @ x / len(x))
     for matrix in (
-        round_by_gptq(weights, factorize(moments), bits=bits, block_size=32, asymmetric=asymmetric),
+        round_by_gptq(weights, factorize(moments, TOKENS), bits=bits, block_size=32, asymmetric=asymmetric),
         round_by_search(weights, bits=bits, block_size=32, asymmetric=asymmetric),
     ):
         assert matrix.codes_NCE.shape == (8, 4, 32)
@@ -106,4 +124,4 @@ def test_a_width_without_a_block_size_is_padded_with_zeros_and_inputs_that_are_n
 def test_zeros_stay_zero():
     zeros = np.zeros((4, 64), np.float32)
     assert not round_by_search(zeros, bits=4, block_size=32).dequantize().any()
-    assert not round_by_gptq(zeros, factorize(torch.eye(64)), bits=4, block_size=32).dequantize().any()
+    assert not round_by_gptq(zeros, factorize(torch.eye(64), TOKENS), bits=4, block_size=32).dequantize().any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from ryot.deploy.quality import (
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.standard import StandardGraph
-from ryot.deploy.stored import BlockSource
+from ryot.deploy.stored import stored_in_four_bits
 from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
@@ -72,7 +73,6 @@ def export_variant(
     data: EvalData,
     *,
     options: ExportOptions,
-    source: BlockSource | None = None,
     on_artifact: Callable[[ArtifactResult], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[ArtifactResult]:
@@ -92,70 +92,105 @@ def export_variant(
         bundle.write_checkpoint_files(checkpoint, files)
         weights = load_decoder_weights(checkpoint, options.context)
         text = check_text(files, vocab_size=weights.spec.vocab_size)
-        if any(precision != "fp32" for precision in precisions):
-            tell("smoothing inputs into the weights before them")
-            weights = smooth_for(weights, data)
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
         origin = Origin(checkpoint, weights, options, text.token_ids, data.corpus_sha256, prompts)
-        quantizer = Quantizer(weights, data, options.settings, options.max_bpb_ratio, scratch)
-        singles = {"fp32": quantizer.quantize("fp32")}
         rows, tokens = parity_size(weights.spec)
         windows = data.windows(options.split, rows, tokens)[:, :-1]
         tell("checking the float32 graphs against torch")
         model = build_decoder(weights.spec, weights.arrays)
-        fp32 = build_artifact(origin, scratch / "fp32", "fp32", singles, FLOAT_CACHE, Scores())
+        fp32 = build_artifact(
+            origin,
+            scratch / "fp32",
+            "fp32",
+            {"fp32": quantize_rtn(weights, "fp32", options.settings)},
+            FLOAT_CACHE,
+            Scores(),
+        )
         parity = check_parity(model, fp32, windows)
+        shutil.rmtree(fp32)
         oracle = NO_ORACLE
         if options.oracle:
             tell("checking what was read against transformers")
             oracle = check_oracle(checkpoint, model, windows, parity.tolerance, scratch)
-        halves = dict.fromkeys(half for precision in precisions for half in split_pair(precision))
-        for half in halves:
-            if half not in singles:
-                tell(f"quantizing to {half}")
-                singles[half] = quantizer.quantize(half)
-        cache = quantizer.choose_cache()
+        quantized = _quantize(origin, precisions, data, scratch, tell)
+        cache = quantized[precisions[0]].quantizer.choose_cache()
         tell(f"scoring {', '.join(precisions)}")
-        qualities = _score(quantizer, precisions, singles, cache, data, options)
+        qualities = _score(quantized, cache, data, options)
     results = []
-    for precision in precisions:
+    for precision, way in quantized.items():
         tell(f"writing {precision}")
         scores = Scores(quality=qualities[precision], rounding_error=parity.tolerance, parity=parity, oracle=oracle)
-        path = build_artifact(origin, out_root / precision, precision, singles, cache, scores)
+        path = build_artifact(way.origin, out_root / precision, precision, way.singles, cache, scores)
         results.append(_judge(precision, path, scores, options.max_bpb_ratio))
         on_artifact(results[-1])
     return results
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Weights that some of the precisions are made from, and what was made of them."""
+
+    origin: Origin
+    quantizer: Quantizer
+    singles: dict[str, Quantized]
+
+
+def _quantize(
+    origin: Origin, precisions: Sequence[str], data: EvalData, scratch: Path, tell: Callable[[str], None]
+) -> dict[str, _Way]:
+    """The matrices of every precision, by precision.
+
+    Blocks of 4 bits that the checkpoint holds stand for its own values alone, so `int4` of such a one, and fp32, come
+    of the weights as they are; all others of weights that are smoothed for rounded inputs. Both are held against the
+    float32 decoder of the weights as they are.
+    """
+    options, weights = origin.options, origin.weights
+    stored = stored_in_four_bits(origin.checkpoint, weights.spec)
+    settings, limit = options.settings, options.max_bpb_ratio
+    as_is = _Way(origin, Quantizer(weights, data, settings, limit, scratch, source=stored), {})
+    smoothed: _Way | None = None
+    ways: dict[str, _Way] = {}
+    for precision in precisions:
+        if precision == "fp32" or (stored and "int4" in split_pair(precision)):
+            ways[precision] = as_is
+            continue
+        if smoothed is None:
+            tell("smoothing the inputs of matrices")
+            even = smooth_for(weights, data)
+            quantizer = Quantizer(even, data, settings, limit, scratch, reference=as_is.quantizer.reference)
+            smoothed = _Way(dataclasses.replace(origin, weights=even), quantizer, {})
+        ways[precision] = smoothed
+    for precision, way in ways.items():
+        for half in split_pair(precision):
+            if half not in way.singles:
+                tell(f"quantizing to {half}")
+                way.singles[half] = way.quantizer.quantize(half)
+    return ways
+
+
 def _score(
-    quantizer: Quantizer,
-    precisions: Sequence[str],
-    singles: Mapping[str, Quantized],
-    cache: CacheFormat,
-    data: EvalData,
-    options: ExportOptions,
+    quantized: Mapping[str, _Way], cache: CacheFormat, data: EvalData, options: ExportOptions
 ) -> dict[str, Quality]:
     """The quality of each precision; of a pair, in each figure the worse of its two graphs.
 
     An int8 cache is read at every position here, as steps do. A pair's prompt reads none: it has less error than this.
     """
     graphs: dict[str, StandardGraph] = {}
-    for precision in precisions:
-        artifact = quantizer.artifact(precision, singles)
-        graphs[precision] = quantizer.graph(artifact.decode, cache.scales)
+    for precision, way in quantized.items():
+        artifact = way.quantizer.artifact(precision, way.singles)
+        if precision != "fp32" or cache.scales is not None:  # parity holds fp32 against the reference
+            graphs[precision] = way.quantizer.graph(artifact.decode, cache.scales)
         if artifact.is_pair:
-            graphs[f"{precision} prefill"] = quantizer.graph(artifact.prefill, cache.scales)
-    if cache.scales is None:
-        graphs.pop("fp32", None)  # parity holds it against the reference
-    context = quantizer.context
-    windows = quality_windows(data, options.split, context)
+            graphs[f"{precision} prefill"] = way.quantizer.graph(artifact.prefill, cache.scales)
+    quantizer = next(iter(quantized.values())).quantizer
+    windows = quality_windows(data, options.split, quantizer.context)
     found = evaluate_artifacts(
         quantizer.reference, graphs, windows, data.byte_lengths, max_bpb_ratio=options.max_bpb_ratio
     )
-    depth, kl = divergence_at_depth(quantizer.reference, graphs, data, options.split, context)
+    depth, kl = divergence_at_depth(quantizer.reference, graphs, data, options.split, quantizer.context)
     found |= {name: dataclasses.replace(found[name], depth=depth, depth_kl=kl[name]) for name in kl}
     found.setdefault("fp32", found[REFERENCE])
-    return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in precisions}
+    return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in quantized}
 
 
 def export_unscored(

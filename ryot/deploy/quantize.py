@@ -16,7 +16,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +128,15 @@ class Quantizer:
         max_bpb_ratio: float,
         scratch: Path,
         *,
+        reference: Scorer | None = None,
         source: BlockSource | None = None,
     ):
-        """With a `source` that holds matrices in 4 bits `int4` takes those; `weights` are its values, not smoothed."""
+        """`reference` scores the float32 decoder, by default the one of these weights.
+
+        With a `source` that holds matrices in 4 bits `int4` takes those; `weights` are its values, not smoothed.
+        """
         self._source = source
+        self.reference = reference or TorchScorer(weights)
         self._weights, self._data, self._settings = weights, data, settings
         self._limit, self._scratch = max_bpb_ratio, scratch
         self._length = weights.spec.max_seq_len
@@ -162,11 +166,6 @@ class Quantizer:
     def context(self) -> int:
         """Tokens of the decoder's context."""
         return self._length
-
-    @cached_property
-    def reference(self) -> Scorer:
-        """The decoder in float32."""
-        return TorchScorer(self._weights)
 
     def choose_cache(self) -> CacheFormat:
         """The cache of the type asked for; an int8 cache's scales are chosen on validation text, weights in float32."""

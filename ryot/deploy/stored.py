@@ -9,20 +9,18 @@ its types with a float minimum (Q4_1, Q5_1, Q4_K, Q5_K) are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ryot.deploy.gptq import round_by_search
 from ryot.deploy.matrices import BlockMatrix, ByteArray, OffsetBlockMatrix
 from ryot.deploy.settings import BLOCK_SIZES
+from ryot.models.registry import tensor_maps
+from ryot.models.sources.checkpoint import Checkpoint, QuantBlocks
+from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray
-
-#: Values of a block in GGUF's types of one level.
-GGUF_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,44 +86,41 @@ def repack(stored: StoredBlocks) -> BlockMatrix | None:
     return BlockMatrix(codes, scales, bits, num_inputs, None if (zero_codes == middle).all() else zero_codes)
 
 
-def read_gguf_blocks(rows: ByteArray, kind: str) -> StoredBlocks | None:
-    """The rows [N, bytes] of a GGUF tensor in blocks of 32; None for a type (`Q4_0`, …) that is held otherwise.
+class CheckpointBlocks:
+    """A checkpoint's matrices in the blocks that its file holds, under the names of the decoder's matrices."""
 
-    Layouts: ggml's `block_q4_0`, `block_q4_1` and `block_q8_0` (ggml-common.h, read 2026-11-26).
-    """
-    if kind not in _GGUF:
-        return None
-    size, read = _GGUF[kind]
-    return read(rows.reshape(len(rows), -1, size))
+    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec):
+        self._checkpoint = checkpoint
+        self._maps = {entry.name: entry for entry in tensor_maps(spec)}
 
-
-def _read_q8_0(blocks: ByteArray) -> StoredBlocks:
-    scales = _half(blocks, 0)
-    codes = (blocks[..., 2:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)
-    return StoredBlocks(codes, scales, scales * -128)
-
-
-def _read_q4_0(blocks: ByteArray) -> StoredBlocks:
-    scales = _half(blocks, 0)
-    return StoredBlocks(_nibbles(blocks[..., 2:]), scales, scales * -8)
-
-
-def _read_q4_1(blocks: ByteArray) -> StoredBlocks:
-    return StoredBlocks(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2))
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks of one matrix; None where a part of it is held otherwise, or laid out otherwise."""
+        entry = self._maps.get(f"{name}.weight")
+        if entry is None or entry.layout != "rows":
+            return None
+        parts = [self._checkpoint.blocks(tensor) for tensor in entry.tensors]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or len({part.block_size for part in found}) > 1:
+            return None
+        stored = [take_blocks(part) for part in found]
+        return StoredBlocks(
+            np.concatenate([part.codes_NCE for part in stored]),
+            np.concatenate([part.scales_NC for part in stored]),
+            np.concatenate([part.minimums_NC for part in stored]),
+        )
 
 
-def _half(blocks: ByteArray, offset: int) -> FloatArray:
-    """A float16 that stands at an offset of each block."""
-    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view(np.float16)[..., 0].astype(np.float32)
+def stored_in_four_bits(checkpoint: Checkpoint, spec: DecoderSpec) -> CheckpointBlocks | None:
+    """The blocks of a checkpoint most of whose matrices are in 4 bits already; None for any other."""
+    source = CheckpointBlocks(checkpoint, spec)
+    first = source.blocks("layers.0.attn.out")
+    return source if first is not None and first.codes_NCE.max(initial=0) < 16 else None
 
 
-def _nibbles(packed: ByteArray) -> ByteArray:
-    """Values of 4 bits: the low halves of all bytes first, then the high ones."""
-    return np.concatenate((packed & 15, packed >> 4), axis=-1)
-
-
-_GGUF: dict[str, tuple[int, Callable[[NDArray[np.uint8]], StoredBlocks]]] = {
-    "Q8_0": (2 + GGUF_BLOCK, _read_q8_0),
-    "Q4_0": (2 + GGUF_BLOCK // 2, _read_q4_0),
-    "Q4_1": (4 + GGUF_BLOCK // 2, _read_q4_1),
-}
+def take_blocks(blocks: QuantBlocks) -> StoredBlocks:
+    """The blocks of one tensor, a whole zero code told as the minimum that it makes."""
+    codes_NCE = blocks.codes.reshape(len(blocks.codes), -1, blocks.block_size)
+    if blocks.minimums is not None:
+        return StoredBlocks(codes_NCE, blocks.scales, blocks.minimums)
+    assert blocks.zero_points is not None
+    return StoredBlocks(codes_NCE, blocks.scales, -blocks.zero_points.astype(np.float32) * blocks.scales)

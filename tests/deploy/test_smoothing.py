@@ -11,11 +11,12 @@ import torch
 from ryot.deploy.calibration import measure_input_sizes
 from ryot.deploy.precisions import quantize_matrices
 from ryot.deploy.quality import evaluate_artifacts, quality_windows
-from ryot.deploy.reference import TorchScorer, share_decoder
+from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import LARGEST_FACTOR, foldable, smooth
 from ryot.deploy.standard import write_standard_graph
 from ryot.deploy.weights import DecoderWeights
+from ryot.train.checkpoint import build_decoder
 
 from .conftest import CONFIGS, CONTEXT, random_decoder
 
@@ -45,7 +46,7 @@ def smoothed(weights, data):
 @torch.no_grad()
 def test_the_decoder_computes_what_it_did(weights, smoothed, data):
     ids = torch.from_numpy(data.windows("test", 4, CONTEXT)[:, :-1])
-    expected, found = (share_decoder(w)(ids) for w in (weights, smoothed))
+    expected, found = (build_decoder(w.spec, w.arrays)(ids) for w in (weights, smoothed))
     # A few roundings of float32 on logits of order 1.
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert {f"{fold.matrix}.weight" for fold in foldable(weights.spec)} <= {

@@ -7,7 +7,7 @@ import pytest
 
 from ryot.deploy.quantize import Quantizer
 from ryot.deploy.settings import ExportSettings
-from ryot.deploy.stored import StoredBlocks, read_gguf_blocks, repack, repack_with_offsets
+from ryot.deploy.stored import StoredBlocks, repack, repack_with_offsets, take_blocks
 from ryot.deploy.weights import DecoderWeights
 
 from .conftest import CONFIGS, random_decoder
@@ -15,6 +15,12 @@ from .test_matrices import run_product
 
 gguf = pytest.importorskip("gguf", reason="the extra for GGUF files is not installed")
 from gguf.quants import dequantize, quantize  # noqa: E402
+
+from ryot.models.sources.gguf_reader import split_blocks  # noqa: E402
+
+
+def stored_blocks(rows, kind):
+    return take_blocks(split_blocks(rows, gguf.GGMLQuantizationType[kind]))
 
 
 def quantized(kind, width=128):
@@ -29,20 +35,20 @@ def quantized(kind, width=128):
 def test_blocks_hold_what_ggufs_own_dequantizer_gives(kind):
     rows, expected = quantized(kind)
     # One rounding of float32: gguf subtracts the zero before it multiplies.
-    np.testing.assert_allclose(read_gguf_blocks(rows, kind).dequantize(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(stored_blocks(rows, kind).dequantize(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
 def test_symmetric_types_are_repacked_to_the_last_bit(kind, bits):
     rows, expected = quantized(kind)
-    matrix = repack(read_gguf_blocks(rows, kind))
+    matrix = repack(stored_blocks(rows, kind))
     assert (matrix.bits, matrix.block_size, matrix.zeros_NC) == (bits, 32, None)
     assert (matrix.dequantize() == expected).all()
 
 
 def test_a_float_minimum_is_not_repacked():
     rows, _ = quantized("Q4_1")
-    assert repack(read_gguf_blocks(rows, "Q4_1")) is None
+    assert repack(stored_blocks(rows, "Q4_1")) is None
 
 
 def test_whole_zero_codes_are_kept_and_those_outside_the_codes_refused():
@@ -59,7 +65,7 @@ def test_whole_zero_codes_are_kept_and_those_outside_the_codes_refused():
 @pytest.mark.parametrize("width", [128, 1536])  # 4 blocks, and 48, which a block of 16 would divide
 def test_a_float_minimum_becomes_columns_that_multiply_sums_of_inputs(width, tmp_path):
     rows, expected = quantized("Q4_1", width)
-    matrix = repack_with_offsets(read_gguf_blocks(rows, "Q4_1"))
+    matrix = repack_with_offsets(stored_blocks(rows, "Q4_1"))
     energy = np.square(expected).mean()
     # What is left of a minimum is at most half a step, and is kept to a fifteenth of that.
     assert np.square(matrix.dequantize() - expected).mean() < 1e-4 * energy
@@ -86,7 +92,7 @@ class GgufLike:
         self.weights = DecoderWeights(cfg=cfg, arrays=arrays)
 
     def blocks(self, name):
-        return read_gguf_blocks(*self.rows[name])
+        return stored_blocks(*self.rows[name])
 
 
 @pytest.mark.parametrize(("layers", "kept"), [("Q4_1", True), ("Q4_0", True), ("Q8_0", False)])
@@ -102,7 +108,3 @@ def test_int4_of_a_source_in_four_bits_is_not_rounded_again(layers, kept, data, 
         for name, matrix in found.matrices.items()
     }
     assert (max(error.values()) < 1e-4) == kept
-
-
-def test_other_types_are_left_to_the_dequantizer():
-    assert read_gguf_blocks(np.zeros((1, 144), np.uint8), "Q4_K") is None

@@ -69,7 +69,7 @@ class GgufTensors:
             return None
         raw = self._file.rows(stored)
         order = row_order(storing, len(raw), self._heads, self._kv_heads)
-        return _split_blocks(raw if order is None else raw[order], kind)
+        return split_blocks(raw if order is None else raw[order], kind)
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -96,7 +96,7 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _split_blocks(raw: NDArray[np.uint8], kind: Kind) -> QuantBlocks:
+def split_blocks(raw: NDArray[np.uint8], kind: Kind) -> QuantBlocks:
     """ggml's blocks of 32: a float16 scale, for Q4_1 a float16 minimum, then codes; 4-bit codes j and j + 16 share a
     byte, the first in its lower half."""
     head = 4 if kind is Kind.Q4_1 else 2

@@ -15,10 +15,12 @@ from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import LARGEST_FACTOR, foldable, smooth
 from ryot.deploy.standard import write_standard_graph
+from ryot.deploy.verify import SAFETY, reference_logits
 from ryot.deploy.weights import DecoderWeights
 from ryot.train.checkpoint import build_decoder
 
 from .conftest import CONFIGS, CONTEXT, random_decoder
+from .specs import SPECS, random_weights
 
 
 def decoder_with_outliers(cfg):
@@ -30,7 +32,7 @@ def decoder_with_outliers(cfg):
                 for channel in (3, 40):
                     norm.weight[channel] *= 50
                     matrix.weight[:, channel] /= 50
-    return DecoderWeights(cfg=cfg, arrays={name: t.numpy() for name, t in model.state_dict().items()})
+    return DecoderWeights(spec=cfg, arrays={name: t.numpy() for name, t in model.state_dict().items()})
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -76,3 +78,16 @@ def test_a_channel_that_is_never_used_keeps_a_bounded_factor(weights, data):
 
 def test_norms_that_feed_the_residual_too_are_left_alone():
     assert foldable(CONFIGS["opt"]) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_every_structure_computes_what_it_did(name):
+    model, weights = random_weights(SPECS[name])
+    ids = np.random.default_rng(0).integers(0, weights.spec.vocab_size, (2, 24))
+    generator = np.random.default_rng(1)
+    sizes = {n: np.exp(generator.standard_normal(weights[f"{n}.weight"].shape[1])) for n in weights.linears}
+    smoothed = smooth(weights, {n: s.astype(np.float32) for n, s in sizes.items()})
+    expected, error = reference_logits(model, ids)
+    found = build_decoder(smoothed.spec, smoothed.arrays)(torch.from_numpy(ids))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=SAFETY * error)

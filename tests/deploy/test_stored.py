@@ -89,7 +89,7 @@ class GgufLike:
                 tensor_type = gguf.GGMLQuantizationType[kind]
                 self.rows[name.removesuffix(".weight")] = (quantize(values, tensor_type), kind)
                 arrays[name] = dequantize(self.rows[name.removesuffix(".weight")][0], tensor_type)
-        self.weights = DecoderWeights(cfg=cfg, arrays=arrays)
+        self.weights = DecoderWeights(spec=cfg, arrays=arrays)
 
     def blocks(self, name):
         return stored_blocks(*self.rows[name])

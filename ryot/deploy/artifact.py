@@ -25,12 +25,12 @@ from ryot.deploy.precisions import build_graphs, pair_matrices, serialize, split
 from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.settings import ExportSettings
+from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, load_bundle
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
-from ryot.models.token_ids import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class Origin:
     checkpoint: Checkpoint
     weights: DecoderWeights
     options: ExportOptions
-    token_ids: TokenIds
+    text: TextCheck
+    """Token ids, and what else was found out about its text."""
     corpus_sha256: str
     prompts: NDArray[np.int64]
     """Held-out token ids [n, length] that golden prompts and measurements are made from."""
@@ -124,7 +125,7 @@ def build_artifact(
                 (stage / name).write_bytes(serialize(model))
         bundle.write_checkpoint_files(origin.checkpoint, stage)
         bundle.write_requirements(stage, onnxruntime_min(settings))
-        bundle.write_genai_config(stage, weights.spec, origin.token_ids, shared_buffer=True)
+        bundle.write_genai_config(stage, weights.spec, origin.text.token_ids, shared_buffer=True)
         bundle.copy_runtime(stage)
         values = _manifest_values(origin, precision, singles, cache, scores)
         bundle.write_manifest(stage, values)
@@ -141,7 +142,7 @@ def _manifest_values(
     origin: Origin, precision: str, singles: Mapping[str, Quantized], cache: CacheFormat, scores: Scores
 ) -> dict[str, Any]:
     """The manifest without its list of files and its golden prompts."""
-    options, token_ids = origin.options, origin.token_ids
+    options, token_ids = origin.options, origin.text.token_ids
     return {
         "name": options.name,
         "variant": options.variant,
@@ -155,6 +156,7 @@ def _manifest_values(
         ),
         "eos_token_ids": list(token_ids.eos),
         "bos_token_id": token_ids.bos,
+        "chat_template": origin.text.chat_template,
         "opset": OPSET,
         "onnxruntime_min": onnxruntime_min(options.settings),
         "golden": [],

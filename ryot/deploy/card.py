@@ -11,7 +11,7 @@ A decoder language model of {num_parameters:,} parameters. It needs `onnxruntime
 
     python -m venv .venv && .venv/bin/pip install -r requirements.txt
     .venv/bin/python run.py --prompt "def "
-    .venv/bin/python run.py --verify
+{chat}    .venv/bin/python run.py --verify
 
 | | |
 |---|---|
@@ -28,8 +28,7 @@ golden prompts with a margin for each token, and `run.py --verify` checks them t
 
 ## Limits
 
-It was trained on one corpus and continues text of that kind; it was not taught to follow instructions, and what it
-writes may be wrong. Prompt and answer together hold {context_length} tokens.
+{limits} What it writes may be wrong. Prompt and answer together hold {context_length} tokens.
 
 ## Privacy
 
@@ -38,6 +37,10 @@ switches that off (`ORT_DISABLE_TELEMETRY=1`) unless that variable is set alread
 onnxruntime before this code has to set it itself.
 """
 
+_CHAT = """    .venv/bin/python run.py --chat      # needs jinja2
+"""
+_TRAINED = """It was trained on one corpus and continues text of that kind; it was not taught to follow instructions."""
+_IMPORTED = """It is another model in this form: that one's card says what it can do, and its licence holds."""
 _ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model
 with the inputs and outputs that onnxruntime-genai expects. Both read their weights from `model.onnx.data`.
 """
@@ -57,12 +60,15 @@ def render_card(manifest: Mapping[str, Any]) -> str:
             f"| against fp32 | KL {quality['kl']:.5f} nats a token, same best token at {quality['top1']:.2%} |\n"
         )
     graphs = manifest["graphs"]
+    trained = bool(manifest["config"])
     return _CARD.format(
         **manifest["model"],
         name=manifest["name"],
         variant=manifest["variant"] or "unnamed",
         seed=manifest["seed"],
         precision=manifest["precision"],
+        chat=_CHAT if manifest["chat_template"] else "",
+        limits=_TRAINED if trained else _IMPORTED,
         quality=rows,
         checkpoint_sha256=manifest["provenance"]["checkpoint_sha256"],
         corpus_sha256=manifest["provenance"]["corpus_sha256"] or "unknown",

@@ -93,7 +93,7 @@ def export_variant(
         weights = load_decoder_weights(checkpoint, options.context)
         text = check_text(files, vocab_size=weights.spec.vocab_size)
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
-        origin = Origin(checkpoint, weights, options, text.token_ids, data.corpus_sha256, prompts)
+        origin = Origin(checkpoint, weights, options, text, data.corpus_sha256, prompts)
         rows, tokens = parity_size(weights.spec)
         windows = data.windows(options.split, rows, tokens)[:, :-1]
         tell("checking the float32 graphs against torch")
@@ -218,7 +218,7 @@ def export_unscored(
     singles = {half: quantize_rtn(weights, half, options.settings) for half in split_pair(precision)}
     _, tokens = parity_size(weights.spec)
     _, torch_error = reference_logits(build_decoder(weights.spec, weights.arrays), prompts[:1, :tokens])
-    origin = Origin(checkpoint, weights, options, text.token_ids, corpus_sha256, prompts)
+    origin = Origin(checkpoint, weights, options, text, corpus_sha256, prompts)
     return build_artifact(origin, target, precision, singles, cache, Scores(rounding_error=SAFETY * torch_error))
 
 

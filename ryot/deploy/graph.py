@@ -4,8 +4,8 @@ Four graphs, made of the same blocks and the same bytes:
 
     standard   what other runtimes expect: attention_mask in, logits of all positions out
     fast       lengths in, the next token and the logits of the last position out; any number of new tokens
-    prompt     `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
-    step       `fast` for exactly one new token
+    prefill    `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
+    decode     `fast` for exactly one new token
 
 Requires: arrays of the shapes that `models.spec.parameter_shapes` gives, all finite, and a form for each matrix.
 Ensures: nodes are in topological order and every name is made once (`GraphBuilder` asserts both), and every constant
@@ -32,7 +32,7 @@ from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
 
-GraphKind = Literal["standard", "fast", "prompt", "step"]
+GraphKind = Literal["standard", "fast", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,9 @@ def build_graph(
     *,
     kv_scales: KVScales | None = None,
     attention: GraphAttention = "flash",
-    taps: bool = False,
 ) -> onnx.ModelProto:
-    """One graph of the decoder; its constants go to `data`.
-
-    With `taps` the input [batch, sequence, K] of each matrix product is an output too, named `NAME.tap`.
-    """
-    return _DecoderGraph(kind, weights, matrices, data, kv_scales, attention, taps).build()
+    """One graph of the decoder; its constants go to `data`."""
+    return _DecoderGraph(kind, weights, matrices, data, kv_scales, attention).build()
 
 
 class _Stream:
@@ -98,19 +94,18 @@ class _DecoderGraph:
         data: DataFile,
         kv_scales: KVScales | None,
         attention: GraphAttention,
-        taps: bool,
     ):
-        self.kind, self.weights, self.matrices, self.taps = kind, weights, matrices, taps
+        self.kind, self.weights, self.matrices = kind, weights, matrices
         self.kv_scales, self.attention = kv_scales, attention
         self.spec = weights.spec
         self.g = GraphBuilder(f"{self.spec.family}_{kind}", data)
 
     def build(self) -> onnx.ModelProto:
-        new = 1 if self.kind == "step" else "sequence_length"
+        new = 1 if self.kind == "decode" else "sequence_length"
         ids = self.g.input("input_ids", TensorProto.INT64, ["batch", new])
         self.lengths = self._lengths()
         self.past = [self._past(i) for i in range(self.spec.num_layers)]
-        if self.kind == "prompt" and self.kv_scales is not None:
+        if self.kind == "prefill" and self.kv_scales is not None:
             self.unused = blocks.unused_positions(self.g, self.past[0][0], ids)
         positions = None
         if self.spec.learned_positions:
@@ -242,14 +237,10 @@ class _DecoderGraph:
 
     def _drop_positions(self, x: str) -> str:
         # In the last layer only attention looks at other positions; what follows it is needed for one token.
-        return blocks.last_position(self.g, x) if self.kind in ("fast", "prompt") else x
+        return blocks.last_position(self.g, x) if self.kind in ("fast", "prefill") else x
 
     def _linear(self, x: str, name: str, *, bias: bool = False, out: str = "") -> str:
         """`x` times a matrix, plus its bias where it has one and that is asked for."""
-        if self.taps:
-            self.g.node("Identity", [x], [f"{name}.tap"])
-            width = self.weights[f"{name}.weight"].shape[1]
-            self.g.output(f"{name}.tap", TensorProto.FLOAT, ["batch", "sequence_length", width])
         vector = self.weights.get(f"{name}.bias") if bias else None
         return blocks.linear(self.g, x, name, self.matrices[name], vector, out)
 
@@ -272,7 +263,7 @@ class _DecoderGraph:
         )
         if self.kv_scales is None:
             mixed = attend(past, present)
-        elif self.kind == "prompt":
+        elif self.kind == "prefill":
             exact = [f"{name}.keys", f"{name}.values"]
             mixed = attend(["", ""], exact)
             for x, of_layers, cache in zip(exact, (self.kv_scales.keys, self.kv_scales.values), present):

@@ -116,9 +116,9 @@ def build_graphs(
         return build_graph(kind, weights, chosen, data, kv_scales=kv_scales, attention=attention)
 
     # Decode's weights come first in the file: they are read at every token.
-    graphs = {files["decode"]: build("step" if matrices.is_pair else "fast", matrices.decode)}
+    graphs = {files["decode"]: build("decode" if matrices.is_pair else "fast", matrices.decode)}
     if matrices.is_pair:
-        graphs[files["prefill"]] = build("prompt", matrices.prefill, prefill_attention)
+        graphs[files["prefill"]] = build("prefill", matrices.prefill, prefill_attention)
     graphs[files["standard"]] = build("standard", matrices.decode)
     return graphs
 

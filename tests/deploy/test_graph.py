@@ -170,7 +170,9 @@ def test_a_prompt_attends_in_float32_and_leaves_the_int8_cache_that_steps_read(
     kv_scales = observed if per_channel else observed.per_tensor()
     exact, _ = run_prompt(checkpoint, tmp_path / "float32", ids, "fast")
     _, expected = run_prompt(checkpoint, tmp_path / "int8", ids, "fast", kv_scales=kv_scales)
-    logits, cache = run_prompt(checkpoint, tmp_path / "prompt", ids, "prompt", kv_scales=kv_scales, attention=attention)
+    logits, cache = run_prompt(
+        checkpoint, tmp_path / "prompt", ids, "prefill", kv_scales=kv_scales, attention=attention
+    )
     np.testing.assert_allclose(logits, exact, atol=LOGIT_TOLERANCE, rtol=0)
     for name, codes in cache.items():
         assert codes.dtype == np.int8 and codes.shape[2] == CONTEXT

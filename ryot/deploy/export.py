@@ -98,14 +98,9 @@ def export_variant(
         windows = data.windows(options.split, rows, tokens)[:, :-1]
         tell("checking the float32 graphs against torch")
         model = build_decoder(weights.spec, weights.arrays)
-        fp32 = build_artifact(
-            origin,
-            scratch / "fp32",
-            "fp32",
-            {"fp32": quantize_rtn(weights, "fp32", options.settings)},
-            FLOAT_CACHE,
-            Scores(),
-        )
+        plain = {"fp32": quantize_rtn(weights, "fp32", options.settings)}
+        unproven = dataclasses.replace(origin, prompts=prompts[:0])
+        fp32 = build_artifact(unproven, scratch / "fp32", "fp32", plain, FLOAT_CACHE, Scores())
         parity = check_parity(model, fp32, windows)
         shutil.rmtree(fp32)
         oracle = NO_ORACLE

@@ -22,7 +22,8 @@ from ryot.edge.bundle import Bundle
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.tensors import FloatArray
 
-NUM_GOLDEN = 4
+#: Answers that are kept, and prompts that are tried for them.
+NUM_GOLDEN, NUM_CANDIDATES = 4, 8
 #: Shares of the context that a golden prompt and its answer take, and how many tokens at most: a device checks them.
 PROMPT_SHARE, ANSWER_SHARE = 4, 8
 MAX_PROMPT, MAX_ANSWER = 32, 16
@@ -42,6 +43,9 @@ def make_golden(
     answers whose margins are all above the tolerance are kept, at most `NUM_GOLDEN`; a model that is never that sure
     gets none.
     """
+    prompts = prompts[:NUM_CANDIDATES]
+    if not len(prompts):
+        return [], rounding_error
     context = weights.spec.max_seq_len
     num_prompt = max(1, min(MAX_PROMPT, context // PROMPT_SHARE))
     num_answer = max(1, min(MAX_ANSWER, context // ANSWER_SHARE))

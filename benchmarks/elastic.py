@@ -55,7 +55,7 @@ def main() -> None:
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(TrainJob(variant=recipe, seed=seed, dataset_dir=str(dataset.path)), recipe.kernels)
-            trainer.run_slice(float("inf"))
+            trainer.run_chunk(float("inf"))
             full = Path(scratch) / "full"
             trainer.save(full)
             for width in widths:
@@ -66,7 +66,7 @@ def main() -> None:
                 shape = narrow(recipe.model, width)
                 plain = replace(recipe, model=shape, train=replace(recipe.train, elastic_widths=()))
                 alone = Trainer(TrainJob(variant=plain, seed=seed, dataset_dir=str(dataset.path)), recipe.kernels)
-                alone.run_slice(float("inf"))
+                alone.run_chunk(float("inf"))
                 alone.save(Path(scratch) / f"alone-{width}")
                 rows.append(
                     {

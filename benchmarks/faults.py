@@ -268,7 +268,7 @@ def main() -> int:
         expected = {}
         for planned in plan_jobs(dataset.path):
             trainer = Trainer(planned, planned.kernels)
-            trainer.run_slice(3600)
+            trainer.run_chunk(3600)
             trainer.save(scratch / "expected" / planned.variant.name)
             expected[planned.key] = learned(scratch / "expected" / planned.variant.name)
         bench = Bench(scratch, dataset.path, arguments)

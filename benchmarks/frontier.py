@@ -73,7 +73,7 @@ def train(variant: VariantConfig, rank: int, seed: int, dataset_dir: str) -> dic
     trainer = Trainer(TrainJob(variant=variant, seed=seed, dataset_dir=dataset_dir), variant.kernels)
     losses: dict[str, float] = {}
     while not trainer.done:
-        for event in trainer.run_slice(10.0):
+        for event in trainer.run_chunk(10.0):
             if isinstance(event, EvalEvent) and trainer.done:
                 losses[event.split] = event.loss
     return {

@@ -31,7 +31,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(TrainJob(variant=variant, seed=job["seed"], dataset_dir=job["dataset"]), plan)
     curve, final = [], {}
     while not trainer.done:
-        for event in trainer.run_slice(5.0):
+        for event in trainer.run_chunk(5.0):
             if isinstance(event, EvalEvent) and trainer.done and event.step == trainer.num_steps:
                 final[event.split] = event.loss
             elif isinstance(event, EvalEvent):
@@ -135,7 +135,7 @@ class PlainLoop:
         logits = self.model(inputs)
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.variant.train.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.variant.train.max_grad_norm)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
         self.optimizer.step()
@@ -168,7 +168,7 @@ def framework_tax(job: dict[str, Any]) -> dict[str, Any]:
         seconds["plain"].append(time.perf_counter() - begin)
         for name, trainer in trainers.items():
             begin = time.perf_counter()
-            trainer.run_slice(60.0, 1)
+            trainer.run_chunk(60.0, 1)
             seconds[name].append(time.perf_counter() - begin)
     weights = zip(plain.model.parameters(), trainers["trainer"].model.parameters())
     return {"seconds": seconds, "equal_weights": all(torch.equal(a, b) for a, b in weights), "last_loss": losses[-1]}

@@ -15,13 +15,14 @@ import json
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ryot.errors import ConfigError
 from ryot.mapping import build_from_mapping as build_from_mapping
 from ryot.mapping import check_known as check_known
+from ryot.mapping import formerly
 from ryot.mapping import to_mapping as to_mapping
 from ryot.mapping import unknown as unknown
 from ryot.models.registry import trained_spec
@@ -110,7 +111,7 @@ class TrainConfig:
     """AdamW's term in the denominator."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=formerly("clip_norm"))
     """Gradient norm above which gradients are scaled down."""
     normalize_embedding: bool = False
     """Train the embedding table's directions only: each row is used, and stored, with a root mean square of 1."""
@@ -119,7 +120,7 @@ class TrainConfig:
     alternate_final_norm: bool = False
     """Start every second of those weights negative, so that a tied head does not begin by predicting its own input:
     the logit of a token after itself is then a sum of both signs instead of a sum of squares."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=formerly("accumulate"))
     """Micro-batches a step is split into; divides `batch_size`."""
     checkpoint_activations: bool = False
     """Recompute layer activations in the backward pass to save memory."""
@@ -127,14 +128,14 @@ class TrainConfig:
     """Narrower values of `dim` that the checkpoint can be cut to: every step also trains one of them, in turn."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "accumulate"):
+        for name in ("tokens", "batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         for name in (
             "learning_rate",
             "embedding_learning_rate",
             "head_learning_rate",
             "output_rate",
-            "clip_norm",
+            "max_grad_norm",
             "epsilon",
         ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
@@ -143,9 +144,9 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number not below 0")
         _require(self.schedule in typing.get_args(Schedule), "schedule", self.schedule, "cosine or linear-decay")
         _require(
-            self.batch_size % self.accumulate == 0,
-            "accumulate",
-            self.accumulate,
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
             f"a divisor of batch_size {self.batch_size}",
         )
 
@@ -271,8 +272,8 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
             for section in _SECTIONS:
                 merged[section] |= layer.get(section, {})
             # A figure that is given stands above one that is worked out.
-            for key, field in _SHAPE.items():
-                if field in layer.get("model", {}):
+            for key, size_of in _SHAPE.items():
+                if size_of in layer.get("model", {}):
                     merged["shape"].pop(key, None)
     where = f"variant {name} at {preset_path.stem}"
     _apply_shape(merged["model"], merged["train"], merged.pop("shape"), size.get("model", {}), where)

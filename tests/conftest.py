@@ -100,7 +100,7 @@ def trained(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: 
     """A finished checkpoint of either architecture."""
     job = TrainJob(variant=tiny_variant(request.param), seed=0, dataset_dir=str(dataset.path))
     trainer = Trainer(job, KernelPlan())
-    trainer.run_slice(60)
+    trainer.run_chunk(60)
     path = tmp_path_factory.mktemp(request.param) / "checkpoint"
     trainer.save(path)
     return path

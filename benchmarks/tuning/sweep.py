@@ -66,7 +66,7 @@ def run_trial(variant: VariantConfig, settings: dict[str, Any]) -> dict[str, Any
     losses: dict[str, float] = {}
     try:
         while not trainer.done:
-            for event in trainer.run_slice(10.0):
+            for event in trainer.run_chunk(10.0):
                 if isinstance(event, EvalEvent) and trainer.done:
                     losses[event.split] = round(event.loss, 4)
     except TrainingError as error:

@@ -88,7 +88,7 @@ def command(
     with Progress() as show, StopSignals() as signals:
         while not trainer.done and not signals.stop:
             try:
-                events = trainer.run_slice(SLICE_S)
+                events = trainer.run_chunk(SLICE_S)
             except RyotError as error:
                 if kept:
                     resume_hint = f"the last good checkpoint is {kept}. To resume: --resume {kept}"

@@ -215,7 +215,7 @@ class Driver:
         ranks: list[Group | None] = [None]
         if training.workers > 1:
             meet = self._choose_rendezvous(work.group, folder)
-            ranks = [Group(rank=rank, size=training.workers, rendezvous=meet) for rank in range(training.workers)]
+            ranks = [Group(rank=rank, world_size=training.workers, rendezvous=meet) for rank in range(training.workers)]
         work.group.call(Call.START, *[(attempt, rank, dataset, checkpoint) for rank in ranks])
 
     def _choose_rendezvous(self, group: WorkerGroup, folder: Path) -> str:

@@ -142,7 +142,7 @@ class TrainWorker:
         """Train for about `max_seconds` or for `max_steps`; save when that is due, and always after the last step."""
         assert self._trainer is not None
         try:
-            events = self._trainer.run_slice(max_seconds, max_steps)
+            events = self._trainer.run_chunk(max_seconds, max_steps)
         except GateBreach as error:
             return self._report([], breach=error)
         due = time.monotonic() - self._saved_at >= checkpoint_every_s

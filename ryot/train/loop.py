@@ -1,4 +1,4 @@
-"""The training loop: one variant with one seed, in slices, stoppable and resumable at any step.
+"""The training loop: one variant with one seed, in chunks, stoppable and resumable at any step.
 
 A step depends only on the weights, the optimizer's state and the step's number, so a training that goes on from a
 checkpoint computes what it would have computed anyway: bit for bit on one thread.
@@ -114,7 +114,7 @@ class TrainStep:
                 self.scaler.scale(self.narrow_loss(narrow, x, y) / len(micro)).backward()
         total = self._combine(total)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.max_grad_norm).item()
         if self.scaler.is_enabled() and not math.isfinite(norm):
             norm = 0.0  # a step that overflowed in fp16: the scaler skips it and takes a smaller scale
         for group in self.optimizer.param_groups:
@@ -129,7 +129,7 @@ class TrainStep:
         return loss
 
     def _micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-        n = self.variant.train.accumulate
+        n = self.variant.train.gradient_accumulation_steps
         device = self.plan.device
         return [(x.to(device), y.to(device)) for x, y in zip(inputs_BT.chunk(n), targets_BT.chunk(n))]
 
@@ -197,7 +197,7 @@ class Trainer:
         """Training tokens seen so far."""
         return self.step * self.job.variant.step_tokens
 
-    def run_slice(self, max_seconds: float, max_steps: int | None = None) -> list[Event]:
+    def run_chunk(self, max_seconds: float, max_steps: int | None = None) -> list[Event]:
         """Train for about `max_seconds` (at least one step); returns what is to be told.
 
         Held-out losses are taken before the first step, evenly on the way, and in full (validation and test) after the
@@ -300,7 +300,7 @@ class Trainer:
                 raise
             raise RyotError(
                 f"{self.job.key}: out of memory in step {self.step} ({str(error).splitlines()[0][:120]})",
-                hint="a smaller batch_size with accumulate, checkpoint_activations = true, or a smaller preset",
+                hint="more gradient_accumulation_steps, checkpoint_activations = true, or a smaller preset",
             ) from error
         elapsed = time.perf_counter() - begin
         if self._first_loss is None:

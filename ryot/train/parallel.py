@@ -29,19 +29,19 @@ class Group:
     """The processes that train one variant together, seen from one of them."""
 
     rank: int
-    size: int
+    world_size: int
     rendezvous: str
     """`file://PATH` on a path all of them see, or `tcp://HOST:PORT` where rank 0 listens."""
 
 
-def check_shares(job: TrainJob, size: int) -> None:
-    """Raise `ConfigError` when a batch has no `size` equal shares."""
+def check_shares(job: TrainJob, world_size: int) -> None:
+    """Raise `ConfigError` when a batch has no `world_size` equal shares."""
     train = job.variant.train
-    if train.batch_size % (size * train.accumulate):
+    if train.batch_size % (world_size * train.gradient_accumulation_steps):
         raise ConfigError(
-            f"workers per variant: got {size}, but {job.variant.name} has a batch of {train.batch_size} sequences"
-            f" in {train.accumulate} micro-batches",
-            hint=f"take a divisor of {train.batch_size // train.accumulate}",
+            f"workers per variant: got {world_size}, but {job.variant.name} has a batch of {train.batch_size} sequences"
+            f" in {train.gradient_accumulation_steps} micro-batches",
+            hint=f"take a divisor of {train.batch_size // train.gradient_accumulation_steps}",
         )
 
 
@@ -58,7 +58,7 @@ def join_group(group: Group, plan: KernelPlan, address: str) -> None:
         "nccl" if plan.device == "cuda" else "gloo",
         init_method=group.rendezvous,
         rank=group.rank,
-        world_size=group.size,
+        world_size=group.world_size,
         timeout=timedelta(seconds=GROUP_TIMEOUT_S),
     )
 

@@ -27,7 +27,7 @@ def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the standard training of this module learns, computed in this process without any of the driver."""
     training = planned(dataset)
     trainer = Trainer(training, training.kernels)
-    trainer.run_slice(600)
+    trainer.run_chunk(600)
     path = tmp_path_factory.mktemp("expected") / "checkpoint"
     trainer.save(path)
     return learned(path)
@@ -128,7 +128,7 @@ def test_more_trainings_than_cores_all_end_longest_first(
 def test_a_breached_gate_fails_its_variant_and_no_other(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:
-    wild = planned(dataset, "baseline", steps=60, learning_rate=1e6, clip_norm=1e9)
+    wild = planned(dataset, "baseline", steps=60, learning_rate=1e6, max_grad_norm=1e9)
     seen = Recorder()
     failed, fine = train(tmp_path, [wild, planned(dataset, steps=12)], cluster, emit=seen)
     assert isinstance(failed.error, TrainingError)

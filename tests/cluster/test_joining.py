@@ -177,7 +177,7 @@ cp -r {private}/run {tmp_path}/run
     for name in ("baseline", "optimized"):
         job = planned(dataset, name)
         trainer = Trainer(job, job.kernels)
-        trainer.run_slice(600)
+        trainer.run_chunk(600)
         trainer.save(tmp_path / name)
         [last] = (tmp_path / f"run/variants/{name}/seed-0/attempt-1").glob("step-00000060")
         assert learned(last) == learned(tmp_path / name)

@@ -107,7 +107,7 @@ def test_a_cut_link_is_noticed_and_what_the_far_side_goes_on_to_write_does_not_c
     for name, checkpoint in results.items():
         job = planned(dataset, name, steps=STEPS)
         trainer = Trainer(job, job.kernels)
-        trainer.run_slice(600)
+        trainer.run_chunk(600)
         trainer.save(tmp_path / name)
         assert learned(checkpoint) == learned(tmp_path / name)
     attempts = {r["attempt"]: r["time"] for r in records(run_dir, "attempt") if r["key"] == f"{far}/seed-0"}

@@ -32,7 +32,7 @@ def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict
     for name in ("baseline", "optimized"):
         training = planned(dataset, name, steps=STEPS)
         trainer = Trainer(training, training.kernels)
-        trainer.run_slice(600)
+        trainer.run_chunk(600)
         path = tmp_path_factory.mktemp(name) / "checkpoint"
         trainer.save(path)
         digests[name] = learned(path)

@@ -26,7 +26,7 @@ def train(dataset: Dataset, path: Path, *widths: int) -> Trainer:
     model = replace(variant.model, num_kv_heads=variant.model.num_heads)
     variant = replace(variant, model=model, train=replace(variant.train, elastic_widths=widths))
     trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
-    trainer.run_slice(60, 5)
+    trainer.run_chunk(60, 5)
     trainer.save(path)
     return trainer
 

@@ -52,7 +52,7 @@ def test_the_losses_are_those_of_the_training_itself(
     for candidate in choose_kernels(variant, dataset, decision[1]).candidates:
         if candidate.plan.dtype == "fp32" and candidate.steps == ALL_STEPS:
             trainer = Trainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), candidate.plan)
-            losses = [e.loss for e in trainer.run_slice(60.0, ALL_STEPS) if isinstance(e, StepEvent)]
+            losses = [e.loss for e in trainer.run_chunk(60.0, ALL_STEPS) if isinstance(e, StepEvent)]
             assert len(losses) == ALL_STEPS  # 12 steps in all: each is told
             assert statistics.fmean(losses) == pytest.approx(candidate.loss, abs=1e-4)
 

@@ -85,11 +85,11 @@ def test_an_elastic_training_resumes_bit_identical(dataset: Dataset, tmp_path: P
     variant = replace(variant, train=replace(variant.train, elastic_widths=tuple(widths_of(variant.model)[:2])))
     job = TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path))
     whole, stopped = Trainer(job, variant.kernels), Trainer(job, variant.kernels)
-    whole.run_slice(60)
-    stopped.run_slice(60, 5)
+    whole.run_chunk(60)
+    stopped.run_chunk(60, 5)
     stopped.save(tmp_path / "half")
     resumed = Trainer.resume(job, variant.kernels, tmp_path / "half")
-    resumed.run_slice(60)
+    resumed.run_chunk(60)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
 
 

@@ -31,7 +31,7 @@ def make_job(dataset: Dataset, variant: VariantConfig, seed: int = 0) -> TrainJo
 def run(trainer: Trainer) -> list[float]:
     losses = []
     while not trainer.done:
-        losses += [e.loss for e in trainer.run_slice(60, 1) if isinstance(e, StepEvent)]
+        losses += [e.loss for e in trainer.run_chunk(60, 1) if isinstance(e, StepEvent)]
     return losses
 
 
@@ -57,7 +57,7 @@ def test_resume_is_bit_identical_to_never_having_stopped(
     run(whole)
     stopped = Trainer(job, plan)
     for _ in range(stop):
-        stopped.run_slice(60, 1)
+        stopped.run_chunk(60, 1)
     stopped.save(tmp_path / "half")
     torch.manual_seed(99)
     resumed = Trainer.resume(job, plan, tmp_path / "half")
@@ -68,7 +68,7 @@ def test_resume_is_bit_identical_to_never_having_stopped(
 
 def test_a_normalized_table_is_stored_as_it_is_used(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(make_job(dataset, tiny_variant("optimized")), KernelPlan())
-    trainer.run_slice(60)
+    trainer.run_chunk(60)
     trainer.save(tmp_path / "c")
     ids = torch.from_numpy(dataset.windows("val", 2, CONTEXT - 1))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_normalized_table_is_stored_as_it_is_used(dataset: Dataset, tmp_path: 
 
 def test_resume_with_another_recipe_or_corpus_is_refused_with_the_difference(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(make_job(dataset, tiny_variant("optimized")), KernelPlan())
-    trainer.run_slice(60, 2)
+    trainer.run_chunk(60, 2)
     trainer.save(tmp_path / "c")
     with pytest.raises(CheckpointError, match="seed was 0, now 1"):
         Trainer.resume(make_job(dataset, tiny_variant("optimized"), seed=1), KernelPlan(), tmp_path / "c")
@@ -93,7 +93,7 @@ def test_resume_with_another_recipe_or_corpus_is_refused_with_the_difference(dat
 
 def test_checkpoints_of_one_state_are_byte_identical(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(make_job(dataset, tiny_variant("baseline")), KernelPlan())
-    trainer.run_slice(60, 2)
+    trainer.run_chunk(60, 2)
     assert trainer.save(tmp_path / "a") == trainer.save(tmp_path / "b") == checkpoint_digest(tmp_path / "b")
     with pytest.raises(CheckpointError, match="exists already"):
         trainer.save(tmp_path / "a")
@@ -147,7 +147,7 @@ def test_the_optimized_losses_are_those_of_plain_torch(dataset: Dataset) -> None
         x, y = batches.batch(step)
         loss = F.cross_entropy(forward(x).flatten(0, 1), y.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(list(w.values()), t.clip_norm)
+        nn.utils.clip_grad_norm_(list(w.values()), t.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule_factor(t, step, 4)
         optimizer.step()
@@ -199,9 +199,8 @@ def test_training_in_bf16_learns_what_fp32_does(dataset: Dataset) -> None:
 
 
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(dataset: Dataset) -> None:
-    one, four = (
-        Trainer(make_job(dataset, tiny_variant("baseline", accumulate=n, steps=4)), KernelPlan()) for n in (1, 4)
-    )
+    variants = [tiny_variant("baseline", gradient_accumulation_steps=n, steps=4) for n in (1, 4)]
+    one, four = (Trainer(make_job(dataset, variant), KernelPlan()) for variant in variants)
     # Means of 4 equal parts summed in another order: a few ulp of a loss of order 6, then of each update.
     np.testing.assert_allclose(run(one), run(four), atol=1e-4)
 
@@ -240,7 +239,7 @@ def test_not_a_number_in_the_weights_stops_at_a_gate(dataset: Dataset) -> None:
     with torch.no_grad():
         trainer.model.embedding.weight.fill_(math.nan)
     with pytest.raises(TrainingError, match="gate loss: loss is nan at step 0, expected a finite number"):
-        trainer.run_slice(60, 1)
+        trainer.run_chunk(60, 1)
 
 
 def test_a_breach_says_what_it_was_across_processes() -> None:
@@ -273,7 +272,7 @@ def test_an_overflow_in_half_precision_skips_a_step_and_the_scale_survives_a_res
     trainer = Trainer(job, plan)
     trainer._take_step.scaler.load_state_dict({**trainer._take_step.scaler.state_dict(), "scale": 2.0**60})
     before = [p.clone() for p in trainer.model.parameters()]
-    trainer.run_slice(60, 1)
+    trainer.run_chunk(60, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
     trainer.save(tmp_path / "half")
     resumed = Trainer.resume(job, plan, tmp_path / "half")
@@ -284,7 +283,7 @@ def test_an_overflow_in_half_precision_skips_a_step_and_the_scale_survives_a_res
 
 def test_training_learns_and_tells_what_it_did(dataset: Dataset) -> None:
     trainer = Trainer(make_job(dataset, tiny_variant("optimized", steps=60)), KernelPlan(fused_optimizer=True))
-    events = trainer.run_slice(120)
+    events = trainer.run_chunk(120)
     val = [e for e in events if isinstance(e, EvalEvent) and e.split == "val"]
     test = [e for e in events if isinstance(e, EvalEvent) and e.split == "test"]
     assert val[0].step == 0 and val[0].loss == pytest.approx(math.log(VOCAB_SIZE), abs=0.5)

@@ -22,19 +22,19 @@ PLAN = KernelPlan()
 
 
 def train_rank(rank: int, size: int, job: TrainJob, folder: Path, die_at: int | None) -> None:
-    group = Group(rank=rank, size=size, rendezvous=f"file://{folder}/meet")
+    group = Group(rank=rank, world_size=size, rendezvous=f"file://{folder}/meet")
     join_group(group, PLAN, "127.0.0.1")
     trainer = ShardedTrainer(job, PLAN)
     if die_at is not None:
-        trainer.run_slice(600, max_steps=die_at)
+        trainer.run_chunk(600, max_steps=die_at)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            trainer.run_slice(600)
+            trainer.run_chunk(600)
         except RuntimeError as error:
             (folder / "said").write_text(str(error))
         return
-    events = trainer.run_slice(600)
+    events = trainer.run_chunk(600)
     if rank == 0:
         trainer.save(folder / "checkpoint")
         losses = [e.loss for e in events if isinstance(e, EvalEvent) and e.split == "val"]
@@ -56,7 +56,7 @@ def run_ranks(job: TrainJob, folder: Path, *, size: int = 2, die_at: int | None 
 def test_two_ranks_learn_what_one_process_learns_and_repeat_it_bit_for_bit(dataset: Dataset, tmp_path: Path) -> None:
     job = TrainJob(variant=tiny_variant("optimized", steps=12), seed=0, dataset_dir=str(dataset.path))
     alone = Trainer(job, PLAN)
-    events = alone.run_slice(600)
+    events = alone.run_chunk(600)
     alone.save(tmp_path / "alone")
     expected = [e.loss for e in events if isinstance(e, EvalEvent) and e.split == "val"][-1]
     for name in ("first", "second"):

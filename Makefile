@@ -1,16 +1,20 @@
 # make run    set up and run the main job: a table on the terminal, a bundle in runs/
+# make quick  set up, then the tests that one runs while working
 # make test   set up, then lint, types, import rules and the whole test suite
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check clean
+.PHONY: run test quick check clean
 
 run: $(VENV)/.installed
 	$(BIN)/ryot-deploy cluster-run $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2
+
+quick: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

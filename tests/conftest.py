@@ -45,6 +45,13 @@ max_seq_len = {CONTEXT}
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes minutes: whatever starts a Ray cluster, or a whole run."""
+    for item in items:
+        if item.nodeid.startswith(("tests/cluster/", "tests/run/test_pipeline")):
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes a file's tests stay together, and all cluster tests: two Rays wait for each other's cores.

@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class CommaList(click.ParamType):
+class CommaList(click.ParamType[Any]):
     """`a,b,c` as a tuple; each part is converted by `item`, and messages call the parts `what`."""
 
     name = "LIST"

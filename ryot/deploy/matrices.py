@@ -63,7 +63,7 @@ class BlockMatrix:
 
     @property
     def block_size(self) -> int:
-        return self.codes_NCE.shape[2]
+        return int(self.codes_NCE.shape[2])
 
     @property
     def num_bytes(self) -> int:
@@ -169,7 +169,8 @@ def block_scales(blocks: FloatArray, bits: int) -> FloatArray:
 def encode_blocks(blocks: FloatArray, scales: FloatArray, bits: int) -> ByteArray:
     """Codes nearest to `blocks` under the given scales."""
     zero = 1 << (bits - 1)
-    return np.clip(np.rint(blocks / scales[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    codes: ByteArray = np.clip(np.rint(blocks / scales[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    return codes
 
 
 def _pack_pairs(codes: ByteArray) -> ByteArray:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def export_plain(model: Decoder, path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """The exporter reports its progress on stdout and warns of its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -125,4 +125,5 @@ def build_graphs(
 
 def serialize(model: onnx.ModelProto) -> bytes:
     """The model's bytes, equal for equal models."""
-    return model.SerializeToString(deterministic=True)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content

@@ -166,7 +166,8 @@ def divergence_at_depth(
         past = None
         for start in range(0, depth, WINDOW_TOKENS):
             logits, past = scorer.run(window[None, start : start + WINDOW_TOKENS], past)
-        return logits[0]
+        last: FloatArray = logits[0]
+        return last
 
     expected, targets = last_logits(reference), window[1 - WINDOW_TOKENS :]
     rows = slice(0, len(targets))

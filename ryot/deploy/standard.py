@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -47,7 +48,7 @@ class StandardGraph:
         logits = results.pop("logits")
         return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
 
-    def _run(self, ids_BS: NDArray[np.int64], past: Past | None) -> dict[str, NDArray]:
+    def _run(self, ids_BS: NDArray[np.int64], past: Past | None) -> dict[str, NDArray[Any]]:
         B, S = ids_BS.shape
         past = self._empty(B) if past is None else past
         start = next(iter(past.values())).shape[2]

@@ -95,17 +95,20 @@ def _probabilities(logits_V: np.ndarray, order: np.ndarray, params: SamplingPara
     """
     if not params.top_k:
         weights_V = _weights(logits_V, params.temperature)
-        return weights_V[order] / weights_V.sum()
+        chosen: np.ndarray = weights_V[order] / weights_V.sum()
+        return chosen
     by_id = np.argsort(order)
     weights = np.empty(order.size)
     weights[by_id] = ascending = _weights(logits_V[order[by_id]], params.temperature)
-    return weights / ascending.sum()
+    shares: np.ndarray = weights / ascending.sum()
+    return shares
 
 
 def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
     """exp of the scaled logits in float64, the best one being 1."""
     logits = logits.astype(np.float64)
-    return np.exp((logits - logits.max()) / temperature)
+    weights: np.ndarray = np.exp((logits - logits.max()) / temperature)
+    return weights
 
 
 def _kept(probabilities: np.ndarray, cumulative: np.ndarray, params: SamplingParams) -> int:

@@ -28,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """`x` [… D] divided by its root mean square, times `weight` [D]; computed in fp32, returned in x's type."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _RMSNorm.apply(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)  # type: ignore[no-any-return]
+        return _RMSNorm.apply(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)  # type: ignore[no-any-return,no-untyped-call]
     return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
 
 
@@ -40,7 +40,8 @@ class _RMSNorm(torch.autograd.Function):
         scale = mean_square.add_(eps).rsqrt_()
         normed = x32 * scale
         ctx.save_for_backward(normed, scale, weight)
-        return (normed if weight is None else normed * weight).to(x.dtype)
+        result: Tensor = (normed if weight is None else normed * weight).to(x.dtype)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
@@ -61,7 +62,7 @@ class _RMSNorm(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of [… 2F], gate first: [… F]."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return,no-untyped-call]
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -89,7 +90,7 @@ class _SwiGLU(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs of [… T, H] (the first half of H with the second) by angles whose `cos`, `sin` are [T, H/2]."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))  # type: ignore[no-any-return]
+        return _Rotate.apply(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))  # type: ignore[no-any-return,no-untyped-call]
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -10,6 +10,7 @@ What it computes is said by a `DecoderSpec` alone. Query, key and value are one 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from ryot.train.functions import RMSNorm, rms_norm, rotate, swiglu
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [B, K, S, H]; keys rotated already."""
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,

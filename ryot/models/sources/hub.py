@@ -69,7 +69,7 @@ def fetch_from_hub(source: str) -> tuple[Path, str]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "unknown"
         raise CheckpointError(f"model {source}: the hub answered with status {status}", hint="try again") from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         return _from_cache(source, name, revision, error)
     return Path(folder), Path(folder).name
 

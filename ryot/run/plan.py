@@ -31,7 +31,6 @@ QUICK_SHARE = 1 / 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """A run resolved: nothing is left to be decided but what a machine measures, `kernels` and `inference`."""
 

@@ -49,7 +49,7 @@ def _genai(precision: str, block: int | None) -> Callable[[Mapping[str, Any], Ma
     """genai in blocks of this size; None for the size that the tool chose."""
 
     def fits(arm: Mapping[str, Any], decision: Mapping[str, Any]) -> bool:
-        size = block or decision["settings"][f"{precision}_block_size"]
+        size = block or (decision.get("settings") or decision["quantize"])[f"{precision}_block_size"]
         return arm["family"] == "genai" and arm["form"] == f"{precision} block {size}"
 
     return fits

@@ -30,6 +30,7 @@ from ryot.deploy.blocks import GraphBuilder, NormWeights
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.matrices import FloatMatrix, Matrix
 from ryot.deploy.weights import DecoderWeights
+from ryot.models.angles import rotary_tables
 from ryot.models.tensors import FloatArray
 
 GraphKind = Literal["standard", "fast", "prefill", "decode"]
@@ -295,7 +296,7 @@ class _DecoderGraph:
 
     def _rotary_tables(self, kind: int) -> tuple[str, str]:
         """Names of the cosines and sines [max_seq_len, dim / 2] of one kind of rotary positions."""
-        cos, sin = self.spec.rotaries[kind].tables(self.spec.max_seq_len)
+        cos, sin = rotary_tables(self.spec.rotaries[kind], self.spec.max_seq_len)
         prefix = f"rotary.{kind}" if kind else "rotary"
         return self.g.constant(f"{prefix}.cos", cos), self.g.constant(f"{prefix}.sin", sin)
 

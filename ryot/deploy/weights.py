@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ryot.models.registry import read_arrays, read_spec
+from ryot.models.arrays import read_arrays
+from ryot.models.registry import read_spec
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec, bounded_spec, linear_names, table_names
 from ryot.models.tensors import FloatArray

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ryot.errors import CheckpointError, ConfigError
 from ryot.models import families
 from ryot.models.hf_config import HFConfig
 from ryot.models.spec import DecoderSpec, Sizes
-from ryot.models.tensors import FloatArray, TensorMap, check_copies, check_names, load_arrays
+
+if TYPE_CHECKING:  # a recipe's sizes are checked without numpy
+    from ryot.models.tensors import TensorMap
 
 
 class Family(Protocol):
@@ -85,26 +87,3 @@ def write_config(spec: DecoderSpec) -> dict[str, Any]:
 def tensor_maps(spec: DecoderSpec) -> list[TensorMap]:
     """Every array of a decoder and the Hugging Face tensors that it comes from."""
     return list(find_family(spec.family, spec.family).tensor_maps(spec))
-
-
-def read_arrays(
-    spec: DecoderSpec, found: Iterable[str], load: Callable[[str], FloatArray], where: str
-) -> Iterator[tuple[str, FloatArray]]:
-    """Each array of a decoder with its name, one at a time, from the tensors whose names are `found`.
-
-    `load` gives one of them in float32. Raises `CheckpointError` at once for a tensor that is missing or not known, or
-    a tied head that is not the embedding, and later as `ryot.models.tensors.load_arrays` says.
-    """
-    family, maps = find_family(spec.family, where), tensor_maps(spec)
-    optional = {*family.unused_tensors(spec), *(entry.copy for entry in maps)}
-    stored = {name: name for name in found}
-    for name in (*optional, *(name for entry in maps for name in entry.tensors)):
-        if name not in stored and (other := family.other_name(name)) in stored:
-            stored[name] = stored.pop(other)
-    check_names(spec, maps, stored, optional, where)
-
-    def load_stored(name: str) -> FloatArray:
-        return load(stored[name])
-
-    check_copies(maps, stored, load_stored, where)
-    return load_arrays(spec, maps, load_stored, where)

@@ -1,4 +1,4 @@
-"""Rotary positions: what a model says about them, and the angles that follow.
+"""Rotary positions: what a model says about them; `angles.py` makes the angles of it.
 
 Channel i of the first half of a head's rotated channels is paired with channel i of the second half and turned by
 `position * frequency[i]`. Scalings change the frequencies so that a model serves more positions than it was trained on:
@@ -18,9 +18,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ryot.errors import CheckpointError
 from ryot.models.hf_config import HFConfig
@@ -76,46 +73,6 @@ class Rotary:
     """Factor on cosines and sines (yarn, longrope)."""
     short_factors: tuple[float, ...] = ()
     """What each frequency is divided by (longrope)."""
-
-    def frequencies(self) -> NDArray[np.float64]:
-        """Radians per position, [dim / 2]."""
-        half = self.dim // 2
-        plain = self.theta ** (-np.arange(half, dtype=np.float64) / half)
-        match self.scaling:
-            case "linear":
-                return plain / self.factor
-            case "llama3":
-                return self._llama3(plain)
-            case "yarn":
-                return self._yarn(plain)
-            case "longrope":
-                return plain / np.array(self.short_factors, np.float64)
-            case _:
-                return plain
-
-    def tables(self, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines [length, dim / 2] of the angles at positions 0 to `length` - 1."""
-        angles = np.outer(np.arange(length, dtype=np.float64), self.frequencies())
-        cos, sin = np.cos(angles), np.sin(angles)
-        if self.magnitude != 1.0:
-            cos, sin = cos * self.magnitude, sin * self.magnitude
-        return cos.astype(np.float32), sin.astype(np.float32)
-
-    def _llama3(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-        turns = self.original_max_seq_len * plain / (2 * math.pi)
-        blend = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return (1 - blend) * plain / self.factor + blend * plain
-
-    def _yarn(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-        def dimension(turns: float) -> float:
-            return self.dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, self.dim - 1)
-        ramp: NDArray[np.float64] = np.clip((np.arange(self.dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
-        return plain / self.factor * ramp + plain * (1 - ramp)
 
 
 def read_rotary(config: HFConfig, head_dim: int, *, theta: float = 10_000.0) -> Rotary:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ryot.atomic import atomic_folder
 from ryot.errors import CheckpointError
-from ryot.models.registry import read_arrays, read_spec, tensor_maps, write_config
+from ryot.models.arrays import read_arrays
+from ryot.models.registry import read_spec, tensor_maps, write_config
 from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray, hf_tensors
 from ryot.train.model import Decoder, RotaryTables

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryot.config import Attention
+from ryot.models.angles import rotary_tables
 from ryot.models.spec import DecoderSpec
 from ryot.train.functions import RMSNorm, rms_norm, rotate, swiglu
 
@@ -38,7 +39,7 @@ class RotaryTables(nn.Module):
         super().__init__()
         self._dims = [rotary.dim for rotary in spec.rotaries]
         for i, rotary in enumerate(spec.rotaries):
-            cos, sin = rotary.tables(spec.max_seq_len)
+            cos, sin = rotary_tables(rotary, spec.max_seq_len)
             self.register_buffer(f"cos_{i}", torch.from_numpy(cos), persistent=False)
             self.register_buffer(f"sin_{i}", torch.from_numpy(sin), persistent=False)
 

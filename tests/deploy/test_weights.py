@@ -67,14 +67,14 @@ def test_nan_in_the_weights_is_refused(changed, tmp_path):
 def test_a_weights_file_cut_short_is_refused(changed, tmp_path):
     path = changed / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short"):
         export(changed, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_tensor_is_refused(changed, tmp_path):
     change_tensors(changed, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
-    with pytest.raises(CheckpointError, match=r"q_norm\.weight is not part of this model"):
+    with pytest.raises(CheckpointError, match=r"q_norm\.weight is not part of a"):
         export(changed, tmp_path)
 
 

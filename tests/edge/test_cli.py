@@ -231,7 +231,7 @@ def test_an_interrupted_chat_ends_with_130(chat_path: Path) -> None:
             "Error: --best-of: is for --prompt alone, not for a chat",
         ),
         (["--chat", "--prompt", "x", "--max-new-tokens", "0"], 2, "Error: max_new_tokens: got 0, expected a whole"),
-        (["--prompt", "a\udcff"], 2, "Error: text: character 2 is U+DCFF, half of a pair, which UTF-8 cannot hold"),
+        (["--prompt", "a\udcff"], 2, "Error: --prompt: is not UTF-8 (byte 0xff at offset 1)"),
     ],
 )
 def test_options_of_a_chat_are_checked(chat_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ryot.models.angles import rotary_frequencies
 from ryot.train.checkpoint import load_model
 from ryot.train.model import Decoder
 
@@ -63,7 +64,7 @@ def load_decoder(folder: Path) -> Decoder:
 def widen_decoder(decoder: Decoder) -> Decoder:
     decoder.double()
     for i, rotary in enumerate(decoder.spec.rotaries):
-        angles = np.outer(np.arange(decoder.spec.max_seq_len), rotary.frequencies())
+        angles = np.outer(np.arange(decoder.spec.max_seq_len), rotary_frequencies(rotary))
         for name, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
             setattr(decoder.rotary, f"{name}_{i}", torch.from_numpy(values * rotary.magnitude))
     return decoder

@@ -99,7 +99,7 @@ def test_int4_candidates_are_recorded_and_the_smallest_is_tried_first(forms):
 
 
 def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_ones_elsewhere(trained, data, tmp_path):
-    weights = load_decoder_weights(trained)
+    weights = load_decoder_weights(open_folder(trained))
     for limit, expected in ((1.5, 64), (1 + 1e-6, 32)):
         quantizer = Quantizer(weights, data, ExportSettings(int8_block_size=64), limit, tmp_path)
         found = quantizer.quantize("int8")

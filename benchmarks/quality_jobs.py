@@ -2,8 +2,9 @@
 
 A `short` job takes the short prompt and the shallow depths, a `long` job the long prompt and the deep one, a `cold` job
 the start and the memory. Ours and the builders' models run in `peer_worker.py`, which hands every token to Python;
-llama.cpp runs in its own `llama-bench` and `llama-completion`, which hand it to nobody. All have one untimed prompt and
-a cache allocated beforehand, llama.cpp's in float16. Prompts of ours are text, llama-bench draws its own at random.
+llama.cpp runs in its own `llama-bench` and `llama-completion`, which hand it to nobody. All have an untimed prompt
+before (ours has two: at the second our engine moves its memory to huge pages, once) and a cache allocated beforehand,
+llama.cpp's in float16. Prompts of ours are text, llama-bench draws its own at random.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from peer_process import Worker, WorkerError, turn
 from quality_plan import Lengths
 
 KINDS = ("short", "long", "cold")
-#: Timed prompts of a short job.
-SHORT_PROMPTS = 2
+#: Timed prompts of a short job, and untimed ones before any.
+SHORT_PROMPTS, WARM_PROMPTS = 2, 2
 #: How often the memory of a program is read while it runs.
 POLL_S = 0.002
 TIMEOUT_S = 600
@@ -70,7 +71,8 @@ def _run_worker(
             answer = worker.ask({"do": "cold", "prompt": prompt, "steps": lengths.cold_steps, **load})
             return {"cold": [answer["cold_start_ms"]], "rss": [answer["peak_rss_bytes"]]}, answer["detail"]
         detail = worker.ask({"do": "load", **load})["detail"]
-        worker.ask(turn([prompt], lengths.warm_steps))
+        for _ in range(WARM_PROMPTS):
+            worker.ask(turn([prompt], lengths.warm_steps))
         found: Series = {}
         prompts, depths = [lengths.long_prompt], [lengths.long_depth]
         if kind == "short":

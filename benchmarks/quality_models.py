@@ -35,8 +35,9 @@ from tokenizers import Tokenizer
 import ryot
 from ryot.edge.bundle import MANIFEST_NAME, Bundle, load_bundle
 from ryot.errors import EXIT_OK, EXIT_QUALITY
+from ryot.train.checkpoint import load_tokenizer
 from ryot.train.corpus import load_corpus
-from ryot.train.tokenizer import byte_lengths, load_tokenizer
+from ryot.train.tokenizer import byte_lengths
 
 #: llama.cpp's types, best first; the first is the source's weights, the others are quantized from it.
 LLAMA_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
@@ -287,17 +288,21 @@ class Maker:
             return []
         mobius = [sys.executable, "-m", "mobius"]
         common = ["--ep", "cpu", "--runtime", "ort-genai"]
+        # Its files of settings serve the others too: offline it writes none for a GGUF file.
+        full = self._once("mobius-fp32", [*mobius, "build", *common, "--config", hf], optional=True) if wanted else None
         points = []
         for name, kind in wanted.items():
-            folder = name.replace(" ", "-")
-            if kind is None:
-                path = self._once(folder, [*mobius, "build", *common, "--config", hf], optional=True)
-            elif (gguf := self.folder / f"{kind}.gguf").exists():
+            path = full
+            if kind is not None and full is not None:
+                gguf = self.folder / f"{kind}.gguf"
+                if not gguf.exists():
+                    self.notes.append(f"{name}: skipped, it is made from {kind}, which is left out")
+                    continue
                 command = [*mobius, "build-gguf", gguf, "--keep-quantized", *common]
-                path = self._once(folder, command, "-o", optional=True)
-            else:
-                self.notes.append(f"{name}: skipped, it is made from {kind}, which is left out")
-                continue
+                path = self._once(f"mobius-{kind}", command, "-o", optional=True)
+                if path and not (path / "genai_config.json").exists():
+                    for file in full.glob("*.json"):
+                        shutil.copy(file, path)
             if path:
                 points.append(_onnx_point(name, "mobius", path))
         return points

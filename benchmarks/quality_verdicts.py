@@ -189,23 +189,24 @@ def _why(view: View) -> str:
     """What the figures are bound by, in one paragraph."""
     bandwidths = [max(some) for some in view.values["threads"][view.threads]["bandwidth"] if some]
     shallow, deep = view.decodes[0], view.decodes[-1]
+    named = _named(view)
     parts = []
     if bandwidths:
         top = float(np.median(bandwidths))
         parts.append(f"Why: one core reads {top / 1e9:.1f} GB/s of arrays of tens of MB (numpy, in the same rounds).")
         shares = []
-        for name, point in view.points.items():
-            ms = view.median(name, shallow)
-            if ms and point["step_bytes"]:
-                rate = point["step_bytes"] / ms * 1e3
-                shares.append(f"{name} {point['step_bytes'] / MB:.0f} MB and {rate / 1e9:.1f} GB/s ({rate / top:.0%})")
+        for name in named:
+            ms, step_bytes = view.median(name, shallow), view.points[name]["step_bytes"]
+            if ms and step_bytes:
+                rate = step_bytes / ms * 1e3
+                shares.append(f"{name} {step_bytes / MB:.0f} MB and {rate / 1e9:.1f} GB/s ({rate / top:.0%})")
         if shares:
             parts.append(
                 "A decode step at the shallowest depth reads its weights: " + ", ".join(shares) + ". A form near that "
                 "rate is bound by memory and only fewer bytes make it faster; one far below is bound by its kernels."
             )
     growth = []
-    for name in view.points:
+    for name in named:
         at = [view.median(name, metric) for metric in (shallow, deep)]
         if at[0] and at[1]:
             growth.append(f"{name} {at[1] - at[0]:.2f}")
@@ -220,6 +221,13 @@ def _why(view: View) -> str:
             + "."
         )
     return " ".join(parts)
+
+
+def _named(view: View) -> list[str]:
+    """The points that verdicts were about, and the fastest of each side."""
+    rows = view.values["verdicts"][view.threads]
+    names = {row.get("ours") for row in rows} | set(DECODE_ASKED) | {n for m in view.decodes for n, _ in _best(view, m)}
+    return [name for name in view.points if name in names]
 
 
 def _best(view: View, metric: str) -> list[tuple[str, float]]:

@@ -84,7 +84,7 @@ def score_graph(folder: Path, graph: Path) -> list[float]:
     first = context // 2
     nats = []
     for window in windows:
-        past, total = None, 0.0
+        past, total = _empty_cache(graph.parent), 0.0
         for start in range(0, context, PIECE_TOKENS):
             logits, past = model.run(window[None, start : start + PIECE_TOKENS], past)
             # Rows that predict a scored token: positions first to context - 2.
@@ -96,6 +96,20 @@ def score_graph(folder: Path, graph: Path) -> list[float]:
                 total += float((np.log(np.exp(values).sum(axis=-1)) - chosen).sum())
         nats.append(total)
     return nats
+
+
+def _empty_cache(folder: Path) -> Any:
+    """The cache that a builder's graph begins with, whose inputs do not say how wide a head is; None for a bundle."""
+    import numpy as np
+
+    from ryot.edge.bundle import MANIFEST_NAME
+
+    if (folder / MANIFEST_NAME).exists():
+        return None
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+    names = (decoder["inputs"]["past_key_names"], decoder["inputs"]["past_value_names"])
+    return {name % layer: empty for layer in range(decoder["num_hidden_layers"]) for name in names}
 
 
 if __name__ == "__main__":

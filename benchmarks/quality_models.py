@@ -81,6 +81,8 @@ class Maker:
         self.folder = Path(self.plan["folder"])
         self.source = self.plan["source"]
         self.llama = Path(self.plan["llama_cpp"])
+        if (known := self.folder / "models.json").exists():
+            self.export_s = json.loads(known.read_text())["export_s"]
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
 
     def make(self) -> dict[str, Any]:

@@ -267,8 +267,13 @@ def _parse() -> argparse.Namespace:
     options.allowed, options.cores = allowed, allowed[-max(options.threads) :]
     options.only = [name for name in options.only.split(",") if name]
     options.work, options.llama_cpp = options.work.absolute(), options.llama_cpp.absolute()
+    stat = None
     if Path(options.source).exists():
         options.source = Path(options.source).absolute()
+        stat = options.source.stat().st_size, options.source.stat().st_mtime_ns
+    # What was made of another source, or of another file in its place, is not taken for this one's.
+    mark = hashlib.sha256(repr((str(options.source), stat)).encode()).hexdigest()[:8]
+    options.work /= f"{Path(options.source).stem}-{mark}"
     if len(options.cores) < max(options.threads) or options.rounds < 1:
         parser.error(f"--threads, --rounds: {len(allowed)} cores are allowed, and one round at least")
     if missing := [name for name in PROGRAMS if not os.access(options.llama_cpp / name, os.X_OK)]:

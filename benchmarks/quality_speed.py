@@ -8,7 +8,7 @@ builders of onnxruntime-genai and mobius-onnx make of our Hugging Face folder. A
 same tokens by llama-perplexity's protocol (`quality_worker.py`); our float32 and llama.cpp's F16 must agree.
 
 Speed is taken in rounds. In each, every point has a fresh process, pinned to the same cores, in an order drawn anew:
-a short job in each round, a long one in every second, a cold one in the first few (`quality_jobs.py`). Each result is
+a short job in each round, a long one in every third, a cold one in the first few (`quality_jobs.py`). Each result is
 kept in the work folder, so that a run that was stopped, or ended after --minutes, goes on where it was. DIR holds
 llama-quantize, llama-bench, llama-perplexity and llama-completion; benchmarks/README.md says how to build them.
 
@@ -41,6 +41,9 @@ from record import RESULTS, describe_setting, write_result
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-perplexity", "llama-completion")
 SHORT_ROUNDS, COLD_ROUNDS = 5, 3
+LONG_EVERY = 3
+#: A long job that would take longer, by the short one's pace, is left out.
+LONG_LIMIT_S = 90.0
 MINUTES = 15.0
 #: Arrays that bandwidth is read on in each round; weights of about these sizes are read a step.
 BANDWIDTH_BYTES = (64 << 20, 256 << 20)
@@ -68,7 +71,7 @@ def list_jobs(points: Sequence[str], threads: Sequence[int], rounds: int) -> lis
     jobs = []
     for number in range(rounds):
         for count in threads:
-            kinds = ["short", *["long"] * (number % 2 == 0), *["cold"] * (number < COLD_ROUNDS)]
+            kinds = ["short", *["long"] * (number % LONG_EVERY == 0), *["cold"] * (number < COLD_ROUNDS)]
             jobs.append(Job(number, count, BANDWIDTH, "reader"))
             for kind in kinds:
                 order = random.Random(f"{number}/{count}/{kind}").sample(list(points), len(points))
@@ -119,6 +122,9 @@ class Run:
             finally:
                 reader.close()
             return {"series": {BANDWIDTH: answer["bytes_per_s"]}, "load": load}
+        if job.kind == "long" and (needed_s := self._predict_s(job)) > LONG_LIMIT_S:
+            reason = f"left out, its prompts would take {needed_s:.0f} s"
+            return {"series": {}, "failed": reason, "load": load}
         start = 37 * job.round % 61
         try:
             series, detail = run_job(
@@ -128,6 +134,14 @@ class Run:
             return {"series": {}, "failed": str(error), "load": load}
         rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in series.items()}
         return {"series": rounded, "detail": detail, "load": load}
+
+    def _predict_s(self, job: Job) -> float:
+        """How long the prompts of a long job take, by the pace of the same round's short one."""
+        path = self._folder / dataclasses.replace(job, kind="short").file
+        series = json.loads(path.read_text())["series"]
+        times = series.get(f"ttft@{self._lengths.prompt}", [0.0])
+        tokens = self._lengths.long_prompt + self._lengths.long_depth
+        return min(times) / 1e3 / self._lengths.prompt * tokens
 
     def _identity(self, job: Job) -> Any:
         """What a kept result must be of: another model in the same place is measured again."""

@@ -8,9 +8,10 @@ builders of onnxruntime-genai and mobius-onnx make of our Hugging Face folder. A
 same tokens by llama-perplexity's protocol (`quality_worker.py`); our float32 and llama.cpp's F16 must agree.
 
 Speed is taken in rounds. In each, every point has a fresh process, pinned to the same cores, in an order drawn anew:
-a short job in each round, a long one in every third, a cold one in the first few (`quality_jobs.py`). Each result is
-kept in the work folder, so that a run that was stopped, or ended after --minutes, goes on where it was. DIR holds
-llama-quantize, llama-bench, llama-perplexity and llama-completion; benchmarks/README.md says how to build them.
+a short job in each round, a long and a cold one in the first three (`quality_jobs.py`); what is slow at length has one
+long job. Each result is kept in the work folder, so that a run that was stopped, or ended after --minutes, goes on
+where it was. DIR holds llama-quantize, llama-bench, llama-perplexity and llama-completion; benchmarks/README.md says
+how to build them.
 
 `--prepare` makes the models, scores them and stops. The result is `results/DATE-quality_speed-ISA.md`, `.json`, `.svg`.
 """
@@ -40,10 +41,9 @@ from quality_worker import score_point
 from record import RESULTS, describe_setting, write_result
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-perplexity", "llama-completion")
-SHORT_ROUNDS, COLD_ROUNDS = 5, 3
-LONG_EVERY = 3
-#: A long job that would take longer, by the short one's pace, is left out.
-LONG_LIMIT_S = 90.0
+SHORT_ROUNDS, LONG_ROUNDS, COLD_ROUNDS = 4, 3, 3
+#: A long job that would take longer than the first, by the short one's pace, is left out; than the second, taken once.
+LONG_LIMIT_S, LONG_ONCE_S = 90.0, 15.0
 MINUTES = 15.0
 #: Arrays that bandwidth is read on in each round; weights of about these sizes are read a step.
 BANDWIDTH_BYTES = (64 << 20, 256 << 20)
@@ -71,7 +71,7 @@ def list_jobs(points: Sequence[str], threads: Sequence[int], rounds: int) -> lis
     jobs = []
     for number in range(rounds):
         for count in threads:
-            kinds = ["short", *["long"] * (number % LONG_EVERY == 0), *["cold"] * (number < COLD_ROUNDS)]
+            kinds = ["short", *["long"] * (number < LONG_ROUNDS), *["cold"] * (number < COLD_ROUNDS)]
             jobs.append(Job(number, count, BANDWIDTH, "reader"))
             for kind in kinds:
                 order = random.Random(f"{number}/{count}/{kind}").sample(list(points), len(points))
@@ -122,9 +122,12 @@ class Run:
             finally:
                 reader.close()
             return {"series": {BANDWIDTH: answer["bytes_per_s"]}, "load": load}
-        if job.kind == "long" and (needed_s := self._predict_s(job)) > LONG_LIMIT_S:
+        needed_s = self._predict_s(job) if job.kind == "long" else 0.0
+        if needed_s > LONG_LIMIT_S:
             reason = f"left out, its prompts would take {needed_s:.0f} s"
             return {"series": {}, "failed": reason, "load": load}
+        if needed_s > LONG_ONCE_S and job.round:
+            return {"series": {}, "load": load}
         start = 37 * job.round % 61
         try:
             series, detail = run_job(

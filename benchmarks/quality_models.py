@@ -162,7 +162,7 @@ class Maker:
         same = expected.size == ids.size and bool((expected == ids).all())
         if not same:
             self.notes.append("our tokenizer gives other ids than llama.cpp's for the text; all score llama.cpp's ids")
-        return {"equal": same, "bos": int(ids[0]) if begins else None, "tokens": int(ids.size), "text_bytes": len(text.encode())}
+        return {"equal": same, "bos": int(ids[0]) if begins else None, "tokens": int(ids.size)}
 
     def _read_llama_ids(self, f16: Path, text_file: Path) -> np.ndarray:
         pipe = self.folder / "ids.pipe"

@@ -37,16 +37,13 @@ from pathlib import Path
 from typing import Any
 
 from peer_models import CHECK_TOKENS, FORMS, GENAI_BLOCK, PROMPT_TOKENS, SIZES, draw_prompt
+from peer_process import HERE, ONE_THREAD, Worker, WorkerError, turn
 from peer_verdicts import KV8, judge, render
-from peer_worker import SPAWNED_VARIABLE
 from record import RESULTS, describe_setting, write_result
 
-HERE = Path(__file__).parent
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "gguf", "onnx", "numpy")
 #: llama.cpp's own words for flash attention off and on.
 FLASH = {0: "", 1: " flash"}
-#: Libraries must not start threads of their own beside the one that works.
-ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
 #: Sizes of arrays that bandwidth is measured on, beside the bytes that each form reads a step.
 BANDWIDTH_BYTES = {"cache": 8 << 20, "memory": 256 << 20}
 BATCH_SIZES, BATCH_PROMPT, BATCH_STEPS = (1, 16), 32, 24
@@ -157,44 +154,6 @@ def _genai_arms(made: Mapping[str, Any]) -> list[Arm]:
     return arms
 
 
-class WorkerError(Exception):
-    """An engine that cannot be had, or failed."""
-
-
-class Worker:
-    """The parent's end of a `peer_worker.py` process."""
-
-    def __init__(self, core: int):
-        environment = os.environ | ONE_THREAD | {SPAWNED_VARIABLE: repr(time.monotonic())}
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "peer_worker.py"), str(core)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request. Raises `WorkerError` when there is none."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerError(f"its process ended with code {self._process.wait()}")
-        answer = json.loads(line)
-        if reason := answer.get("missing") or answer.get("error"):
-            raise WorkerError(reason)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate()
-
-
 @dataclass
 class SizeRun:
     """The measurement of one size; fields are what the result keeps."""
@@ -260,8 +219,8 @@ class SizeRun:
         for arm in arms:
             self._tell(f"tokens of {arm.name}")
             with self._loaded({arm.name: arm.load}) as workers:
-                turn = {"do": "turn", "prompts": [draw_prompt(SIZES[self.size], 0)], "steps": CHECK_TOKENS - 1}
-                answer = self._ask(workers, arm.name, turn)
+                request = turn([draw_prompt(SIZES[self.size], 0)], CHECK_TOKENS - 1)
+                answer = self._ask(workers, arm.name, request)
             if answer is None:
                 found[arm.name] = {"family": arm.family, "missing": True}
                 continue
@@ -279,9 +238,9 @@ class SizeRun:
         bandwidths: list[list[float]] = []
         with self._loaded({arm.name: arm.load for arm in arms}) as workers, self._loaded({"reader": None}) as readers:
             for name in list(workers):
-                for turn in range(WARMUP_TURNS):
+                for warmup in range(WARMUP_TURNS):
                     steps = plan.slow_steps if by_name[name].slow else plan.steps
-                    self._ask(workers, name, _turn([draw_prompt(cfg, 1 + turn)], steps))
+                    self._ask(workers, name, turn([draw_prompt(cfg, 1 + warmup)], steps))
             for number in range(plan.rounds):
                 self._tell(f"round {number + 1} of {plan.rounds}")
                 order = [*sorted(workers), "reader"]
@@ -293,8 +252,8 @@ class SizeRun:
                         continue
                     steps = plan.slow_steps if by_name[name].slow else plan.steps
                     prompts = [draw_prompt(cfg, 100 + number * plan.turns + i) for i in range(plan.turns)]
-                    self._ask(workers, name, _turn([prompts[0][: plan.warm_tokens]], min(4, steps)))
-                    turns = [self._ask(workers, name, _turn([prompt], steps)) for prompt in prompts]
+                    self._ask(workers, name, turn([prompts[0][: plan.warm_tokens]], min(4, steps)))
+                    turns = [self._ask(workers, name, turn([prompt], steps)) for prompt in prompts]
                     if None not in turns:
                         samples[name].append(_columns(turns))
         whole = {name: found for name, found in samples.items() if len(found) == plan.rounds}
@@ -336,7 +295,7 @@ class SizeRun:
 
         def request(name: str, number: int) -> dict[str, Any]:
             rows = int(name.rpartition(" ")[2])
-            return _turn([draw_prompt(cfg, 1000 * number + row, BATCH_PROMPT) for row in range(rows)], BATCH_STEPS)
+            return turn([draw_prompt(cfg, 1000 * number + row, BATCH_PROMPT) for row in range(rows)], BATCH_STEPS)
 
         return self._interleave("batches", loads, request)
 
@@ -354,8 +313,8 @@ class SizeRun:
                 random.Random(f"depth/{number}").shuffle(order)
                 for name in order:
                     form, _, depth = name.partition(" @ ")
-                    turn = _turn([draw_prompt(cfg, 500 + number, int(depth))], DEPTH_STEPS)
-                    answer = self._ask(workers, form, turn)
+                    request = turn([draw_prompt(cfg, 500 + number, int(depth))], DEPTH_STEPS)
+                    answer = self._ask(workers, form, request)
                     if answer and number >= 0:
                         found[name].append(answer["token_ms"])
         return found
@@ -407,10 +366,6 @@ def _measure_bare_python() -> int:
     """Peak resident size of a Python that does nothing: what no engine can go below."""
     program = "print(next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM')))"
     return int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout) * 1024
-
-
-def _turn(prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    return {"do": "turn", "prompts": prompts, "steps": steps}
 
 
 def _columns(turns: Sequence[Mapping[str, Any] | None]) -> dict[str, list[float]]:

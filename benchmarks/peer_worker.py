@@ -1,6 +1,6 @@
-"""One engine with one model in a process of its own, pinned to a core; `edge_vs_peers.py` starts it and gives turns.
+"""One engine with one model in a process of its own, pinned to cores; `peer_process.py` starts it and gives turns.
 
-    python benchmarks/peer_worker.py CORE     (one JSON request a line on stdin, one JSON answer a line on stdout)
+    python benchmarks/peer_worker.py CORE,CORE   (one JSON request a line on stdin, one JSON answer a line on stdout)
 
     {"do": "load", "engine": …, …}             load; the other keys are the arguments of the engine's class
     {"do": "turn", "prompts": […], "steps": N} answer the prompts (one a row), then decode N tokens; times and tokens
@@ -22,13 +22,16 @@ SPAWNED_VARIABLE = "EDGE_VS_PEERS_SPAWNED_AT_S"
 
 
 class Ryot:
-    """A bundle in one of our engines."""
+    """A bundle in one of our engines, with a cache that has room for `reserve` tokens from the start."""
 
-    def __init__(self, bundle: str, via: str, batch_size: int = 1):
+    def __init__(self, bundle: str, via: str, batch_size: int = 1, threads: int = 1, reserve: int = 0):
         from ryot.edge.bundle import load_bundle
         from ryot.edge.engines import open_engine
 
-        self._decoder = open_engine(load_bundle(bundle, verify=False), engine=via, batch_size=batch_size)
+        self._decoder = open_engine(
+            load_bundle(bundle, verify=False), engine=via, batch_size=batch_size, threads=threads
+        )
+        self._decoder.reserve(reserve)
         self._step = self._decoder.step
         self.detail = self._decoder.name
 
@@ -112,17 +115,17 @@ class Plain:
 
 
 class Genai:
-    """onnxruntime-genai on the standard graph of a bundle."""
+    """onnxruntime-genai on a folder of its layout; it allocates its cache for `context` tokens, or for the model's."""
 
-    def __init__(self, bundle: str):
+    def __init__(self, bundle: str, context: int | None = None, threads: int = 1):
         import onnxruntime_genai as og
 
         config = og.Config(bundle)
-        options = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
+        options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og, self._model = og, og.Model(config)
         with open(f"{bundle}/genai_config.json") as file:  # noqa: PTH123 - pathlib would be counted to the peer
-            self._context = json.load(file)["model"]["context_length"]
+            self._context = context or json.load(file)["model"]["context_length"]
         self.detail = f"onnxruntime-genai {og.__version__}"
 
     def prefill(self, prompts: list[list[int]]) -> int:
@@ -197,7 +200,7 @@ ENGINES = {"ryot": Ryot, "torch": Torch, "plain": Plain, "genai": Genai, "llama.
 
 
 def main() -> None:
-    os.sched_setaffinity(0, {int(sys.argv[1])})
+    os.sched_setaffinity(0, set(map(int, sys.argv[1].split(","))))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     _die_with_parent()

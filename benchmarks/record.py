@@ -42,8 +42,21 @@ def write_result(name: str, values: Mapping[str, Any], text: str, folder: Path =
     decisive = next((known for known in DECISIVE if known in isa), platform.machine())
     path = folder / f"{datetime.date.today().isoformat()}-{name}-{decisive}.md"
     path.write_text(text.rstrip("\n") + "\n")
-    path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    path.with_suffix(".json").write_text(dump_compact(values) + "\n")
     return path
+
+
+def dump_compact(value: Any, indent: int = 0) -> str:
+    """JSON with a line for each entry of an object, and for each series of numbers."""
+    if isinstance(value, Mapping):
+        pad = " " * (indent + 1)
+        lines = [f"{pad}{json.dumps(str(key))}: {dump_compact(entry, indent + 1)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}" if lines else "{}"
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, Mapping) for entry in value):
+        pad = " " * (indent + 1)
+        lines = [pad + dump_compact(entry, indent + 1) for entry in value]
+        return "[\n" + ",\n".join(lines) + "\n" + " " * indent + "]"
+    return json.dumps(value)
 
 
 def _git(*arguments: str) -> str:

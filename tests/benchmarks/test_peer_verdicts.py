@@ -55,7 +55,7 @@ def result():
                 "cold_start_ms": [180.0, 200.0, 190.0],
             }
         },
-        "decision": {"latency": "int8-dyn+int4", "one_session": "int4", "quantize": blocks},
+        "decision": {"latency": "int8-dyn+int4", "one_session": "int4", "settings": blocks},
         "check": {},
     }
 

@@ -71,8 +71,10 @@ class Ladder:
 def find_smallest(ladder: Ladder, measure: Callable[[int], float], limit: float) -> int:
     """The rung of the smallest mix whose measured loss is within `limit`, after at most `MAX_MEASURED` measurements.
 
-    The top rung where none is within it.
+    The top rung where none is within it; the only one, unmeasured, where there is nothing to choose.
     """
+    if not ladder.top:
+        return 0
     found: dict[int, float] = {}
     failed, passed, rung = -1, None, 0
     for _ in range(MAX_MEASURED):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from ryot.deploy.datafile import DataFile
@@ -25,8 +26,12 @@ Past = dict[str, NDArray[np.generic]]
 class StandardGraph:
     """An onnxruntime session of a standard graph."""
 
-    def __init__(self, path: Path, *, threads: int = 1):
-        """Raises `ExportError` when this onnxruntime cannot load the graph, e.g. because it lacks an operator."""
+    def __init__(self, path: Path, *, threads: int | None = None):
+        """On as many threads as torch has unless told.
+
+        Raises `ExportError` when this onnxruntime cannot load the graph, e.g. because it lacks an operator.
+        """
+        threads = torch.get_num_threads() if threads is None else threads
         try:
             self._session = ort.InferenceSession(
                 path, build_session_options(threads), providers=["CPUExecutionProvider"]

@@ -34,6 +34,24 @@ def open_checkpoint(source: str) -> Checkpoint:
     return open_folder(folder, where=source, revision=revision)
 
 
+def find_source(source: str) -> str | None:
+    """`source` as a run keeps it: a path made absolute, an id of the hub as it is; None for neither of them.
+
+    Nothing is read. A .gguf file counts where it is named, there or not.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix == ".gguf":
+        return str(path.absolute())
+    return source if _HUB_ID.match(source) else None
+
+
+def name_source(source: str) -> str:
+    """What tables and folders call a model: the last part of its path or id, without .gguf and revision."""
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.exists() else source.partition("@")[0].rpartition("/")[2]
+    return re.sub(r"[^\w.+-]+", "-", name.removesuffix(".gguf")).strip(".-") or "model"
+
+
 def _open_file(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"checkpoint {path}: no such file")

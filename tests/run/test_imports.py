@@ -201,9 +201,9 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_killed_worker_is_replaced_and_a_stopped_run_leaves_nothing_and_goes_on(
-    models: Path, text_folder: Path, cache: Path, tmp_path: Path, temporary: Path
+    models: Path, text_folder: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
     options = ["--variants", str(models / "mine.gguf"), "--precisions", "fp32,int8", "--quick"]
     process = start(*options, "--data", str(text_folder), "-o", str(run_dir), cache=cache)
 
@@ -232,7 +232,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_run_leaves_nothing_and_goes_o
     assert begun == ["attempt 1", "attempt 2", "attempt 3"]
     assert load_report(run_dir).corpus.keys() == {"name", "sha256"} and not stages(run_dir, "train")
     assert {(r.variant, r.precision) for r in load_report(run_dir).rows} == {("mine", "fp32"), ("mine", "int8")}
-    assert not list(cache.glob("datasets/*")) or (cache / "datasets").is_dir()
+    assert not (cache / "datasets").exists()
 
 
 def test_a_model_that_lacks_a_tensor_is_refused_before_anything_starts(

@@ -87,7 +87,8 @@ def command(
     Example: ryot-deploy export ./SmolLM2-135M-Instruct --precisions int8,int4 -o /tmp/bundles
     """
     from ryot.errors import EXIT_OK, EXIT_QUALITY
-    from ryot.models.sources.opening import name_source, open_checkpoint
+    from ryot.models.sources.naming import name_source
+    from ryot.models.sources.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     if form == "hf":

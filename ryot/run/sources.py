@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ryot.config import list_named, unknown
 from ryot.errors import ConfigError
-from ryot.models.sources.opening import find_source, name_source
+from ryot.models.sources.naming import find_source, name_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

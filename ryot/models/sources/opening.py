@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ryot.errors import CheckpointError, ConfigError
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.folder import open_folder
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+from ryot.models.sources.naming import HUB_ID
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -23,7 +21,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         return open_folder(path)
     if path.is_file() or path.suffix == ".gguf":
         return _open_file(path)
-    if not _HUB_ID.match(source):
+    if not HUB_ID.match(source):
         raise ConfigError(
             f"model {source}: no such folder or file, and no hub id",
             hint="give a folder, a .gguf file, or org/name[@revision]",
@@ -32,24 +30,6 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     folder, revision = fetch_from_hub(source)
     return open_folder(folder, where=source, revision=revision)
-
-
-def find_source(source: str) -> str | None:
-    """`source` as a run keeps it: a path made absolute, an id of the hub as it is; None for neither of them.
-
-    Nothing is read. A .gguf file counts where it is named, there or not.
-    """
-    path = Path(source).expanduser()
-    if path.exists() or path.suffix == ".gguf":
-        return str(path.absolute())
-    return source if _HUB_ID.match(source) else None
-
-
-def name_source(source: str) -> str:
-    """What tables and folders call a model: the last part of its path or id, without .gguf and revision."""
-    path = Path(source).expanduser()
-    name = path.resolve().name if path.exists() else source.partition("@")[0].rpartition("/")[2]
-    return re.sub(r"[^\w.+-]+", "-", name.removesuffix(".gguf")).strip(".-") or "model"
 
 
 def _open_file(path: Path) -> Checkpoint:

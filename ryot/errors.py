@@ -12,6 +12,7 @@ RyotError                 1  something failed
 ├── ClusterError          1  Ray cannot be started, reached or used
 ├── TargetMissed          3  a target was missed, or the measurement cannot tell
 ├── QualityError          4  a gate failed: no artifact is left to package, or one asked for by name breached
+│   └── OracleError       4  another implementation computes other logits from the same checkpoint
 └── Interrupted         130  a signal ended the run; it can be resumed
 """
 
@@ -91,6 +92,10 @@ class QualityError(RyotError):
     """A gate failed: no artifact is left to package, or one asked for by name breached."""
 
     exit_code = EXIT_QUALITY
+
+
+class OracleError(QualityError):
+    """Another implementation computes other logits from the same checkpoint."""
 
 
 class Interrupted(RyotError):

@@ -19,9 +19,12 @@ from pathlib import Path
 
 LOCK_FILE = "owner.lock"
 
-#: Waits until the other end of its stdin is closed, which the end of its owner does, and removes a folder.
+#: Waits until the other end of its stdin is closed, which the end of its owner does, and removes a folder. Nobody's
+#: child: Ray ends the children of a worker with it.
 _REAPER = """
 import os, shutil, signal, sys
+if os.fork():
+    os._exit(0)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 os.read(0, 1)
@@ -37,9 +40,11 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     folder, lock = make_folder(base, prefix)
     try:
         with _reaper(folder):
-            yield folder
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 

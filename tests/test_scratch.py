@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ryot.scratch import scratch_folder
@@ -49,6 +50,28 @@ def test_a_folder_is_gone_when_its_owner_is_ended(tmp_path: Path, number: signal
         os.killpg(owner.pid, number)
         owner.wait(timeout=20)
     deadline = time.monotonic() + 20
+    while folder.exists():
+        assert time.monotonic() < deadline, "the folder is still there"
+        time.sleep(0.01)
+
+
+def test_a_folder_is_gone_when_its_owner_is_ended_with_all_its_children(tmp_path: Path) -> None:
+    """As Ray ends a worker."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as owner:
+        assert owner.stdout is not None
+        folder = Path(owner.stdout.readline().strip())
+        deadline = time.monotonic() + 20
+        process = psutil.Process(owner.pid)
+        while any(c.status() != psutil.STATUS_ZOMBIE for c in process.children()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for child in process.children(recursive=True):
+            child.kill()
+        owner.kill()
     while folder.exists():
         assert time.monotonic() < deadline, "the folder is still there"
         time.sleep(0.01)

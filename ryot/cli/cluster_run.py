@@ -48,7 +48,7 @@ def command(
     dry_run: bool,
     **_: Any,
 ) -> int:
-    """Train the variants in parallel, export, measure, judge, and bundle the best artifact.
+    """Train recipes in parallel, take in models, export, measure, judge, and bundle the best artifact.
 
     The table goes to stdout, progress to stderr; report and bundle lie in the run folder. Exit code 0: every target
     met; 1: something failed; 3: a target missed or inconclusive; 4: a quality gate failed; 130: stopped, resumable.
@@ -65,7 +65,7 @@ def command(
         run_dir, plan = resume, _plan_to_resume(resume, ctx)
     else:
         plan = resolve_plan(merge_options(config, given_values(ctx, RunOptions)))
-        run_dir = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(plan.options.preset).stem}"
+        run_dir = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.label}"
     if dry_run:
         click.echo(plan_to_toml(plan), nl=False)
         return 0

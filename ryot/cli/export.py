@@ -87,6 +87,7 @@ def command(
     Example: ryot-deploy export ./SmolLM2-135M-Instruct --precisions int8,int4 -o /tmp/bundles
     """
     from ryot.errors import EXIT_OK, EXIT_QUALITY
+    from ryot.models.sources.naming import name_source
     from ryot.models.sources.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
@@ -134,8 +135,8 @@ def command(
     tell(format_decision(decision).splitlines()[0])
     bits = dynamic_bits([t.device.isa if t.device else None for t in devices] or [None])
     options = ExportOptions(
-        name=Path(checkpoint.where).stem,
-        variant=Path(checkpoint.where).stem,
+        name=name_source(source),
+        variant=name_source(source),
         settings=replace(decision.settings, kv_dtype=kv_cache, dynamic_bits=bits),
         context=context,
         oracle=True,

@@ -77,14 +77,15 @@ class Progress:
 
     def _stage(self, event: StageEvent) -> None:
         who = f" {event.variant} seed {event.seed}" if event.variant else ""
+        key = f"{event.stage}{who}"
         if event.status == "progress":
-            self._rows[event.stage] = f"{event.stage}{who} in progress: {event.detail}"
+            self._rows[key] = f"{key} in progress: {event.detail}"
             if self._live:
                 self._draw()
             else:
-                self._say(self._rows.pop(event.stage))
+                self._say(self._rows.pop(key))
             return
-        self._rows.pop(event.stage, None)
+        self._rows.pop(key, None)
         took = f" in {event.wall_s:.1f} s" if event.wall_s is not None else ""
         detail = f": {event.detail}" if event.detail else ""
         words: dict[StageStatus, str] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ryot.artifact import ArtifactId
 from ryot.cluster.driver import train_variants
+from ryot.cluster.exporting import export_on_cluster
 from ryot.cluster.measuring import find_node, measure_on_cluster
 from ryot.cluster.options import ClusterOptions, DriverOptions
 from ryot.cluster.placement import ResourceRequest
@@ -21,6 +22,7 @@ from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.events import Event
 from ryot.run.executor import Executor, Measured, Requirements
 from ryot.run.folder import RunFolder
+from ryot.run.import_job import ImportJob, ImportListener
 from ryot.run.journal import Journal
 from ryot.run.training import OnDone, Training, TrainResult
 from ryot.train.dataset import Dataset
@@ -85,6 +87,10 @@ class RayExecutor(Executor):
             on_done=on_done,
             workplace=None if workplace is None else lambda: workplace,
         )
+
+    def export(self, jobs: Sequence[ImportJob], *, threads: int, listener: ImportListener) -> None:
+        assert self._cluster is not None
+        export_on_cluster(self._cluster, jobs, threads=threads, listener=listener, options=self.driver_options)
 
     def measure(
         self,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ryot.errors import QualityError
+from ryot.errors import OracleError
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.write_hf import write_hf
 from ryot.train.model import Decoder
@@ -69,7 +69,7 @@ def check_oracle(
 ) -> OracleResult:
     """Compare transformers' float32 logits of a checkpoint with those of `model`, and its texts with ours.
 
-    Raises `QualityError` when logits differ by more than a few times `tolerance`; a difference in texts is logged as a
+    Raises `OracleError` when logits differ by more than a few times `tolerance`; a difference in texts is logged as a
     warning. A transformers that is not installed, or cannot load this checkpoint, is no error: the result says so.
     """
     if importlib.util.find_spec("transformers") is None:
@@ -95,7 +95,7 @@ def check_oracle(
     tolerance *= ANGLE_SAFETY
     difference = float(np.abs(found_BTV - expected_BTV).max())
     if not difference <= tolerance:
-        raise QualityError(
+        raise OracleError(
             f"oracle: logits of {checkpoint.where} differ from {said['oracle']} by {difference:.3g}, expected at most "
             f"{tolerance:.3g}",
             hint="this checkpoint is read wrongly here; report it with its config.json",

@@ -54,6 +54,11 @@ def source_spec(checkpoint: Checkpoint, context: int | None = None) -> DecoderSp
     return bounded_spec(read_spec(checkpoint.config, checkpoint.where), context)
 
 
+def check_weights(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
+    """Raise `CheckpointError` for a tensor that is missing or not known; no weights are read for it."""
+    read_arrays(spec, checkpoint.names(), checkpoint.load, checkpoint.where)
+
+
 def load_decoder_weights(checkpoint: Checkpoint, context: int | None = None) -> DecoderWeights:
     """Read all of a checkpoint's weights, for a context of at most `context` tokens.
 

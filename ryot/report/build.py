@@ -14,7 +14,14 @@ from ryot.artifact import ArtifactId
 from ryot.edge.noise import find_noise
 from ryot.edge.protocol import MeasureResult
 from ryot.report.choice import choose_artifact, mark_pareto
-from ryot.report.comparisons import BASELINE_VARIANT, compare_rows, compare_variants, describe_losses, find_baseline
+from ryot.report.comparisons import (
+    BASELINE_VARIANT,
+    compare_rows,
+    compare_variants,
+    describe_lengths,
+    describe_losses,
+    find_baseline,
+)
 from ryot.report.rows import AblationRow, ArtifactRow, ExportedArtifact, Report, StageTime, VariantRow
 from ryot.report.samples import TIMED, peak_bytes, samples_of, token_latencies
 from ryot.report.stats import describe_spread, median_of_rounds, percentiles, value_interval
@@ -165,6 +172,8 @@ def _warnings(
         notes.append("Quick run with a small budget: not comparable with other reports.")
     notes += [f"{v.name} (seed {v.seed}) stopped: {v.failed}" for v in report.variants if v.failed]
     notes += describe_losses(report.variants)
+    if report.baseline_row is not None:
+        notes += describe_lengths(report.rows, report.baseline_row)
     notes += [
         f"{row.variant} {row.precision}: {row.reason}" for row in report.rows if row.reason and row.runs_ok < row.runs
     ]

@@ -17,6 +17,7 @@ def artifact_columns(report: Report) -> list[Column]:
     rows = report.rows
     trainings = [report.variant_of(r) for r in rows]
     star = "*" if any(v and v.concurrent for v in trainings) else ""
+    imported = any(v and v.source for v in trainings)
 
     def column(name: str, header: str, get: Callable[[ArtifactRow], Cell], **options: Any) -> Column:
         return Column(name, header, tuple(get(r) for r in rows), **options)
@@ -31,6 +32,8 @@ def artifact_columns(report: Report) -> list[Column]:
         training("params", "params\nM", lambda v: v.params / 1e6, decimals=2, first=True),
         training("train_s", f"train{star}\ns", lambda v: v.train_wall_s, decimals=1, first=True),
         training("loss", "loss\nnats", _held_out_loss, decimals=2, first=True),
+        # The one loss that means the same under any tokenizer.
+        *([column("bpb", "bits\n/byte", lambda r: r.quality.get("bpb"), decimals=3, first=True)] if imported else []),
         column("size_mb", "size\nMB", lambda r: r.size_bytes / 1e6, decimals=2, needed=True, first=True),
         column("ttft_ms", "TTFT\nms", lambda r: r.ttft_ms, needed=True, first=True),
         column("decode_tok_s", "decode\ntok/s", lambda r: r.decode_tok_s, decimals=0, needed=True, first=True),

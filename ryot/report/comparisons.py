@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,16 +28,50 @@ def find_baseline(rows: Sequence[ArtifactRow]) -> ArtifactRow | None:
     return None
 
 
-def compare_rows(rows: Iterable[ArtifactRow], baseline: ArtifactRow) -> list[Comparison]:
-    """Each artifact against the baseline: timed figures paired by round, exact ones as they are."""
+def timed_against(row: ArtifactRow, rows: Sequence[ArtifactRow], baseline: ArtifactRow) -> ArtifactRow | None:
+    """What an artifact's timings are held against: the baseline, or its own fp32 where that read another prompt.
+
+    A prompt of 128 tokens and one of 32 are no measure of each other. None where there is nothing of equal length.
+    """
+    own = (r for r in rows if (r.variant, r.seed, r.precision) == (row.variant, row.seed, BASELINE_PRECISION))
+    return next((r for r in (baseline, *own) if _prompt_tokens(r) == _prompt_tokens(row)), None)
+
+
+def _prompt_tokens(row: ArtifactRow) -> set[int]:
+    return {result.prompt_tokens for result in row.samples if result.ok}
+
+
+def describe_lengths(rows: Sequence[ArtifactRow], baseline: ArtifactRow) -> list[str]:
+    """For each variant whose timings are not held against the baseline, why and against what, as a sentence."""
+    lines = []
+    for variant in dict.fromkeys(r.variant for r in rows if r.runs_ok):
+        row = next(r for r in rows if r.variant == variant and r.runs_ok)
+        other = timed_against(row, rows, baseline)
+        if baseline.runs_ok and (other is None or other.id != baseline.id):
+            lengths = [", ".join(map(str, sorted(_prompt_tokens(r)))) for r in (row, baseline)]
+            than = f"to {other.variant} {other.precision}" if other else "to none"
+            lines.append(
+                f"{variant} is measured with prompts of {lengths[0]} tokens, {baseline.variant} with {lengths[1]}: "
+                f"its ratios of time are {than}."
+            )
+    return lines
+
+
+def compare_rows(rows: Sequence[ArtifactRow], baseline: ArtifactRow) -> list[Comparison]:
+    """Each artifact against the baseline: timed figures paired by round and as `timed_against` says, exact ones as
+    they are."""
     found = []
     for row in rows:
         if row.id == baseline.id:
             continue
+        timed = timed_against(row, rows, baseline)
         for metric in ("ttft_ms", "decode_tok_s", "e2e_ttft_ms", "load_ms", "peak_rss_bytes"):
-            interval = paired_ratio(row, baseline, metric)
+            other = timed if metric in ("ttft_ms", "decode_tok_s", "e2e_ttft_ms") else baseline
+            if other is None or other.id == row.id:
+                continue
+            interval = paired_ratio(row, other, metric)
             if interval is not None:
-                found.append(comparison(metric, str(row.id), str(baseline.id), interval))
+                found.append(comparison(metric, str(row.id), str(other.id), interval))
         for metric, a, b in (
             ("size_bytes", float(row.size_bytes), float(baseline.size_bytes)),
             ("bpb", row.quality.get("bpb"), baseline.quality.get("bpb")),

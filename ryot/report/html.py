@@ -9,6 +9,7 @@ from ryot.report.columns import artifact_columns, limit_columns
 from ryot.report.markdown import (
     facts_line,
     flatten,
+    import_columns,
     latency_columns,
     stage_columns,
     title,
@@ -86,8 +87,9 @@ def render_html(report: Report) -> str:
     plots = draw_plots(report)
     if plots:
         parts += ["<h2>Plots</h2>", '<div class="plots">', *(_plot(p) for p in plots), "</div>"]
-    if report.variants:
-        parts += ["<h2>Training</h2>", html_table(training_columns(report))]
+    for heading, columns in (("Training", training_columns(report)), ("Imported models", import_columns(report))):
+        if columns:
+            parts += [f"<h2>{heading}</h2>", html_table(columns)]
     if any(r.runs_ok for r in report.rows):
         parts += ["<h2>Latency</h2>", html_table(latency_columns(report))]
     parts += ["<h2>Machine</h2>", _pairs(flatten(report.machine))]

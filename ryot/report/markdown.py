@@ -22,8 +22,9 @@ def render_markdown(report: Report) -> str:
     if report.ablation:
         parts += ["## Ablation", markdown_table(ablation_columns(report))]
     parts += ["## Limits", markdown_table(limit_columns(report))]
-    if report.variants:
-        parts += ["## Training", markdown_table(training_columns(report))]
+    for heading, columns in (("Training", training_columns(report)), ("Imported models", import_columns(report))):
+        if columns:
+            parts += [f"## {heading}", markdown_table(columns)]
     if any(r.percentiles for r in report.rows):
         parts += ["## Latency", markdown_table(latency_columns(report))]
     parts += ["## Machine", _pairs(flatten(report.machine))]
@@ -56,8 +57,10 @@ def facts_line(report: Report) -> str:
 
 
 def training_columns(report: Report) -> list[Column]:
-    """What each training gave, a row per (variant, seed)."""
-    rows = report.variants
+    """What each training gave, a row per (variant, seed); no rows when nothing was trained."""
+    rows = [v for v in report.variants if not v.source]
+    if not rows:
+        return []
 
     def column(name: str, header: str, get: Any, decimals: int | None = None, needed: bool = False) -> Column:
         return Column(name, header, tuple(get(v) for v in rows), decimals, needed)
@@ -70,7 +73,7 @@ def training_columns(report: Report) -> list[Column]:
         column("variant", "variant", lambda v: v.name, needed=True),
         column("seed", "seed", lambda v: str(v.seed)),
         column("params", "params\nM", millions, 3, True),
-        column("tokens", "tokens\nk", lambda v: v.tokens / 1e3, 1, True),
+        column("tokens", "tokens\nk", lambda v: None if v.tokens is None else v.tokens / 1e3, 1, True),
         column("train_s", f"train{star}\ns", lambda v: v.train_wall_s, 1, True),
         column("compile_s", "compile\ns", lambda v: v.compile_s, 1),
         column("tokens_per_s", f"tokens/s{star}", lambda v: v.tokens_per_s, 0, True),
@@ -81,6 +84,20 @@ def training_columns(report: Report) -> list[Column]:
         column("grad", "largest gradient norm", lambda v: v.grad_norm_max, 2),
         column("to_baseline", f"to baseline's loss{star}\ns", lambda v: v.time_to_baseline_loss_s, 1),
         column("failed", "stopped", lambda v: v.failed or None),
+    ]
+
+
+def import_columns(report: Report) -> list[Column]:
+    """The models that were not trained here; no rows when there are none."""
+    rows = [v for v in report.variants if v.source]
+    if not rows:
+        return []
+    return [
+        Column("variant", "variant", tuple(v.name for v in rows), needed=True),
+        Column("params", "params\nM", tuple(v.params / 1e6 for v in rows), 3, needed=True),
+        Column("source", "source", tuple(v.source for v in rows), needed=True),
+        Column("sha256", "sha256", tuple(v.source_sha256[:16] for v in rows), needed=True),
+        Column("failed", "stopped", tuple(v.failed or None for v in rows)),
     ]
 
 

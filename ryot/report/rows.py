@@ -71,12 +71,15 @@ class ExportedArtifact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VariantRow:
-    """What one training of one variant gave; losses in nats per token, `bpb` in bits per byte."""
+    """What one training of one variant gave, or a model that was imported: of one, only its size is known.
+
+    Losses in nats per token, `bpb` in bits per byte.
+    """
 
     name: str
     seed: int
     params: int
-    tokens: int
+    tokens: int | None
     """Training tokens seen."""
     train_wall_s: float | None = None
     """Time in training steps, evaluation, checkpoints and compilation excluded."""
@@ -95,6 +98,10 @@ class VariantRow:
     failed: str = ""
     """Why training was stopped; empty when it was not."""
     summary: str = ""
+    source: str = ""
+    """Where an imported model came from, with its commit on the hub; empty for a trained one."""
+    source_sha256: str = ""
+    """Of all that was read of it."""
     curve: Curve = ()
     """Held-out (validation) loss."""
     train_curve: Curve = ()

@@ -13,6 +13,7 @@ from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.events import Event
 from ryot.optimize.kernels import KernelDecision
 from ryot.run.folder import RunFolder
+from ryot.run.import_job import ImportJob, ImportListener
 from ryot.run.journal import Journal
 from ryot.run.training import OnDone, Training, TrainResult
 from ryot.train.dataset import Dataset
@@ -73,6 +74,9 @@ class Executor(Protocol):
         on_done: OnDone,
     ) -> list[TrainResult]:
         """Train all; what the journal knows as ended is not done again. `on_done` is called with each result."""
+
+    def export(self, jobs: Sequence[ImportJob], *, threads: int, listener: ImportListener) -> None:
+        """Export models, several at a time where there are cores; `listener` is told what becomes of each."""
 
     def measure(
         self,

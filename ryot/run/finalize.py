@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ryot.atomic import write_atomically
 from ryot.config import PRECISIONS, to_mapping
 from ryot.deploy.bundle import finish_bundle
-from ryot.edge.bundle import TOKENIZER_NAME, hash_file
 from ryot.errors import EXIT_FAILED, EXIT_QUALITY, worst_exit_code
 from ryot.events import read_events
 from ryot.report.build import build_report
@@ -21,9 +20,10 @@ from ryot.report.rows import ExportedArtifact, Report, VariantRow, build_record,
 from ryot.run.context import RunContext
 from ryot.run.executor import Measured
 from ryot.run.folder import RunFolder
+from ryot.run.imports import ImportResult
+from ryot.run.inputs import RunInputs
 from ryot.run.plan import RunPlan
 from ryot.run.training import TrainMetrics, TrainResult
-from ryot.train.dataset import Dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +31,9 @@ class StageResults:
     """What the stages of a run gave."""
 
     plan: RunPlan
-    dataset: Dataset
+    inputs: RunInputs
     trainings: Sequence[TrainResult]
+    imports: Sequence[ImportResult]
     artifacts: Sequence[ExportedArtifact]
     measured: Measured
 
@@ -55,8 +56,8 @@ def finalize(context: RunContext, results: StageResults) -> Outcome:
 
 def build_run_report(context: RunContext, results: StageResults) -> Report:
     """The report of a run; it names the bundle if an artifact was chosen."""
-    plan, dataset, folder = results.plan, results.dataset, context.folder
-    names = [v.name for v in plan.variants]
+    plan, folder = results.plan, context.folder
+    names = plan.names
     return build_report(
         run_id=folder.path.name,
         command=context.settings.command,
@@ -66,15 +67,9 @@ def build_run_report(context: RunContext, results: StageResults) -> Report:
         results=results.measured.results,
         targets=plan.targets,
         machine=results.measured.machine,
-        corpus={
-            "name": dataset.name,
-            "sha256": dataset.corpus_sha256,
-            **{f"{split}_tokens": count for split, count in dataset.num_tokens.items()},
-            "vocab_size": dataset.vocab_size,
-            "tokenizer_sha256": hash_file(dataset.path / TOKENIZER_NAME),
-        },
-        variants=_variant_rows(folder, results),
-        preset=plan.options.preset,
+        corpus=results.inputs.corpus_facts(),
+        variants=[*_trained_rows(folder, results), *map(_imported_row, results.imports)],
+        preset=plan.options.preset if plan.variants else "",
         plan=to_mapping(plan),
         quick=plan.options.quick,
         stages=context.stage_times,
@@ -86,7 +81,7 @@ def decide_exit_code(report: Report, results: StageResults) -> int:
     """The exit code of a run, by `ryot/errors.py`."""
     assert report.choice is not None
     codes = [report.choice.exit_code]
-    if any(r.error for r in results.trainings):
+    if any(t.error for t in results.trainings) or any(i.error for i in results.imports):
         codes.append(EXIT_FAILED)
     if results.plan.options.precisions and any(not a.passed for a in results.artifacts):
         codes.append(EXIT_QUALITY)  # one asked for by name
@@ -105,7 +100,7 @@ def _write(folder: RunFolder, report: Report) -> None:
         shutil.rmtree(folder.bundle, ignore_errors=True)  # of an earlier try; no report names it any more
 
 
-def _variant_rows(folder: RunFolder, results: StageResults) -> list[VariantRow]:
+def _trained_rows(folder: RunFolder, results: StageResults) -> list[VariantRow]:
     curves = curves_from_events(read_events(folder.events))
     rows = []
     for result in results.trainings:
@@ -127,3 +122,17 @@ def _variant_rows(folder: RunFolder, results: StageResults) -> list[VariantRow]:
             )
         )
     return rows
+
+
+def _imported_row(result: ImportResult) -> VariantRow:
+    """The row of a model that was not trained here."""
+    model = result.model
+    return VariantRow(
+        name=model.config.name,
+        seed=0,
+        params=model.spec.num_parameters,
+        tokens=None,
+        failed=str(result.error or ""),
+        source=model.source,
+        source_sha256=model.sha256,
+    )

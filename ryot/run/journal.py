@@ -66,7 +66,7 @@ class StageDone(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptBegun(Record):
-    """Workers were asked to train."""
+    """Workers were asked to train, or to export a model."""
 
     record: ClassVar[str] = "attempt"
     digest: str
@@ -110,7 +110,7 @@ class TrainingDone(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingFailed(Record):
-    """A training was given up."""
+    """A training, or the export of a model, was given up."""
 
     record: ClassVar[str] = "failed"
     digest: str

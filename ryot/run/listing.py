@@ -17,6 +17,7 @@ from ryot.run.journal import (
     CheckpointAccepted,
     Opened,
     Record,
+    StageDone,
     TrainingDone,
     TrainingFailed,
     parse_journal,
@@ -30,7 +31,7 @@ class TrainingState:
 
     key: str
     state: str
-    """`done`, `failed` or `begun`."""
+    """`done`, `failed` or `begun`; a model that was imported is done when it is exported."""
     step: int
     """Of the newest accepted checkpoint."""
     attempts: int
@@ -85,10 +86,10 @@ def read_run(path: Path) -> RunState:
 
 def _training_state(key: str, records: list[Record]) -> TrainingState:
     newest = next((r for r in reversed(records) if isinstance(r, CheckpointAccepted)), None)
-    end = next((r for r in reversed(records) if isinstance(r, (TrainingDone, TrainingFailed))), None)
+    end = next((r for r in reversed(records) if isinstance(r, (TrainingDone, TrainingFailed, StageDone))), None)
     return TrainingState(
         key=key,
-        state=end.record if end else "begun",
+        state="begun" if end is None else "done" if isinstance(end, StageDone) else end.record,
         step=newest.step if newest else 0,
         attempts=sum(isinstance(r, AttemptBegun) for r in records),
         val_loss=newest.metrics.val_loss if newest else None,

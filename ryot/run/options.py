@@ -53,7 +53,16 @@ class RunOptions:
 
     preset: str = option("reference", "Size: a name or a TOML file", metavar="NAME")
     variants: tuple[str, ...] = option(
-        ("baseline", "optimized"), "Recipes, separated by commas: names or TOML files", metavar="LIST"
+        ("baseline", "optimized"),
+        "What to compare, separated by commas: recipes (names or TOML files), which are trained, and models: folders "
+        "with a config.json, .gguf files, org/name[@revision] of the Hugging Face hub",
+        metavar="LIST",
+    )
+    context: int = option(
+        0,
+        "Tokens that prompt and answer of a model among --variants may have together  [default: as many as it has]",
+        metavar="TOKENS",
+        at_least=1,
     )
     ablate: bool = option(
         False, "Train the baseline, the baseline with each optimization alone, and with all, instead of --variants"

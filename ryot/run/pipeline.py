@@ -16,10 +16,11 @@ from ryot.errors import Interrupted, RyotError, TrainingError
 from ryot.run.context import RunContext, RunSettings
 from ryot.run.finalize import Outcome, StageResults, finalize
 from ryot.run.folder import RunFolder, resume_hint
+from ryot.run.inputs import prepare_inputs
 from ryot.run.lock import RunLock
 from ryot.run.measurement import measure_artifacts
 from ryot.run.plan import RunPlan, plan_to_toml
-from ryot.run.stages import prepare_data, train_and_export, tune_variants
+from ryot.run.stages import import_models, train_and_export, tune_variants
 from ryot.train.loop import TrainJob
 from ryot.train.parallel import check_shares
 
@@ -49,14 +50,18 @@ def resume_run(path: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
 
 def _carry_through(context: RunContext, plan: RunPlan) -> Outcome:
     context.journal.open_run()
-    dataset = prepare_data(context, plan)
+    inputs = prepare_inputs(context, plan)
     with contextlib.closing(context.executor):  # all training has ended before anything is measured
-        plan = tune_variants(context, plan, dataset)
-        trainings, artifacts = train_and_export(context, plan, dataset)
+        plan = tune_variants(context, plan, inputs)
+        imports = import_models(context, plan, inputs)
+        trainings, trained = train_and_export(context, plan, inputs)
+    artifacts = [*trained, *(artifact for result in imports for artifact in result.artifacts)]
     measured = measure_artifacts(context, plan, artifacts)
     return finalize(
         context,
-        StageResults(plan=plan, dataset=dataset, trainings=trainings, artifacts=artifacts, measured=measured),
+        StageResults(
+            plan=plan, inputs=inputs, trainings=trainings, imports=imports, artifacts=artifacts, measured=measured
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ryot.deploy.settings import ExportSettings
 from ryot.errors import ConfigError
 from ryot.report.targets import Target, build_target, load_targets
 from ryot.run.options import USUAL_PRECISIONS, RunOptions
+from ryot.run.sources import ImportConfig, split_variants
 
 SCHEMA = 1
 
@@ -44,6 +45,18 @@ class RunPlan:
     """How each variant is trained: decided once, before its first step."""
     inference: Mapping[str, ExportSettings] = dataclasses.field(default_factory=dict)
     """How each variant is exported: decided at the same time."""
+    imports: tuple[ImportConfig, ...] = ()
+    """Models that are exported beside what is trained."""
+
+    @property
+    def names(self) -> list[str]:
+        """All variants in the order of the tables: recipes, then models."""
+        return [*(v.name for v in self.variants), *(i.name for i in self.imports)]
+
+    @property
+    def label(self) -> str:
+        """What the run is about in a word: the preset, or the first model where nothing is trained."""
+        return Path(self.options.preset).stem if self.variants else self.imports[0].name
 
     def precisions(self, variant: str) -> tuple[str, ...]:
         """Weight formats to export and measure of a variant: those named, or the usual ones and the fastest."""
@@ -67,17 +80,16 @@ def ablation_variants() -> tuple[str, ...]:
 
 def resolve_plan(options: RunOptions) -> RunPlan:
     """The plan that `options` come to. Raises `ConfigError` for anything in it that does not exist or fit."""
-    chosen = ablation_variants() if options.ablate else options.variants
+    named = ablation_variants() if options.ablate else options.variants
+    chosen, imports = split_variants(named, options.context)
     variants = [resolve_variant(name, options.preset) for name in chosen]
     names = [v.name for v in variants]
     if len(set(names)) < len(names):
         raise ConfigError(f"variants: {', '.join(names)} names one twice")
-    share = QUICK_SHARE if options.quick else 1.0
-    if options.tokens:
-        share *= options.tokens / variants[0].train.tokens
-    if share != 1.0:
-        budgets = [int(v.train.tokens * share) for v in variants]
-        variants = [resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)]
+    if variants:
+        variants = _scale_budgets(variants, chosen, options)
+    elif options.tokens:
+        raise ConfigError("tokens: is the budget of a recipe, but --variants names none")
     sizes = {v.model.vocab_size for v in variants}
     if len(sizes) > 1:
         raise ConfigError(f"variants: vocab_size differs ({sorted(sizes)}); one run has one tokenizer")
@@ -87,8 +99,20 @@ def resolve_plan(options: RunOptions) -> RunPlan:
         # The run may be resumed from another folder.
         options=replace(options, data=tuple(str(Path(path).absolute()) for path in options.data)),
         variants=tuple(variants),
+        imports=imports,
         targets=tuple(load_targets(options.target)),
     )
+
+
+def _scale_budgets(variants: list[VariantConfig], chosen: Sequence[str], options: RunOptions) -> list[VariantConfig]:
+    """The variants with the budgets that --quick and --tokens ask for."""
+    share = QUICK_SHARE if options.quick else 1.0
+    if options.tokens:
+        share *= options.tokens / variants[0].train.tokens
+    if share == 1.0:
+        return variants
+    budgets = [int(v.train.tokens * share) for v in variants]
+    return [resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)]
 
 
 def plan_to_toml(plan: RunPlan) -> str:
@@ -112,6 +136,7 @@ def load_plan(path: Path) -> RunPlan:
         version=__version__,
         options=build_from_mapping(RunOptions, values["options"], f"{path}: options"),
         variants=tuple(build_from_mapping(VariantConfig, v, f"{path}: variants") for v in values["variants"]),
+        imports=tuple(build_from_mapping(ImportConfig, i, f"{path}: imports") for i in values.get("imports", ())),
         targets=tuple(build_target(t["name"], t, f"{path}: targets") for t in values["targets"]),
         kernels={n: build_from_mapping(KernelPlan, k, f"{path}: kernels.{n}") for n, k in values["kernels"].items()},
         inference={

@@ -12,88 +12,87 @@ from ryot.deploy.remeasure import threads_under
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.tune import choose_inference
 from ryot.deploy.tune import format_decision as format_inference
-from ryot.errors import DataError, TrainingError
-from ryot.events import StageEvent
+from ryot.errors import ExportError, TrainingError
 from ryot.optimize.kernels import format_decision as format_training
 from ryot.report.rows import ExportedArtifact
 from ryot.run.context import RunContext
 from ryot.run.executor import Requirements
 from ryot.run.exports import Exporter
+from ryot.run.imports import Importer, ImportResult
+from ryot.run.inputs import RunInputs
 from ryot.run.plan import RunPlan, plan_to_toml
 from ryot.run.training import TrainResult, plan_training
-from ryot.train.corpus import load_corpus
-from ryot.train.dataset import Dataset, prepare_dataset
 
 log = logging.getLogger(__name__)
 
 
-def prepare_data(context: RunContext, plan: RunPlan) -> Dataset:
-    """The corpus as shards; raises for one that is too small for a variant, or not the one the run began with."""
-    with context.stage("data") as note:
-        corpus = load_corpus(plan.options.data)
-        vocab_size = plan.variants[0].model.vocab_size
-        dataset, cached = prepare_dataset(
-            corpus,
-            vocab_size,
-            context.settings.cache_dir,
-            on_progress=lambda detail: context.events.emit(StageEvent(stage="data", status="progress", detail=detail)),
-        )
-        for variant in plan.variants:
-            dataset.check_sequences(variant.model.max_seq_len, variant.train.batch_size)
-        note.status = "cached" if cached else "end"
-        note.detail = f"{dataset.name}, {dataset.num_tokens['train'] / 1e6:.2f} M training tokens"
-        if corpus.num_copies:
-            note.detail += f", {corpus.num_copies} of {len(corpus.documents)} documents are copies"
-    journal = context.journal
-    known = journal.find_stage("data", "corpus", "corpus")
-    if known and known["sha256"] != dataset.corpus_sha256:
-        raise DataError(
-            f"data: the corpus has changed since this run began (sha256 {dataset.corpus_sha256[:12]}…, "
-            f"was {known['sha256'][:12]}…)",
-            hint="restore the text, or start a new run",
-        )
-    if not known:
-        journal.finish_stage("data", "corpus", "corpus", sha256=dataset.corpus_sha256)
-    return dataset
-
-
-def tune_variants(context: RunContext, plan: RunPlan, dataset: Dataset) -> RunPlan:
+def tune_variants(context: RunContext, plan: RunPlan, inputs: RunInputs) -> RunPlan:
     """The plan with how every variant is trained and exported: decided before the first step, and written down.
 
-    A quick run is over before measuring could pay, so it takes the recipes' own kernels.
+    A quick run is over before measuring could pay, so it takes the recipes' own kernels and the usual settings.
     """
-    if plan.kernels:
+    if plan.kernels or plan.inference:
         return plan
     options, cache_dir = plan.options, context.settings.cache_dir
-    tuned = {v.name for v in plan.variants if v.tune and options.tune and not options.quick}
-    if tuned:
-        _open_executor(context, plan, dataset)
+    may_tune = options.tune and not options.quick
+    if may_tune and any(v.tune for v in plan.variants):
+        _open_executor(context, plan, inputs)
     kernels: dict[str, KernelPlan] = {}
     inference: dict[str, ExportSettings] = {}
     with context.stage("tune") as note:
         for variant in plan.variants:
-            if variant.name not in tuned:
+            if not (may_tune and variant.tune):
                 kernels[variant.name] = replace(variant.kernels, threads=options.threads)
                 continue
-            training = context.executor.tune(variant, dataset, cache_dir, threads=options.threads)
+            assert inputs.dataset is not None
+            training = context.executor.tune(variant, inputs.dataset, cache_dir, threads=options.threads)
             export = choose_inference(variant.model.spec, cache_dir)
             kernels[variant.name] = training.plan
             inference[variant.name] = export.settings
             log.info("%s\n%s", format_training(variant.name, training), format_inference(export))
             note.status = "cached" if training.cached and export.cached else "end"
             note.detail = f"{variant.name} trains with {describe_kernels(training.plan)}"
+        for model in inputs.models:
+            inference[model.config.name] = ExportSettings()
+            if may_tune:
+                export = choose_inference(model.spec, cache_dir)
+                inference[model.config.name] = export.settings
+                log.info("%s: %s", model.config.name, format_inference(export))
     plan = replace(plan, kernels=kernels, inference=inference)
     write_atomically(context.folder.plan, plan_to_toml(plan))
     return plan
 
 
+def import_models(context: RunContext, plan: RunPlan, inputs: RunInputs) -> list[ImportResult]:
+    """What was exported of every model of the plan, in its order. Raises what stopped them when none was, of any kind.
+
+    They come before the trainings: each is either refused soon or done.
+    """
+    importer = Importer(context, plan, inputs)
+    if importer.jobs:
+        _open_executor(context, plan, inputs)
+        context.executor.export(importer.jobs, threads=plan.options.threads, listener=importer)
+    context.stage_times += importer.times
+    results = importer.results()
+    errors = [r.error for r in results if r.error]
+    if errors and len(errors) == len(results) and not plan.variants:
+        if len(errors) == 1:
+            raise errors[0]
+        raise ExportError(f"no model was exported: {'; '.join(map(str, errors))}")
+    return results
+
+
 def train_and_export(
-    context: RunContext, plan: RunPlan, dataset: Dataset
+    context: RunContext, plan: RunPlan, inputs: RunInputs
 ) -> tuple[list[TrainResult], list[ExportedArtifact]]:
     """All trainings, in the plan's order, and the artifacts of the variants that have ended.
 
-    A variant is exported as soon as it has ended, while others still train. Raises `TrainingError` when none has.
+    A variant is exported as soon as it has ended, while others still train. Raises `TrainingError` when none has, and
+    no model can stand in for them.
     """
+    dataset = inputs.dataset
+    if dataset is None:
+        return [], []
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(context.settings.cache_dir / "inductor"))
     trainings = [
         plan_training(
@@ -107,7 +106,7 @@ def train_and_export(
         for seed in range(plan.options.seeds)
     ]
     if not all(context.journal.has_ended(t.key, t.digest) for t in trainings):
-        _open_executor(context, plan, dataset)
+        _open_executor(context, plan, inputs)
     exporter = Exporter(context, plan, dataset)
     with context.stage("train"):
         results = context.executor.train(
@@ -118,20 +117,23 @@ def train_and_export(
             on_done=exporter,
         )
     context.stage_times += exporter.times
-    if all(r.error for r in results):
+    if all(r.error for r in results) and not plan.imports:
         raise TrainingError(f"no variant finished training: {'; '.join(str(r.error) for r in results)}")
     return results, exporter.artifacts
 
 
-def _open_executor(context: RunContext, plan: RunPlan, dataset: Dataset) -> None:
+def _open_executor(context: RunContext, plan: RunPlan, inputs: RunInputs) -> None:
     """Get the executor ready, which refuses at once what it can never do for this run."""
     if context.executor.is_open:
         return
+    folders = [context.folder.path.absolute()]
+    if inputs.dataset is not None:
+        folders.append(Path(inputs.dataset.path))
     needed = Requirements(
         threads=plan.options.threads,
-        workers=plan.options.workers_per_variant,
+        workers=plan.options.workers_per_variant if plan.variants else 1,
         bench_threads=threads_under(plan.targets),
-        folders=(context.folder.path.absolute(), Path(dataset.path)),
+        folders=tuple(folders),
     )
     with context.stage("cluster") as note:
         note.detail = context.executor.open(needed, context.folder.logs)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ryot.errors import CheckpointError, ConfigError
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.folder import open_folder
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+from ryot.models.sources.naming import HUB_ID
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -23,7 +21,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         return open_folder(path)
     if path.is_file() or path.suffix == ".gguf":
         return _open_file(path)
-    if not _HUB_ID.match(source):
+    if not HUB_ID.match(source):
         raise ConfigError(
             f"model {source}: no such folder or file, and no hub id",
             hint="give a folder, a .gguf file, or org/name[@revision]",

@@ -95,16 +95,20 @@ class Scheduler:
         if wrong := [token for token in named if not 0 <= token < vocab_size]:
             raise ConfigError(f"token ids: got {wrong[0]}, expected a number from 0 to {vocab_size - 1}")
 
+    def build(self, request: Request) -> ActiveSequence:
+        """A sequence to `queue`, of a request that was checked. Any thread may ask."""
+        return ActiveSequence(request, self._tokenizer, self.engine.bundle.eos_token_ids)
+
+    def queue(self, sequence: ActiveSequence) -> None:
+        """Have a sequence wait for a row."""
+        self._waiting.append(sequence)
+
     def add(self, request: Request) -> ActiveSequence:
         """Queue a request. Raises like `check`."""
         self.check(request)
-        sequence = ActiveSequence(request, self._tokenizer, self.engine.bundle.eos_token_ids)
-        self._waiting.append(sequence)
+        sequence = self.build(request)
+        self.queue(sequence)
         return sequence
-
-    def queue(self, sequence: ActiveSequence) -> None:
-        """Queue a sequence that another thread made of a request it had checked."""
-        self._waiting.append(sequence)
 
     def step(self) -> list[TokenEvent]:
         """Do a bounded piece of work; returns what came of it, in the order it came.
@@ -128,6 +132,13 @@ class Scheduler:
         for row in range(self.engine.batch_size):
             self.engine.clear_row(row)
         return lost
+
+    def reset(self) -> None:
+        """Forget what was counted and remembered."""
+        assert self.idle
+        self.counters = Counters()
+        self.cache = PrefixCache(self.cache.max_bytes)
+        self._step_s = self._token_s = 0.0
 
     def _decode(self) -> list[TokenEvent]:
         """One token for every running sequence."""

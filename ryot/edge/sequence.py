@@ -15,7 +15,6 @@ from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import RyotError
 
-
 GREEDY = SamplingParams()
 
 

@@ -18,10 +18,10 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ):
-        super().__init__(message)
+        super().__init__(_encodable(message))
         self.status = status
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else _encodable(param)
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -48,3 +48,8 @@ def api_error(error: RyotError, param: str | None = None) -> ApiError:
     if isinstance(error, ConfigError):
         return ApiError(400, message, param=param)
     return ApiError(500, message, kind="server_error")
+
+
+def _encodable(text: str) -> str:
+    """The text with halves of pairs, which JSON can hold and UTF-8 cannot, written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

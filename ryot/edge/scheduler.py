@@ -124,13 +124,12 @@ class Scheduler:
         return events
 
     def abandon(self) -> list[ActiveSequence]:
-        """Forget all sequences and return them."""
+        """Forget all sequences and return them; the engine is as new then."""
         lost = [*self._running, *([self._prefilling] if self._prefilling else []), *self._waiting]
         self._running.clear()
         self._waiting.clear()
         self._prefilling = None
-        for row in range(self.engine.batch_size):
-            self.engine.clear_row(row)
+        self.engine.release()
         return lost
 
     def reset(self) -> None:

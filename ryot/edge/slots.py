@@ -93,6 +93,13 @@ class SlotEngine(OnnxruntimeEngine):
         """Forget what a row holds."""
         self._lengths[row] = self._positions[row] = -1
 
+    def release(self) -> None:
+        """Forget all rows and give back their memory, whatever state a failure left it in."""
+        self._set_lengths([0] * self.batch_size)
+        self._kv.clear()
+        self.num_rows, self.capacity = 1, 0
+        self._resize(1, self._round_up(1))
+
     def move_row(self, source: int, target: int) -> None:
         """Make row `target` what row `source` is, token and logits included, and `source` an empty one."""
         length = self._lengths[source] + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import time
@@ -121,7 +122,11 @@ class _Gate:
             await send(message)
 
         try:
-            if self._keys and scope["path"] not in OPEN_PATHS and not self._authorize(scope):
+            if not self._keys and not _is_local_name(scope):
+                # A page whose name was made to lead to this machine could else ask in a visitor's browser.
+                error = ApiError(403, "Host: expected this machine's address or localhost", code="wrong_host")
+                await _error_response(error)(scope, receive, watched)
+            elif self._keys and scope["path"] not in OPEN_PATHS and not self._authorize(scope):
                 error = ApiError(
                     401, "the API key is missing or wrong", kind="authentication_error", code="invalid_api_key"
                 )
@@ -153,6 +158,19 @@ class _Gate:
             return False
         scope["ryot.key"] = matches[0]
         return True
+
+
+def _is_local_name(scope: Scope) -> bool:
+    """Whether a request was sent to an address, or to localhost, and not to a name that anyone can define."""
+    value = next((value for name, value in scope["headers"] if name == b"host"), b"localhost").decode("latin-1")
+    host = value[: value.find("]") + 1] if value.startswith("[") else value.partition(":")[0]
+    if host in ("localhost", ""):
+        return True
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 async def _health(request: Request) -> Response:

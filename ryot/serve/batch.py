@@ -108,6 +108,9 @@ def run_batch(
             model.runner.start()
             try:
                 asyncio.run(_answer_all(model, requests, missing, file, progress, on_progress))
+            except* OSError as group:
+                error = group.exceptions[0]
+                raise DataError(f"{answers}: {error}", hint="To resume: the same command") from error
             finally:
                 model.runner.stop()
         os.fsync(file.fileno())

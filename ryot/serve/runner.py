@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from ryot.edge.scheduler import Scheduler
 from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
-from ryot.errors import RyotError
+from ryot.errors import BundleError, RyotError
 from ryot.serve.errors import ApiError
 from ryot.serve.metrics import ModelMetrics
 
@@ -130,10 +130,10 @@ class Runner:
                 scheduler.queue(sequence)
             try:
                 events = scheduler.step()
-            except RyotError as error:
-                # The engine is as it was before the step, so whoever comes next has a chance.
-                _log.error("a step failed: %s", error)
-                events = [TokenEvent(sequence, None, error=error) for sequence in scheduler.abandon()]
+            except Exception as error:  # the top of a thread: whoever waits is told, and the next ones have a chance
+                _log.exception("a step failed")
+                told = error if isinstance(error, RyotError) else BundleError("an error inside the server")
+                events = [TokenEvent(sequence, None, error=told) for sequence in scheduler.abandon()]
             self._deliver(events)
             self._forget_cancelled()
 

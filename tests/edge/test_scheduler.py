@@ -256,3 +256,23 @@ def test_a_full_context_is_used_to_its_last_token(tmp_path: Path) -> None:
     events, others = run_all(scheduler, [request, request])
     expected = tokens_alone(bundle, request)
     assert [event.token for event in events] == [event.token for event in others] == expected
+
+
+def test_after_a_step_that_failed_the_next_sequences_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build_scheduler(bundle)
+    request = Request(prompt_ids=[3] * 20, max_tokens=30, ignore_eos=True)
+    lost = [scheduler.add(request) for _ in range(3)]
+    for _ in range(5):
+        scheduler.step()
+
+    # The memory of the machine is the one part that cannot be real here.
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ryot.edge.slots.aligned_zeros", fail)
+        with pytest.raises(MemoryError):
+            scheduler.engine._resize(4, 600)
+    assert set(scheduler.abandon()) == set(lost)
+    (events,) = run_all(scheduler, [request])
+    assert [event.token for event in events] == tokens_alone(bundle, request)

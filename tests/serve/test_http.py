@@ -157,6 +157,13 @@ def test_a_header_beyond_the_limit_is_refused(server: Server) -> None:
     assert get(server, "/health") == (200, '{"status":"ok"}')
 
 
+def test_a_name_that_anyone_can_define_is_no_way_in(server: Server) -> None:
+    status, text = get(server, "/v1/models", {"Host": "evil.example:8000"})
+    assert status == 403 and "localhost" in text
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert get(server, "/v1/models", {"Host": host})[0] == 200
+
+
 def test_tokens_go_there_and_back(server: Server) -> None:
     status, found = post(server, "/tokenize", {"model": "tiny-7", "prompt": "def add(a, b): 日本"})
     assert status == 200
@@ -196,9 +203,8 @@ def test_a_client_that_goes_frees_its_row(server: Server, stream: bool) -> None:
 def test_a_reader_that_does_not_read_stalls_nobody(server: Server) -> None:
     address = urlsplit(server.address)
     body = json.dumps(PROMPT | {"max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 20}).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     with socket.create_connection((address.hostname, address.port), 30) as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.sendall(head.encode() + b"\r\n" + body)

@@ -29,6 +29,8 @@ COMMANDS = {
     "reproduce": ("reproduce", "Measure a report's artifacts again and say whether it agrees"),
     "eval": ("eval", "Score a bundle on any text: bits per byte, KL, top-1"),
     "generate": ("generate", "Generate text with a bundle"),
+    "serve": ("serve", "Answer requests of OpenAI's API with bundles"),
+    "batch": ("batch", "Answer a file of requests"),
     "tune": ("tune", "Time kernels and weight formats on this machine"),
     "targets": ("targets", "List the limits that artifacts are judged by"),
     "runs": ("runs", "List, show and remove run folders"),

@@ -64,7 +64,7 @@ class StopFilter:
         return rest
 
 
-class _Row:
+class TextRow:
     """One sequence on its way: turns its tokens into text and knows when it is done."""
 
     def __init__(
@@ -137,7 +137,7 @@ def generate(
     assert engine.batch_size == 1
     ids, num_tokens = _plan(engine, tokenizer, [prompt], max_new_tokens)
     eos = () if ignore_eos else engine.bundle.eos_token_ids
-    row = _Row(tokenizer, ids[0], num_tokens, eos, stop, continues=isinstance(prompt, str))
+    row = TextRow(tokenizer, ids[0], num_tokens, eos, stop, continues=isinstance(prompt, str))
     sampler = _build_samplers(sampling, ids)
 
     def pieces() -> Iterator[str]:
@@ -167,7 +167,7 @@ def generate_batch(
     ids, num_tokens = _plan(engine, tokenizer, prompts, max_new_tokens)
     eos = () if ignore_eos else engine.bundle.eos_token_ids
     rows = [
-        _Row(tokenizer, row_ids, num_tokens, eos, stop, continues=isinstance(prompt, str))
+        TextRow(tokenizer, row_ids, num_tokens, eos, stop, continues=isinstance(prompt, str))
         for prompt, row_ids in zip(prompts, ids, strict=True)
     ]
     engine.prefill(ids)
@@ -193,12 +193,12 @@ def generate_candidates(
     ids, num_tokens = _plan(engine, tokenizer, [prompt], max_new_tokens)
     eos = () if ignore_eos else engine.bundle.eos_token_ids
     continues = isinstance(prompt, str)
-    rows = [_Row(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(engine.batch_size)]
+    rows = [TextRow(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(engine.batch_size)]
     engine.prefill_shared(ids[0])
     return _complete(engine, rows, _build_samplers(sampling, ids * engine.batch_size))
 
 
-def _complete(engine: Engine, rows: list[_Row], samplers: list[Sampler] | None) -> list[Completion]:
+def _complete(engine: Engine, rows: list[TextRow], samplers: list[Sampler] | None) -> list[Completion]:
     """Step all rows until each is done; what a row gives after its end is not looked at."""
     while True:
         for index, row in enumerate(rows):

@@ -1,9 +1,9 @@
 """Choosing the next token from logits: exact semantics, one reference, and a faster way to the same candidates.
 
 The order is that of transformers' `generate`: repetition penalty, temperature, then three cuts, top-k, top-p and
-min-p, then a draw. Every cut keeps a head of the tokens sorted by probability (equal ones: lower id first), so a
-choice is described by how many tokens are kept; the order of the cuts matters only in that top-p looks at the
-probabilities that top-k left.
+min-p, then a draw; a bias of tokens, OpenAI's penalties and a mask come before the temperature. Every cut keeps a head
+of the tokens sorted by probability (equal ones: lower id first), so a choice is described by how many tokens are kept;
+the order of the cuts matters only in that top-p looks at the probabilities that top-k left.
 """
 
 from __future__ import annotations
@@ -26,20 +26,35 @@ class Sampler:
         self.params = params
         self._rng = np.random.default_rng([params.seed, row])
         self._seen = set(prompt_ids)
+        self._counts: dict[int, int] = {}
 
-    def choose(self, logits_V: np.ndarray) -> int:
-        """The next token; it counts as seen from now on."""
+    def choose(self, logits_V: np.ndarray, allowed_V: np.ndarray | None = None) -> int:
+        """The next token, one of those `allowed_V` where given; it counts as seen from now on."""
         params = self.params
         if np.isnan(logits_V.max()):
             raise BundleError("the model's logits are not numbers (NaN); its weights are damaged")
-        if params.repetition_penalty != 1:
-            logits_V = penalize_repetition(logits_V, sorted(self._seen), params.repetition_penalty)
+        if params.changes_logits:
+            logits_V = self._changed(logits_V)
+        if allowed_V is not None:
+            logits_V = np.where(allowed_V, logits_V, -np.inf)
         if params.temperature == 0:
             token = int(logits_V.argmax())
         else:
             token = choose_token(logits_V, params, self._rng.random())
         self._seen.add(token)
+        self._counts[token] = self._counts.get(token, 0) + 1
         return token
+
+    def _changed(self, logits_V: np.ndarray) -> np.ndarray:
+        """A copy of the logits with the penalties and the bias."""
+        params = self.params
+        logits_V = penalize_repetition(logits_V, sorted(self._seen), params.repetition_penalty)
+        if self._counts and (params.presence_penalty or params.frequency_penalty):
+            counts = np.fromiter(self._counts.values(), np.float32)
+            logits_V[list(self._counts)] -= params.presence_penalty + params.frequency_penalty * counts
+        for token, bias in params.logit_bias:
+            logits_V[token] += bias
+        return logits_V
 
 
 def penalize_repetition(logits_V: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:

@@ -21,6 +21,12 @@ class SamplingParams:
     """Keep tokens of at least this share of the best one's probability; 0 keeps all."""
     repetition_penalty: float = 1.0
     """Logits of tokens already seen, prompt included, are divided by it where positive, else multiplied; 1 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, as OpenAI's API has it."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token was generated before."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
     seed: int = 0
     """Same seed, same logits: same tokens."""
 
@@ -40,4 +46,9 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the runtime's own ArgMax gives the token."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.temperature == 0 and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything is done to the logits before the temperature."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)

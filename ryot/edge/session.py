@@ -70,10 +70,10 @@ class OnnxruntimeEngine(Engine):
         self._decode = decode
         release_code()
         # In one array, so that one addition moves all on.
-        self._lengths = _aligned((batch_size + 1,), np.dtype(np.int32))
-        self._positions = _aligned((batch_size,), np.dtype(np.int64))
-        self._token = _aligned((batch_size, 1), np.dtype(np.int64))
-        self._logits = _aligned((batch_size, 1, bundle.model.vocab_size), np.dtype(np.float32))
+        self._lengths = aligned_zeros((batch_size + 1,), np.dtype(np.int32))
+        self._positions = aligned_zeros((batch_size,), np.dtype(np.int64))
+        self._token = aligned_zeros((batch_size, 1), np.dtype(np.int64))
+        self._logits = aligned_zeros((batch_size, 1, bundle.model.vocab_size), np.dtype(np.float32))
         self.next_token = self._token.data.cast("B").cast("q")
         self._kv: dict[str, np.ndarray] = {}
         self._calls: dict[tuple[Role, int | None, int], _Call] = {}
@@ -103,7 +103,7 @@ class OnnxruntimeEngine(Engine):
         for layer in range(shape.num_layers):
             for part in ("key", "value"):
                 # One buffer after the other, so that two of them are there twice and not the whole cache.
-                buffer = _aligned(
+                buffer = aligned_zeros(
                     (self.batch_size, shape.num_kv_heads, capacity, shape.head_dim), np.dtype(self.bundle.kv_dtype)
                 )
                 if used:
@@ -117,7 +117,7 @@ class OnnxruntimeEngine(Engine):
         if call is None:
             if len(self._calls) >= self._kept_calls:
                 self._calls.clear()
-            ids, positions = (_aligned((len(rows), num_tokens), np.dtype(np.int64)) for _ in range(2))
+            ids, positions = (aligned_zeros((len(rows), num_tokens), np.dtype(np.int64)) for _ in range(2))
             which = slice(None) if row is None else slice(row, row + 1)
             call = _Call(ids, positions, self._bind(session, ids, positions, which))
             self._calls[role, row, num_tokens] = call
@@ -178,7 +178,7 @@ def _load_session(path: Path, threads: int) -> ort.InferenceSession:
         raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it: {reason}") from error
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros whose first byte is on a cache line; pages that are never touched cost no memory."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)

@@ -88,6 +88,11 @@ class Tokenizer:
         token: int | None = self._rust.token_to_id(text)
         return token
 
+    def token_name(self, token_id: int) -> str | None:
+        """How the tokenizer's file writes a token; None for an id without a token."""
+        name: str | None = self._rust.id_to_token(token_id)
+        return name
+
     def check_vocabulary(self, model_tokens: int, where: str) -> None:
         """Raise `BundleError` when a text can lead to ids that a model's table of `model_tokens` rows does not have.
 

@@ -1,0 +1,145 @@
+"""`ryot-deploy serve`: bundles over HTTP, with OpenAI's API."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ryot.cli.options import HELP, verbose_option
+
+if TYPE_CHECKING:
+    from ryot.serve.model import ServedModel
+
+MEGABYTE = 1_000_000
+
+
+@click.command("serve", context_settings=HELP)
+@click.argument(
+    "bundles",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="BUNDLE...",
+)
+@click.option("--host", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Address to listen on")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    metavar="KEY",
+    multiple=True,
+    envvar="RYOT_API_KEY",
+    help="Key that requests must bring; repeatable, and needed where other machines can connect  [env: RYOT_API_KEY]",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of onnxruntime a bundle"
+)
+@click.option("--rows", type=click.IntRange(1, 256), default=16, show_default=True, help="Requests computed together")
+@click.option(
+    "--max-waiting", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait"
+)
+@click.option(
+    "--context", type=click.IntRange(min=2), help="Tokens of a prompt and its answer  [default: the bundle's]"
+)
+@click.option(
+    "--kv-memory",
+    type=click.IntRange(min=1),
+    metavar="MB",
+    help="Memory for keys and values  [default: by what is free]",
+)
+@click.option(
+    "--prefix-cache",
+    type=click.IntRange(min=0),
+    metavar="MB",
+    default=256,
+    show_default=True,
+    help="Memory for beginnings that prompts share; 0 keeps none",
+)
+@click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), metavar="S", default=600.0, show_default=True, help="Time of a request"
+)
+@click.option(
+    "--drain", type=click.IntRange(min=0), metavar="S", default=30, show_default=True, help="Time to finish at the end"
+)
+@click.option(
+    "--max-body",
+    type=click.FloatRange(min=0.001),
+    metavar="MB",
+    default=4.0,
+    show_default=True,
+    help="Size of a request",
+)
+@click.option(
+    "--tls-certificate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM)"
+)
+@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its private key (PEM)")
+@click.option("--no-access-log", is_flag=True, help="Do not log a line for each request")
+@verbose_option
+def command(
+    bundles: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    threads: int,
+    rows: int,
+    max_waiting: int,
+    context: int | None,
+    kv_memory: int | None,
+    prefix_cache: int,
+    share_prefixes: bool,
+    timeout: float,
+    drain: int,
+    max_body: float,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    no_access_log: bool,
+) -> None:
+    """Answer requests of OpenAI's API with bundles: completions, chats, streams, and a page to try them.
+
+    Example: ryot-deploy serve runs/first/bundle
+    """
+    from ryot.serve.model import ModelOptions
+    from ryot.serve.server import ServerOptions, run_server
+
+    logging.getLogger("ryot.serve.access").setLevel(logging.WARNING if no_access_log else logging.INFO)
+    run_server(
+        bundles,
+        ModelOptions(
+            threads=threads,
+            rows=rows,
+            max_waiting=max_waiting,
+            context=context,
+            kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
+            prefix_cache_bytes=prefix_cache * MEGABYTE,
+        ),
+        ServerOptions(
+            host=host,
+            port=port,
+            api_keys=api_keys,
+            share_prefixes=share_prefixes,
+            max_body_bytes=int(max_body * MEGABYTE),
+            timeout_s=timeout,
+            drain_s=drain,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+        ),
+        _announce,
+    )
+
+
+def _announce(address: str, models: Sequence[ServedModel]) -> None:
+    names = ", ".join(model.name for model in models)
+    sys.stderr.write(f"ready: {names} at {address}/v1 (a page to try it: {address}/)\n")
+    sys.stderr.flush()

@@ -1,0 +1,291 @@
+"""Many sequences over one engine: they join and leave between two steps, and each gets the tokens it gets alone.
+
+`step` computes one token of every running sequence, and then a piece of a prompt that waits, as long as running streams
+can do without. Rows of the engine are packed: running sequences first, then at most one whose prompt is on its way.
+Whoever leaves gives its row to the last one. Where memory is full the youngest sequence goes back to the queue with the
+tokens it has, and is computed again when there is room.
+
+Everything here belongs to one thread, but `ActiveSequence.cancelled`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ryot.edge.engine import PIECE_TOKENS
+from ryot.edge.prefix_cache import PrefixCache
+from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
+from ryot.edge.slots import SlotEngine
+from ryot.edge.tokenizer import Tokenizer
+from ryot.errors import ConfigError, ContextError
+
+#: Time that prompts may take between two steps of running sequences, in steps.
+PROMPT_STEPS = 1.5
+#: Tokens of the smallest piece; what a graph does for fewer takes as long.
+MIN_PIECE_TOKENS = 16
+#: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
+SMOOTHING = 0.2
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a scheduler has done since it was made."""
+
+    steps: int = 0
+    step_tokens: int = 0
+    """Tokens that steps computed, those of prompts whose probabilities were asked for included."""
+    prompt_tokens: int = 0
+    """Tokens of prompts, computed or known."""
+    cached_tokens: int = 0
+    """Of these, those that were known."""
+    preemptions: int = 0
+    """Sequences that lost their row for want of memory."""
+
+
+class Scheduler:
+    """Runs requests on an engine's rows."""
+
+    def __init__(self, engine: SlotEngine, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0):
+        self.engine = engine
+        self.cache = PrefixCache(prefix_cache_bytes if engine.bundle.prefill_takes_past else 0)
+        self.counters = Counters()
+        self._tokenizer = tokenizer
+        self._waiting: deque[ActiveSequence] = deque()
+        #: By row.
+        self._running: list[ActiveSequence] = []
+        #: The sequence whose prompt is on its way, in the row behind the running ones.
+        self._prefilling: ActiveSequence | None = None
+        self._step_s = self._token_s = 0.0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a row."""
+        return len(self._running) + (self._prefilling is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self.num_running)
+
+    def check(self, request: Request) -> None:
+        """Raise `ContextError` or `ConfigError` for a request that can never run. Any thread may ask."""
+        engine, size = self.engine, len(request.prompt_ids)
+        if not size:
+            raise ConfigError("prompt: is empty, expected at least one token")
+        if size + request.max_tokens > engine.max_len:
+            raise ContextError(
+                f"a prompt of {size} tokens and {request.max_tokens} new ones do not fit the context of "
+                f"{engine.max_len} tokens",
+                hint=f"ask for at most {engine.max_len - size} new tokens"
+                if size < engine.max_len
+                else "shorten the prompt",
+            )
+        vocab_size = engine.bundle.model.vocab_size
+        named = [*request.prompt_ids, *(token for token, _ in request.sampling.logit_bias)]
+        if wrong := [token for token in named if not 0 <= token < vocab_size]:
+            raise ConfigError(f"token ids: got {wrong[0]}, expected a number from 0 to {vocab_size - 1}")
+
+    def build(self, request: Request) -> ActiveSequence:
+        """A sequence to `queue`, of a request that was checked. Any thread may ask."""
+        return ActiveSequence(request, self._tokenizer, self.engine.bundle.eos_token_ids)
+
+    def queue(self, sequence: ActiveSequence) -> None:
+        """Have a sequence wait for a row."""
+        self._waiting.append(sequence)
+
+    def add(self, request: Request) -> ActiveSequence:
+        """Queue a request. Raises like `check`."""
+        self.check(request)
+        sequence = self.build(request)
+        self.queue(sequence)
+        return sequence
+
+    def step(self) -> list[TokenEvent]:
+        """Do a bounded piece of work; returns what came of it, in the order it came.
+
+        Raises `BundleError` where the engine fails; `abandon` then tells whose work is lost.
+        """
+        self._drop_cancelled()
+        events: list[TokenEvent] = []
+        if self._running:
+            events += self._decode()
+        self._drop_cancelled()
+        events += self._prefill()
+        return events
+
+    def abandon(self) -> list[ActiveSequence]:
+        """Forget all sequences and return them; the engine is as new then."""
+        lost = [*self._running, *([self._prefilling] if self._prefilling else []), *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        self._prefilling = None
+        self.engine.release()
+        return lost
+
+    def reset(self) -> None:
+        """Forget what was counted and remembered."""
+        assert self.idle
+        self.counters = Counters()
+        self.cache = PrefixCache(self.cache.max_bytes)
+        self._step_s = self._token_s = 0.0
+
+    def _decode(self) -> list[TokenEvent]:
+        """One token for every running sequence."""
+        engine = self.engine
+        while not engine.make_room(self.num_running, max(engine.lengths[: len(self._running)]) + 1):
+            self._preempt()
+        count = len(self._running)
+        began = time.perf_counter()
+        engine.step_rows(count)
+        self._step_s = _smooth(self._step_s, time.perf_counter() - began)
+        self.counters.steps += 1
+        self.counters.step_tokens += count
+        events = []
+        logits_BV = engine.logits
+        for row in reversed(range(count)):
+            event = self._take(row, logits_BV[row])
+            if event is not None:
+                events.append(event)
+                if event.ends:
+                    self._leave(row)
+        events.reverse()
+        return events
+
+    def _prefill(self) -> list[TokenEvent]:
+        """Pieces of waiting prompts, for as long as the running sequences can do without a step."""
+        events = []
+        budget = self._piece_tokens()
+        while budget > 0 and (self._prefilling is not None or self._admit()):
+            done, event = self._prefill_piece(budget)
+            budget -= done
+            if event is not None:
+                events.append(event)
+            # With nothing running before there is no one to wait for a step but the one that has just begun.
+            if self._running and not self._step_s:
+                break
+        return events
+
+    def _piece_tokens(self) -> int:
+        if not self._running or not self._token_s:
+            return PIECE_TOKENS
+        fitting = int(PROMPT_STEPS * self._step_s / self._token_s) // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS
+        return min(max(fitting, MIN_PIECE_TOKENS), PIECE_TOKENS)
+
+    def _prefill_piece(self, budget: int) -> tuple[int, TokenEvent | None]:
+        """Compute up to `budget` tokens of the prompt on its way: how many it was, and what came of the last one."""
+        sequence, engine, row = self._prefilling, self.engine, len(self._running)
+        assert sequence is not None
+        ids = sequence.prefill_ids
+        start = engine.lengths[row]
+        size = min(budget, len(ids) - start) if engine.bundle.prefill_takes_past else len(ids)
+        began = time.perf_counter()
+        engine.extend(ids[start : start + size], row)
+        self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
+        if start + size < len(ids):
+            return size, None
+        if not sequence.request.prompt_logprobs:
+            self.cache.insert(sequence.request.owner, ids, lambda first, last: engine.read_values(row, first, last))
+        self._prefilling = None
+        self._running.append(sequence)
+        event = self._take(row, engine.logits[row])
+        if event is not None and event.ends:
+            self._leave(row)
+        return size, event
+
+    def _admit(self) -> bool:
+        """Give the first waiting sequence the next row, with what is known of its beginning."""
+        row = len(self._running)
+        if not self._waiting or row >= self.engine.batch_size:
+            return False
+        sequence = self._waiting[0]
+        ids = sequence.prefill_ids
+        if not self.engine.make_room(row + 1, min(len(ids) + 1, self.engine.max_len)):
+            return False
+        self._waiting.popleft()
+        self._prefilling = sequence
+        self.engine.clear_row(row)
+        known = 0
+        if not sequence.request.prompt_logprobs:
+            # The last token is computed in any case, for its logits.
+            for values in self.cache.match(sequence.request.owner, ids[:-1]):
+                self.engine.write_values(row, known, values)
+                known += values.shape[2]
+        if sequence.started_s is None:
+            sequence.started_s = time.perf_counter()
+            sequence.cached_tokens = known
+            self.counters.prompt_tokens += len(sequence.request.prompt_ids)
+            self.counters.cached_tokens += known
+        return True
+
+    def _take(self, row: int, logits_V: np.ndarray) -> TokenEvent | None:
+        """Choose a row's next token, which the next step feeds; None for a token of the prompt."""
+        taken = self._running[row].take(logits_V, int(self.engine.next_token[row]))
+        if isinstance(taken, int):
+            self.engine.next_token[row] = taken
+            return None
+        if taken.token is not None:
+            self.engine.next_token[row] = taken.token
+        return taken
+
+    def _preempt(self) -> None:
+        """Send the youngest sequence back to the head of the queue."""
+        self.counters.preemptions += 1
+        if (sequence := self._prefilling) is not None:
+            self.engine.clear_row(len(self._running))
+            self._prefilling = None
+        else:
+            # Rows are in no order of age, but any choice ends: the first row always stays.
+            assert len(self._running) > 1, "one sequence of max_len tokens fits"
+            sequence = self._running.pop()
+            self.engine.clear_row(len(self._running))
+        self._waiting.appendleft(sequence)
+
+    def _leave(self, row: int) -> None:
+        """Remember what a row holds, and give it to the last running sequence."""
+        sequence, engine, last = self._running[row], self.engine, len(self._running) - 1
+        if not (sequence.cancelled or sequence.request.prompt_logprobs):
+            ids = sequence.ids[: engine.lengths[row]]
+            self.cache.insert(sequence.request.owner, ids, lambda first, stop: engine.read_values(row, first, stop))
+        self._running[row] = self._running[last]
+        self._running.pop()
+        if row != last:
+            engine.move_row(last, row)
+        engine.clear_row(last)
+        if self._prefilling is not None:
+            engine.move_row(last + 1, last)
+
+    def _drop_cancelled(self) -> None:
+        for row in reversed(range(len(self._running))):
+            if self._running[row].cancelled:
+                self._leave(row)
+        if self._prefilling is not None and self._prefilling.cancelled:
+            self.engine.clear_row(len(self._running))
+            self._prefilling = None
+        if any(sequence.cancelled for sequence in self._waiting):
+            self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
+
+
+def run_all(scheduler: Scheduler, requests: Sequence[Request]) -> list[list[TokenEvent]]:
+    """The events of each request, run together to their ends. Raises the first error of any."""
+    sequences = [scheduler.add(request) for request in requests]
+    events: dict[ActiveSequence, list[TokenEvent]] = {sequence: [] for sequence in sequences}
+    while not scheduler.idle:
+        for event in scheduler.step():
+            if event.error is not None:
+                raise event.error
+            events[event.sequence].append(event)
+    return [events[sequence] for sequence in sequences]
+
+
+def _smooth(before: float, now: float) -> float:
+    return now if not before else before + SMOOTHING * (now - before)

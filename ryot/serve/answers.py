@@ -1,0 +1,126 @@
+"""What text and chat completions have in common once they run: choices that grow, usage, and the stream of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ryot.edge.sequence import Logprobs, TokenEvent
+from ryot.errors import RyotError
+from ryot.serve.errors import ApiError, api_error
+from ryot.serve.model import ServedModel
+from ryot.serve.runner import Answers
+
+#: JSON of an answer.
+Body = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer, as far as it has come."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely the model found it, a token."""
+        return sum(item.logprob for item in self.logprobs) / max(1, len(self.logprobs))
+
+    def push(self, event: TokenEvent) -> None:
+        """Take what came."""
+        self.text += event.text
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprobs is not None:
+            self.logprobs.append(event.logprobs)
+        if event.finish_reason is not None:
+            # OpenAI makes no difference between a stop string and the end that the model sets.
+            self.finish_reason = "length" if event.finish_reason == "length" else "stop"
+
+
+class Format(Protocol):
+    """How one kind of request is answered."""
+
+    answers: Answers
+    num_per_prompt: int
+    """Choices to each prompt; they come one after the other."""
+    include_usage: bool
+
+    def whole(self, choices: Sequence[Choice]) -> Body:
+        """The answer in one piece."""
+
+    def first_chunks(self) -> Iterable[Body]:
+        """What a stream begins with."""
+
+    def chunk(self, piece: Choice) -> Body:
+        """A piece of a stream: what has come since the last one."""
+
+    def usage_chunk(self) -> Body:
+        """The piece of a stream that holds its usage."""
+
+
+async def collect(answer: Format) -> Body:
+    """Wait for all choices. Raises `ApiError`."""
+    numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
+    choices = [Choice(index) for index in range(len(numbers))]
+    try:
+        async for event in answer.answers:
+            choices[numbers[event.sequence]].push(event)
+    except RyotError as error:
+        raise api_error(error) from error
+    finally:
+        answer.answers.close()
+    return answer.whole(choices)
+
+
+async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncIterator[bytes]:
+    """Server-sent events as choices grow; an error becomes the last one."""
+    numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
+    extra: Body = {"usage": None} if answer.include_usage else {}
+    try:
+        for body in answer.first_chunks():
+            yield _event(body | extra)
+        async for event in answer.answers:
+            piece = Choice(numbers[event.sequence])
+            piece.push(event)
+            # A token that completes no text says nothing, unless somebody wants its probability.
+            if piece.text or piece.logprobs or piece.finish_reason:
+                yield _event(answer.chunk(piece) | extra)
+        if answer.include_usage:
+            yield _event(answer.usage_chunk())
+        yield b"data: [DONE]\n\n"
+    except RyotError as error:
+        refused = api_error(error)
+        on_error(refused)
+        yield _event(refused.body())
+    finally:
+        answer.answers.close()
+
+
+def count_usage(answers: Answers, num_per_prompt: int) -> Body:
+    """Tokens of prompts, each counted once, and of all choices."""
+    prompts = answers.sequences[::num_per_prompt]
+    prompt_tokens = sum(len(sequence.request.prompt_ids) for sequence in prompts)
+    completion_tokens = sum(sequence.completion_tokens for sequence in answers.sequences)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in prompts)},
+    }
+
+
+def describe_token(model: ServedModel, token: int, logprob: float) -> Body:
+    """A token as chat completions show it."""
+    data = model.tokenizer.token_bytes(token)
+    return {"token": model.token_text(token), "logprob": logprob, "bytes": list(data)}
+
+
+def _event(body: Body) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,183 @@
+"""`/v1/chat/completions`: conversations, as the checkpoint's template writes them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+from ryot.edge.sequence import Request
+from ryot.errors import ConfigError, RyotError
+from ryot.serve.answers import Body, Choice, count_usage, describe_token
+from ryot.serve.errors import ApiError, api_error, invalid
+from ryot.serve.fields import Fields, show
+from ryot.serve.model import ServedModel
+from ryot.serve.params import MAX_LOGPROBS, SHARED, read_params
+
+FIELDS = (
+    *SHARED,
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "modalities",
+    "reasoning_effort",
+    "verbosity",
+    "chat_template_kwargs",
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class ChatCompletion:
+    """One request for the next message of a conversation, under way."""
+
+    def __init__(self, fields: Fields, model: ServedModel, owner: str):
+        """Read the request and queue it. Raises `ApiError`."""
+        fields.refuse_unknown(FIELDS)
+        if fields.items("tools"):
+            raise invalid("tools", "is not supported by this server")
+        if any(kind != "text" for kind in fields.items("modalities")):
+            raise invalid("modalities", f"got {show(fields.get('modalities'))}, expected text alone")
+        self._model = model
+        self._params = params = read_params(
+            fields, model, max_tokens_names=("max_completion_tokens", "max_tokens"), default_max=None
+        )
+        self._top_logprobs = _read_logprobs(fields)
+        ids = encode_messages(fields, model)
+        room = model.engine.max_len - len(ids)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"messages: have {len(ids)} tokens, template included; this model's context has "
+                f"{model.engine.max_len}, of which the answer needs at least one",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        self.num_per_prompt = params.n
+        self.include_usage = params.include_usage
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        requests = [
+            Request(
+                prompt_ids=ids,
+                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                sampling=params.sampling,
+                choice=choice,
+                stop=params.stop,
+                ignore_eos=params.ignore_eos,
+                continues_text=False,
+                top_logprobs=self._top_logprobs,
+                owner=owner,
+                constraint=params.constraint(model),
+            )
+            for choice in range(params.n)
+        ]
+        try:
+            self.answers = model.runner.submit(requests)
+        except RyotError as error:
+            raise api_error(error, "messages") from error
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is sent as it grows."""
+        return self._params.stream
+
+    def whole(self, choices: Sequence[Choice]) -> Body:
+        bodies = [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": self._logprobs_body(choice),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ]
+        usage = count_usage(self.answers, self.num_per_prompt)
+        return self._head("chat.completion") | {"choices": bodies, "usage": usage}
+
+    def first_chunks(self) -> Iterable[Body]:
+        for index in range(self._params.n):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._head("chat.completion.chunk") | {"choices": [choice]}
+
+    def chunk(self, piece: Choice) -> Body:
+        choice = {
+            "index": piece.index,
+            "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
+            "logprobs": self._logprobs_body(piece),
+            "finish_reason": piece.finish_reason,
+        }
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
+
+    def usage_chunk(self) -> Body:
+        usage = count_usage(self.answers, self.num_per_prompt)
+        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
+
+    def _head(self, kind: str) -> Body:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
+
+    def _logprobs_body(self, choice: Choice) -> Body | None:
+        if self._top_logprobs is None:
+            return None
+        content = []
+        for token, item in zip(choice.tokens, choice.logprobs, strict=True):
+            top = [describe_token(self._model, other, value) for other, value in item.top]
+            content.append(describe_token(self._model, token, item.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+def encode_messages(fields: Fields, model: ServedModel) -> list[int]:
+    """The ids of the request's conversation, up to where the answer begins. Raises `ApiError`."""
+    if model.template is None:
+        raise invalid("messages", f"the model {model.name} has no chat template; use /v1/completions")
+    kwargs = fields.table("chat_template_kwargs")
+    extra = {} if kwargs is None else fields.get("chat_template_kwargs")
+    assert isinstance(extra, dict)
+    if taken := {"messages", "add_generation_prompt"} & extra.keys():
+        raise invalid("chat_template_kwargs", f"{min(taken)} is set by the server")
+    try:
+        text = model.template.render(_read_messages(fields), **extra)
+        return model.encode(text, add_special_tokens=False)
+    except ConfigError as error:
+        raise invalid("messages", str(error).removeprefix(f"{model.bundle.path}: ")) from error
+
+
+def _read_messages(fields: Fields) -> list[dict[str, object]]:
+    messages: list[dict[str, object]] = []
+    for number, value in enumerate(fields.items("messages")):
+        where = f"messages[{number}]"
+        if not isinstance(value, dict):
+            raise invalid(where, f"got {show(value)}, expected an object")
+        message = Fields(value, f"{where}.")
+        role = message.choice("role", ROLES)
+        if role is None:
+            raise invalid(f"{where}.role", f"is missing, expected one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_read_part(part, f"{where}.content[{at}]") for at, part in enumerate(content))
+        if content is None and role == "assistant":
+            content = ""
+        if not isinstance(content, str):
+            raise invalid(f"{where}.content", f"got {show(content)}, expected a string or a list of text parts")
+        # What OpenAI calls developer is what templates know as system.
+        messages.append(value | {"role": "system" if role == "developer" else role, "content": content})
+    if not messages:
+        raise invalid("messages", "is empty or missing, expected a list of messages")
+    return messages
+
+
+def _read_part(part: object, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise invalid(where, f"got {show(part)}, expected a part of type text: the models here read nothing else")
+    return str(part["text"])
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    top = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+    if fields.flag("logprobs"):
+        return top or 0
+    if top is not None:
+        raise invalid("top_logprobs", "is only for a request with logprobs: true")
+    return None

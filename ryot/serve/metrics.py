@@ -1,0 +1,129 @@
+"""What the server counts and times, in Prometheus's text format under the names that vLLM's dashboards know."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ryot.edge.scheduler import Scheduler
+from ryot.edge.sequence import TokenEvent
+
+#: Upper bounds of the buckets, in seconds.
+FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+NEXT_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
+#: How a request may end, as OpenAI's API names it, and beside it.
+ENDINGS = ("stop", "length", "abort", "error")
+
+
+class Histogram:
+    """Counts of values by bucket."""
+
+    def __init__(self, bounds: Sequence[float]):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        """The lines of the text format."""
+        below = 0
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            below += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {below}'
+        yield f"{name}_sum{{{labels}}} {self.total:.6f}"
+        yield f"{name}_count{{{labels}}} {below}"
+
+
+@dataclass(slots=True)
+class ModelMetrics:
+    """Of one model; its engine's thread writes, any thread reads."""
+
+    first_token_s: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_S))
+    next_token_s: Histogram = field(default_factory=lambda: Histogram(NEXT_TOKEN_S))
+    queue_s: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_S))
+    whole_s: Histogram = field(default_factory=lambda: Histogram(WHOLE_S))
+    endings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDINGS, 0))
+    generated_tokens: int = 0
+
+    def observe(self, event: TokenEvent, before_s: float | None, now_s: float) -> None:
+        """Count a token that came at `now_s`, the one before it at `before_s`."""
+        sequence = event.sequence
+        if event.token is not None:
+            self.generated_tokens += 1
+            if before_s is None:
+                self.first_token_s.observe(now_s - sequence.queued_s)
+            else:
+                self.next_token_s.observe(now_s - before_s)
+        if event.ends:
+            reason = "error" if event.error else "length" if event.finish_reason == "length" else "stop"
+            self.end(reason, sequence.queued_s, sequence.started_s or now_s, now_s)
+
+    def end(self, ending: str, queued_s: float, started_s: float, now_s: float) -> None:
+        """Count a request that is over."""
+        self.endings[ending] += 1
+        self.queue_s.observe(started_s - queued_s)
+        self.whole_s.observe(now_s - queued_s)
+
+
+def render_metrics(models: Mapping[str, tuple[ModelMetrics, Scheduler]], requests: Mapping[int, int]) -> str:
+    """The page of `/metrics`: every model's figures, and how many answers had each HTTP status."""
+    families: dict[tuple[str, str, str], list[str]] = {}
+
+    def add(name: str, kind: str, text: str, lines: Iterator[str] | list[str]) -> None:
+        families.setdefault((name, kind, text), []).extend(lines)
+
+    for model, (metrics, scheduler) in models.items():
+        labels = f'model_name="{_escape(model)}"'
+        for name, kind, text, value in _values(metrics, scheduler):
+            add(name, kind, text, [f"{name}{{{labels}}} {value}"])
+        name = "vllm:request_success_total"
+        lines = [f'{name}{{{labels},finished_reason="{reason}"}} {count}' for reason, count in metrics.endings.items()]
+        add(name, "counter", "Requests that ended, by how", lines)
+        for name, text, histogram in (
+            ("vllm:time_to_first_token_seconds", "From a request's arrival to its first token", metrics.first_token_s),
+            ("vllm:inter_token_latency_seconds", "Between two tokens of a request", metrics.next_token_s),
+            ("vllm:request_queue_time_seconds", "From a request's arrival to a row of its own", metrics.queue_s),
+            ("vllm:e2e_request_latency_seconds", "From a request's arrival to its end", metrics.whole_s),
+        ):
+            add(name, "histogram", text, histogram.lines(name, labels))
+    name = "ryot:http_responses_total"
+    lines = [f'{name}{{status="{status}"}} {count}' for status, count in sorted(requests.items())]
+    add(name, "counter", "HTTP answers by status", lines)
+    page: list[str] = []
+    for (name, kind, help_text), rows in families.items():
+        page += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *rows]
+    return "\n".join(page) + "\n"
+
+
+def _values(metrics: ModelMetrics, scheduler: Scheduler) -> list[tuple[str, str, str, float]]:
+    engine, counters, cache = scheduler.engine, scheduler.counters, scheduler.cache
+    held = sum(engine.lengths) * engine.bytes_per_token
+    return [
+        ("vllm:num_requests_running", "gauge", "Requests that have a row", scheduler.num_running),
+        ("vllm:num_requests_waiting", "gauge", "Requests that wait for a row", scheduler.num_waiting),
+        ("vllm:kv_cache_usage_perc", "gauge", "Share of the memory for keys and values", held / engine.memory_bytes),
+        ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked up", counters.prompt_tokens),
+        ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens that were known", counters.cached_tokens),
+        ("vllm:prompt_tokens_total", "counter", "Tokens of prompts", counters.prompt_tokens),
+        ("vllm:generation_tokens_total", "counter", "Tokens generated", metrics.generated_tokens),
+        ("vllm:num_preemptions_total", "counter", "Requests that lost their row", counters.preemptions),
+        ("ryot:engine_steps_total", "counter", "Steps of the engine", counters.steps),
+        ("ryot:engine_step_tokens_total", "counter", "Tokens that steps computed", counters.step_tokens),
+        ("ryot:kv_cache_bytes", "gauge", "Bytes of the key and value buffers", engine.cache_bytes),
+        ("ryot:prefix_cache_bytes", "gauge", "Bytes of known beginnings", cache.used_bytes),
+    ]
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,113 @@
+"""A bundle that is being served: its tokenizer, its chat template, and the scheduler that runs it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ryot.edge.bundle import Bundle, load_bundle
+from ryot.edge.chat import ChatTemplate, has_chat_template, load_chat_template
+from ryot.edge.scheduler import Scheduler, run_all
+from ryot.edge.sequence import Request
+from ryot.edge.slots import SlotEngine
+from ryot.edge.tokenizer import load_tokenizer
+from ryot.edge.tokenizer_config import read_json
+from ryot.errors import ConfigError
+from ryot.serve.constraints import Grammars
+from ryot.serve.runner import Runner
+
+#: What is taken for keys and values at most without being told: a share of the memory that is free.
+KV_SHARE = 0.4
+FREE_MEMORY = Path("/proc/meminfo")
+#: Where free memory cannot be read.
+SOME_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """How a bundle is run."""
+
+    threads: int = 1
+    rows: int = 16
+    """Sequences that are computed together at most."""
+    kv_bytes: int | None = None
+    """Memory for their keys and values; by default what they need, or a share of the free memory where that is less."""
+    prefix_cache_bytes: int = 256_000_000
+    """Memory for beginnings of prompts; 0 keeps none."""
+    context: int | None = None
+    """Tokens that a prompt and its answer may have; by default what the bundle has."""
+    max_waiting: int = 256
+    """Requests that may wait for a row; the next one is turned away."""
+
+
+class ServedModel:
+    """One bundle, ready to answer."""
+
+    def __init__(self, path: Path, options: ModelOptions):
+        """Load it and compute a token. Raises `BundleError` or `ConfigError`."""
+        self.bundle = load_bundle(path)
+        self.created_s = int(time.time())
+        self.tokenizer = load_tokenizer(self.bundle)
+        self.engine = SlotEngine(
+            self.bundle,
+            threads=options.threads,
+            batch_size=options.rows,
+            memory_bytes=_kv_bytes(self.bundle, options) if options.kv_bytes is None else options.kv_bytes,
+            max_len=options.context,
+        )
+        self.scheduler = Scheduler(self.engine, self.tokenizer, prefix_cache_bytes=options.prefix_cache_bytes)
+        self.generation_config = read_json(path / "generation_config.json")
+        self.template: ChatTemplate | None = None
+        if has_chat_template(path, self.tokenizer.config):
+            self.template = load_chat_template(path, self.tokenizer.config)
+        self._warm_up()
+        self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.bundle.name
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Forms that answers may have; raises `ConfigError` where there are none."""
+        return Grammars(self.bundle, self.tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; those of an empty one are what begins a text. Raises `ConfigError` where there is none."""
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if ids:
+            return ids
+        if self.bundle.bos_token_id is None:
+            raise ConfigError("is empty, and this model has no token that begins a text")
+        return [self.bundle.bos_token_id]
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, as logprobs show it."""
+        data = self.tokenizer.token_bytes(token)
+        return data.decode("utf-8", "replace") if data else self.tokenizer.token_name(token) or ""
+
+    def _warm_up(self) -> None:
+        # Two, since an engine prepares for the long run at its second prompt.
+        for _ in range(2):
+            run_all(self.scheduler, [Request(prompt_ids=[0], max_tokens=min(2, self.engine.max_len - 1))])
+        self.scheduler.reset()
+
+
+def _kv_bytes(bundle: Bundle, options: ModelOptions) -> int:
+    """What all rows need at the whole context, or a share of the free memory; at least what one row needs."""
+    value_bytes = np.dtype(bundle.kv_dtype).itemsize
+    one = bundle.model.kv_cache_bytes(options.context or bundle.model.context_length, 1, value_bytes)
+    return max(one, min(one * options.rows, int(KV_SHARE * _free_bytes())))
+
+
+def _free_bytes() -> int:
+    try:
+        lines = FREE_MEMORY.read_text().splitlines()
+    except OSError:
+        return SOME_BYTES
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), SOME_BYTES)

@@ -1,0 +1,157 @@
+"""The process: uvicorn around the application, models that load while it already listens, and an end that drains."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from ryot.errors import ConfigError
+from ryot.serve.app import Service, build_app
+from ryot.serve.model import ModelOptions, ServedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """Where a server listens and what it allows."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    api_keys: tuple[str, ...] = ()
+    share_prefixes: bool = False
+    max_body_bytes: int = 4_000_000
+    timeout_s: float = 600.0
+    """For a whole request."""
+    drain_s: int = 30
+    """For requests under way when the server is told to end."""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ConfigError(
+                f"host: got {self.host}, which other machines can reach, and no API key",
+                hint="give --api-key, or RYOT_API_KEY, or listen on 127.0.0.1",
+            )
+        if any(not key.isascii() or not key.strip() or key != key.strip() for key in self.api_keys):
+            raise ConfigError("api-key: expected ASCII characters without space around them")
+        if (self.tls_key is None) != (self.tls_certificate is None):
+            raise ConfigError("TLS needs both a certificate and its key")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def run_server(
+    bundles: Sequence[Path],
+    model_options: ModelOptions,
+    options: ServerOptions,
+    on_ready: Callable[[str, Sequence[ServedModel]], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; `on_ready` is told the address and the models. Raises `RyotError`."""
+    service = Service(
+        api_keys=options.api_keys,
+        share_prefixes=options.share_prefixes,
+        max_body_bytes=options.max_body_bytes,
+        timeout_s=options.timeout_s,
+    )
+    listener = _listen(options.host, options.port)
+    config = uvicorn.Config(
+        build_app(service),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=options.drain_s,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+    )
+    server = _Server(config, service)
+    scheme = "http" if options.tls_certificate is None else "https"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+    async def serve() -> None:
+        loading = asyncio.create_task(_load(server, service, bundles, model_options))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is None and on_ready is not None:
+            on_ready(address, list(service.models.values()))
+        if loading.done() and loading.exception() is not None:
+            server.should_exit = True
+        await serving
+        loading.cancel()
+        if loading.done() and not loading.cancelled():
+            loading.result()
+
+    try:
+        asyncio.run(serve())
+    finally:
+        for model in service.models.values():
+            model.runner.stop()
+
+
+async def _load(server: _Server, service: Service, bundles: Sequence[Path], options: ModelOptions) -> None:
+    models: dict[str, ServedModel] = {}
+    for path in bundles:
+        model = await asyncio.to_thread(ServedModel, path, options)
+        if model.name in models:
+            raise ConfigError(
+                f"{path}: is named {model.name!r}, as {models[model.name].bundle.path} is",
+                hint="serve them from two servers",
+            )
+        models[model.name] = model
+    for model in models.values():
+        model.runner.start()
+    service.models.update(models)
+
+
+class _Server(uvicorn.Server):
+    """Tells the application when the end has begun."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the server in order, and so with exit code 0; uvicorn would raise them again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining = True
+        await super().shutdown(sockets=sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises `ConfigError` where the address is taken or not this machine's."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port}: cannot be listened on ({error.strerror})", hint="choose another --port"
+        ) from error
+    listener.set_inheritable(True)
+    return listener

@@ -1,0 +1,122 @@
+"""Files of requests: every one answered once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ryot.edge.bundle import Bundle
+from ryot.edge.generate import generate
+from ryot.edge.session import OnnxruntimeEngine
+from ryot.edge.tokenizer import load_tokenizer
+
+
+def write_requests(path: Path, count: int, *, max_tokens: int = 8) -> dict[str, str]:
+    """Requests of several lengths, in no order; the prompts by custom id."""
+    rng = random.Random(0)
+    prompts = {f"r{i}": f"def f{i % 7}(" + "a, " * rng.randrange(20) for i in range(count)}
+    lines = []
+    for custom_id, prompt in prompts.items():
+        body = {"model": "tiny-7", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        lines.append({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return prompts
+
+
+def start(bundle: Bundle, requests: Path, answers: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from ryot.cli.main import run; run()", "batch", bundle.path, requests]
+    return subprocess.Popen([str(part) for part in (*command, "-o", answers, *more)], stderr=subprocess.PIPE, text=True)
+
+
+def finish(bundle: Bundle, requests: Path, answers: Path, *more: str) -> tuple[int, str]:
+    process = start(bundle, requests, answers, *more)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+def read(answers: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in answers.read_text().splitlines()]
+
+
+def text_of(answer: dict[str, object]) -> str:
+    return answer["response"]["body"]["choices"][0]["text"]  # type: ignore[index]
+
+
+def test_answers_are_what_the_engine_gives_alone(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    prompts = write_requests(requests, 20)
+    code, stderr = finish(chat_bundle, requests, answers)
+    assert code == 0, stderr
+    found = read(answers)
+    assert sorted(str(answer["custom_id"]) for answer in found) == sorted(prompts)
+    engine, tokenizer = OnnxruntimeEngine(chat_bundle), load_tokenizer(chat_bundle)
+    for answer in found:
+        prompt = prompts[str(answer["custom_id"])]
+        alone = generate(engine, tokenizer, prompt, max_new_tokens=8, ignore_eos=True)
+        assert text_of(answer) == "".join(alone)
+    assert "20 of 20 answers, 20 of them new (0 refused), 160 tokens" in stderr
+
+
+def test_a_batch_killed_at_any_moment_ends_with_every_answer_once(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    prompts = write_requests(requests, 300, max_tokens=12)
+    for wanted in (20, 150):
+        process = start(chat_bundle, requests, answers, "--rows", "4")
+        while process.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was to be killed before its end"
+    # As if the kill had come in the middle of a line.
+    with answers.open("a") as file:
+        file.write('{"id": "batch_req_0", "custom_id": "r1')
+    before = answers.read_bytes().count(b"\n")
+    code, stderr = finish(chat_bundle, requests, answers)
+    assert code == 0, stderr
+    assert f"300 of 300 answers, {300 - before} of them new" in stderr
+    assert sorted(str(answer["custom_id"]) for answer in read(answers)) == sorted(prompts)
+    assert "300 of 300 answers, 0 of them new" in finish(chat_bundle, requests, answers)[1]
+
+
+def test_bad_lines_are_reported_and_the_others_answered(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    write_requests(requests, 2)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    with requests.open("ab") as file:
+        file.write(b"{not json\n\n\xff\n" + json.dumps({"body": body}).encode() + b"\n")
+        for line in (
+            {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body},
+            {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body},
+            {"custom_id": "hot", "method": "POST", "url": "/v1/chat/completions", "body": body | {"temperature": 9}},
+            {"custom_id": "lost", "method": "POST", "url": "/v1/embeddings", "body": body},
+        ):
+            file.write(json.dumps(line).encode() + b"\n")
+    code, stderr = finish(chat_bundle, requests, answers)
+    assert code == 1
+    found = {answer["custom_id"]: answer["response"]["status_code"] for answer in read(answers)}  # type: ignore[index]
+    assert found == {"r0": 200, "r1": 200, "chat": 200, "hot": 400, "lost": 400}
+    for number, reason in (
+        (3, "is not JSON"),
+        (5, "is not UTF-8"),
+        (6, "custom_id: is missing"),
+        (8, "was there before"),
+    ):
+        assert f"line {number} is passed over" in stderr and reason in stderr
+
+
+def test_answers_to_other_requests_are_left_alone(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    write_requests(requests, 2)
+    for text, message in (
+        ('{"custom_id": "x"}\n', "answers 'x', which"),
+        ("hello\n", "line 1 is no answer of a batch"),
+    ):
+        answers.write_text(text)
+        code, stderr = finish(chat_bundle, requests, answers)
+        assert code == 1 and message in stderr
+        assert answers.read_text() == text

@@ -1,0 +1,340 @@
+"""What reaches the server that no well-behaved client sends: each gets an answer that says what is wrong."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from openai import AuthenticationError, RateLimitError
+
+from ryot.edge.bundle import Bundle
+from tests.serve.conftest import Server, running
+
+JSON = {"Content-Type": "application/json"}
+
+
+def connect(server: Server) -> http.client.HTTPConnection:
+    address = urlsplit(server.address)
+    assert address.hostname is not None
+    return http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+
+
+def post(
+    server: Server, path: str, body: object, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, object]]:
+    """Status and JSON of an answer; a body that is no bytes is sent as JSON."""
+    connection = connect(server)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, data, JSON | (headers or {}))
+    answer = connection.getresponse()
+    found = json.loads(answer.read())
+    connection.close()
+    return answer.status, found
+
+
+def get(server: Server, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
+    connection = connect(server)
+    connection.request("GET", path, headers=headers or {})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+def metric(server: Server, name: str) -> float:
+    """The value of a line of `/metrics`, of the first model where the name has no labels."""
+    lines = get(server, "/metrics")[1].splitlines()
+    return float(next(line for line in lines if line.startswith(name)).rpartition(" ")[2])
+
+
+def wait_for(condition: object, *, timeout_s: float = 20) -> None:
+    """Until a condition that depends on another process holds."""
+    assert callable(condition)
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+PROMPT = {"model": "tiny-7", "prompt": "a", "max_tokens": 2}
+CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("completions", PROMPT | {"temperature": 3}, "temperature", "got 3, expected a number from 0 to 2"),
+        ("completions", PROMPT | {"temperature": "hot"}, "temperature", 'got "hot", expected a number from 0 to 2'),
+        ("completions", PROMPT | {"max_tokens": 1.5}, "max_tokens", "got 1.5, expected a whole number not below 0"),
+        ("completions", PROMPT | {"max_tokens": True}, "max_tokens", "got true, expected a whole number"),
+        ("completions", PROMPT | {"n": 65}, "n", "got 65, expected a whole number from 1 to 64"),
+        ("completions", PROMPT | {"stop": ["a", ""]}, "stop", 'got "", expected strings of 1 to 1000'),
+        ("completions", PROMPT | {"logit_bias": {"384": 1}}, "logit_bias", "expected a token id below 384"),
+        ("completions", PROMPT | {"logit_bias": {"1": 101}}, "logit_bias.1", "expected a number from -100 to 100"),
+        ("completions", PROMPT | {"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ("completions", PROMPT | {"prompt": [1, 384]}, "prompt", "got token 384, expected ids below 384"),
+        ("completions", PROMPT | {"prompt": []}, "prompt", "expected a string, token ids, or a list of either"),
+        ("completions", PROMPT | {"prompt": "\ud800"}, "prompt", "half of a pair, which UTF-8 cannot hold"),
+        ("completions", PROMPT | {"max_tokens": 10**30}, "prompt", "do not fit the context of 2048"),
+        ("completions", PROMPT | {"stream_options": {}}, "stream_options", "only for a request with stream"),
+        ("completions", PROMPT | {"best_of": 2, "n": 3}, "best_of", "got 2, expected at least n, which is 3"),
+        ("chat/completions", CHAT | {"messages": []}, "messages", "is empty or missing"),
+        ("chat/completions", CHAT | {"messages": [{"role": "king"}]}, "messages[0].role", "expected one of system"),
+        (
+            "chat/completions",
+            CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+            "expected a part of type text",
+        ),
+        ("chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs", "only for a request with logprobs"),
+        (
+            "chat/completions",
+            CHAT | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+            "response_format",
+            "nonsense",
+        ),
+        ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(server: Server, path: str, body: object, param: str, message: str) -> None:
+    status, found = post(server, f"/v1/{path}", body)
+    error = found["error"]
+    assert isinstance(error, dict)
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body: is not JSON"),
+        (b"[1]", "got a list, expected an object"),
+        (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+        (b'{"temperature": NaN}', "NaN is not a number in JSON"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"", "the body: is not JSON"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_so(server: Server, body: bytes, message: str) -> None:
+    status, found = post(server, "/v1/completions", body)
+    assert status == 400 and message in json.dumps(found)
+
+
+def test_paths_methods_and_kinds_that_are_not_there(server: Server) -> None:
+    assert post(server, "/v1/completion", {})[0] == 404
+    status, text = get(server, "/v1/completions")
+    assert status == 405 and json.loads(text)["error"]["type"] == "invalid_request_error"
+    status, found = post(server, "/v1/completions", {}, {"Content-Type": "text/plain"})
+    assert status == 415 and "expected application/json" in json.dumps(found)
+
+
+def test_a_body_beyond_the_limit_is_refused_before_it_is_read(server: Server) -> None:
+    connection = connect(server)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(10**12))
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 413 and "more than 4000000 bytes" in answer.read().decode()
+    connection.close()
+
+
+def test_a_header_beyond_the_limit_is_refused(server: Server) -> None:
+    address = urlsplit(server.address)
+    with socket.create_connection((address.hostname, address.port), 30) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    assert get(server, "/health") == (200, '{"status":"ok"}')
+
+
+def test_a_name_that_anyone_can_define_is_no_way_in(server: Server) -> None:
+    status, text = get(server, "/v1/models", {"Host": "evil.example:8000"})
+    assert status == 403 and "localhost" in text
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert get(server, "/v1/models", {"Host": host})[0] == 200
+
+
+def test_tokens_go_there_and_back(server: Server) -> None:
+    status, found = post(server, "/tokenize", {"model": "tiny-7", "prompt": "def add(a, b): 日本"})
+    assert status == 200
+    back = post(server, "/detokenize", {"model": "tiny-7", "tokens": found["tokens"]})
+    assert back == (200, {"prompt": "def add(a, b): 日本"})
+    chat = post(server, "/tokenize", {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}]})[1]
+    expected = post(server, "/tokenize", {"model": "tiny-7", "prompt": "user: a\nassistant:"})[1]
+    assert chat == expected
+    assert post(server, "/detokenize", {"model": "tiny-7", "tokens": [-1]})[0] == 400
+
+
+def test_the_page_and_the_metrics_are_there(server: Server) -> None:
+    status, text = get(server, "/")
+    assert status == 200 and "<title>" in text
+    before = metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}')
+    assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
+    assert metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}') == before + 2
+    text = get(server, "/metrics")[1]
+    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
+        assert f"# TYPE vllm:{name} histogram" in text
+        assert f'vllm:{name}_bucket{{model_name="tiny-7",le="+Inf"}}' in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_row(server: Server, stream: bool) -> None:
+    name = 'vllm:request_success_total{model_name="tiny-7",finished_reason="abort"}'
+    before = metric(server, name)
+    connection = connect(server)
+    body = PROMPT | {"max_tokens": 2000, "ignore_eos": True, "stream": stream, "logprobs": 20}
+    connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+    wait_for(lambda: metric(server, 'vllm:num_requests_running{model_name="tiny-7"}') >= 1)
+    connection.close()
+    wait_for(lambda: metric(server, name) == before + 1)
+    assert metric(server, 'vllm:num_requests_running{model_name="tiny-7"}') == 0
+
+
+def test_a_reader_that_does_not_read_stalls_nobody(server: Server) -> None:
+    address = urlsplit(server.address)
+    body = json.dumps(PROMPT | {"max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
+    with socket.create_connection((address.hostname, address.port), 30) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.sendall(head.encode() + b"\r\n" + body)
+        assert raw.recv(10)
+        assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
+
+
+def test_many_connections_at_once_all_get_their_answer(server: Server) -> None:
+    def ask(number: int) -> str:
+        body = PROMPT | {"prompt": f"number {number % 5}", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        status, found = post(server, "/v1/completions", body)
+        assert status == 200, found
+        return json.dumps(found["choices"])
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(ask, range(100)))
+    assert [answers[number] == answers[number % 5] for number in range(100)] == [True] * 100
+
+
+def test_random_requests_never_give_a_500(server: Server) -> None:
+    rng = random.Random(0)
+    values: list[object] = [None, True, -1, 0, 1, 2**70, 1.5, -1e300, "", "a", "\ud800", [], ["a"], [[]], [1], {}]
+    values += [{"type": "json_object"}, {"\ud800": 1}, {"1": 5}]
+    names = [
+        "temperature", "top_p", "min_p", "top_k", "n", "best_of", "stop", "seed", "echo", "logprobs", "top_logprobs",
+        "logit_bias", "max_tokens", "max_completion_tokens", "presence_penalty", "frequency_penalty", "stream_options",
+        "response_format", "structured_outputs", "repetition_penalty", "ignore_eos", "prompt", "messages", "tools",
+        "chat_template_kwargs", "stream", "model", "user", "metadata", "\ud800",
+    ]  # fmt: skip
+    statuses = set()
+    for _ in range(400):
+        path, body = rng.choice([("completions", dict(PROMPT)), ("chat/completions", dict(CHAT))])
+        for name in rng.sample(names, rng.randrange(1, 4)):
+            body[name] = rng.choice(values)
+        connection = connect(server)
+        connection.request("POST", f"/v1/{path}", json.dumps(body), JSON)
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        assert answer.status in (200, 400, 404), (body, text)
+        assert b"Traceback" not in text
+        statuses.add(answer.status)
+    assert statuses == {200, 400, 404}
+
+
+def test_a_key_opens_and_keeps_prompts_apart(plain_bundle: Bundle, tmp_path: Path) -> None:
+    arguments = (plain_bundle.path, "--api-key", "first", "--api-key", "second", "--rows", 1, "--max-waiting", 1)
+    with running(tmp_path, *arguments) as server:
+        assert get(server, "/health")[0] == get(server, "/ready")[0] == 200
+        assert get(server, "/metrics")[0] == 401
+        with pytest.raises(AuthenticationError, match="the API key is missing or wrong"):
+            server.client("third").models.list()
+        prompt = "a text that is known after it was asked once"
+
+        def cached(key: str) -> int:
+            found = server.client(key).completions.create(model="tiny-1", prompt=prompt, max_tokens=1)
+            assert found.usage is not None and found.usage.prompt_tokens_details is not None
+            return found.usage.prompt_tokens_details.cached_tokens or 0
+
+        assert [cached(key) > 0 for key in ("first", "first", "second", "second")] == [False, True, False, True]
+
+        # One row and one place to wait: of five at once some are turned away.
+        def ask(_: int) -> int | None:
+            try:
+                server.client("first").completions.create(
+                    model="tiny-1", prompt="x", max_tokens=200, extra_body={"ignore_eos": True}
+                )
+            except RateLimitError as error:
+                assert error.code == "queue_full"
+                return int(error.response.headers["Retry-After"])
+            return None
+
+        with ThreadPoolExecutor(8) as pool:
+            waits = list(pool.map(ask, range(8)))
+        assert None in waits and any(wait is not None and wait >= 1 for wait in waits)
+        assert server.end() == 0
+        log = server.log.read_text()
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        assert {line["status"] for line in lines} == {200, 401, 429}
+        assert {"client", "method", "path", "status", "seconds"} <= lines[0].keys()
+        assert "known after" not in log and "first" not in log
+
+
+def test_what_is_under_way_is_finished_at_the_end(chat_bundle: Bundle, tmp_path: Path) -> None:
+    with running(tmp_path, chat_bundle.path) as server:
+        stream = server.client().completions.create(
+            model="tiny-7", prompt="a", max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = next(stream)
+        ender = threading.Thread(target=server.end)
+        ender.start()
+        last = [first, *stream][-1]
+        assert last.choices[0].finish_reason == "length"
+        ender.join()
+        assert server.process.returncode == 0
+
+
+def test_an_answer_that_takes_too_long_is_given_up(chat_bundle: Bundle, tmp_path: Path) -> None:
+    with running(tmp_path, chat_bundle.path, "--timeout", 0.1) as server:
+        body = PROMPT | {"max_tokens": 2000, "ignore_eos": True}
+        status, found = post(server, "/v1/completions", body)
+        assert status == 504 and "longer than 0.1 s" in json.dumps(found)
+        connection = connect(server)
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), JSON)
+        text = connection.getresponse().read().decode()
+        assert '"code": "timeout"' in text and "[DONE]" not in text
+        wait_for(lambda: metric(server, "vllm:num_requests_running") == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--host", "0.0.0.0"], 2, "which other machines can reach, and no API key"),
+        (["--tls-key", __file__], 2, "TLS needs both a certificate and its key"),
+        (["--kv-memory", "1", "--context", "2048"], 2, "memory for keys and values: got 1.0 MB"),
+        (["--context", "9999"], 2, "expected at most the context of 2048 tokens"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    chat_bundle: Bundle, arguments: list[str], code: int, message: str
+) -> None:
+    start = [
+        sys.executable,
+        "-c",
+        "from ryot.cli.main import run; run()",
+        "serve",
+        str(chat_bundle.path),
+        "--port",
+        "0",
+    ]
+    run = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == code, run.stderr
+    assert message in run.stderr and "Traceback" not in run.stderr

@@ -35,7 +35,7 @@ from ryot.deploy.quality import (
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
 from ryot.deploy.standard import StandardGraph
-from ryot.deploy.stored import stored_in_four_bits
+from ryot.deploy.stored import CheckpointBlocks, stored_in_four_bits
 from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
@@ -92,6 +92,10 @@ def export_variant(
         bundle.write_checkpoint_files(checkpoint, files)
         weights = load_decoder_weights(checkpoint, options.context)
         text = check_text(files, vocab_size=weights.spec.vocab_size)
+        stored = stored_in_four_bits(checkpoint, weights.spec)
+        if not any(_as_it_is(precision, stored) for precision in precisions):
+            tell("smoothing the inputs of matrices")
+            weights = smooth_for(weights, data)
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
         origin = Origin(checkpoint, weights, options, text, data.corpus_sha256, prompts)
         rows, tokens = parity_size(weights.spec)
@@ -107,7 +111,7 @@ def export_variant(
         if options.oracle:
             tell("checking what was read against transformers")
             oracle = check_oracle(checkpoint, model, windows, parity.tolerance, scratch)
-        quantized = _quantize(origin, precisions, data, scratch, tell)
+        quantized = _quantize(origin, stored, precisions, data, scratch, tell)
         cache = quantized[precisions[0]].quantizer.choose_cache()
         tell(f"scoring {', '.join(precisions)}")
         qualities = _score(quantized, cache, data, options)
@@ -130,31 +134,41 @@ class _Way:
     singles: dict[str, Quantized]
 
 
+def _as_it_is(precision: str, stored: CheckpointBlocks | None) -> bool:
+    """Whether a precision is made of the checkpoint's own values: fp32, and 4 bits that it holds already."""
+    return precision == "fp32" or (stored is not None and "int4" in split_pair(precision))
+
+
 def _quantize(
-    origin: Origin, precisions: Sequence[str], data: EvalData, scratch: Path, tell: Callable[[str], None]
+    origin: Origin,
+    stored: CheckpointBlocks | None,
+    precisions: Sequence[str],
+    data: EvalData,
+    scratch: Path,
+    tell: Callable[[str], None],
 ) -> dict[str, _Way]:
     """The matrices of every precision, by precision.
 
-    Blocks of 4 bits that the checkpoint holds stand for its own values alone, so `int4` of such a one, and fp32, come
-    of the weights as they are; all others of weights that are smoothed for rounded inputs. Both are held against the
-    float32 decoder of the weights as they are.
+    Where some are made of the checkpoint's own values, which are then the origin's, the others come of a second set of
+    weights, smoothed for rounded inputs; else the origin's are smoothed already. All are held against the origin's
+    float32 decoder.
     """
     options, weights = origin.options, origin.weights
-    stored = stored_in_four_bits(origin.checkpoint, weights.spec)
     settings, limit = options.settings, options.max_bpb_ratio
-    as_is = _Way(origin, Quantizer(weights, data, settings, limit, scratch, source=stored), {})
-    smoothed: _Way | None = None
+    first = _Way(origin, Quantizer(weights, data, settings, limit, scratch, source=stored), {})
+    two_ways = any(_as_it_is(precision, stored) for precision in precisions)
+    second: _Way | None = None
     ways: dict[str, _Way] = {}
     for precision in precisions:
-        if precision == "fp32" or (stored and "int4" in split_pair(precision)):
-            ways[precision] = as_is
+        if not two_ways or _as_it_is(precision, stored):
+            ways[precision] = first
             continue
-        if smoothed is None:
+        if second is None:
             tell("smoothing the inputs of matrices")
             even = smooth_for(weights, data)
-            quantizer = Quantizer(even, data, settings, limit, scratch, reference=as_is.quantizer.reference)
-            smoothed = _Way(dataclasses.replace(origin, weights=even), quantizer, {})
-        ways[precision] = smoothed
+            quantizer = Quantizer(even, data, settings, limit, scratch, reference=first.quantizer.reference)
+            second = _Way(dataclasses.replace(origin, weights=even), quantizer, {})
+        ways[precision] = second
     for precision, way in ways.items():
         for half in split_pair(precision):
             if half not in way.singles:

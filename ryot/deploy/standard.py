@@ -26,7 +26,7 @@ Past = dict[str, NDArray[np.generic]]
 class StandardGraph:
     """An onnxruntime session of a standard graph."""
 
-    def __init__(self, path: Path, *, threads: int | None = None):
+    def __init__(self, path: Path, *, threads: int | None = None, prepack: bool = True):
         """On as many threads as torch has unless told.
 
         Raises `ExportError` when this onnxruntime cannot load the graph, e.g. because it lacks an operator.
@@ -34,7 +34,7 @@ class StandardGraph:
         threads = torch.get_num_threads() if threads is None else threads
         try:
             self._session = ort.InferenceSession(
-                path, build_session_options(threads), providers=["CPUExecutionProvider"]
+                path, build_session_options(threads, prepack=prepack), providers=["CPUExecutionProvider"]
             )
         except ORT_ERRORS as error:
             reason = str(error).splitlines()[0]

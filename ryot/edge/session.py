@@ -56,16 +56,25 @@ class OnnxruntimeEngine(Engine):
 
     name = "python"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1, batch_size: int = 1, max_len: int | None = None):
-        """Load the graphs and make the buffers.
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 1,
+        batch_size: int = 1,
+        max_len: int | None = None,
+        prepack: bool = True,
+    ):
+        """Load the graphs and make the buffers; `prepack` is as for `build_session_options`.
 
         Raises like `Engine`, and `BundleError` when onnxruntime is too old for the bundle or cannot load it.
         """
         self.onnxruntime_version = ort.__version__
         check_onnxruntime(ort.__version__, bundle.onnxruntime_min)
         super().__init__(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        decode = _load_session(bundle.path / bundle.graphs["decode"], threads)
-        prefill = decode if bundle.one_session else _load_session(bundle.path / bundle.graphs["prefill"], threads)
+        decode = prefill = _load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
+        if not bundle.one_session:
+            prefill = _load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
         self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
         self._decode = decode
         release_code()
@@ -158,8 +167,12 @@ class OnnxruntimeEngine(Engine):
         return binding
 
 
-def build_session_options(threads: int) -> ort.SessionOptions:
-    """The options of every engine's sessions; `engine` says why these."""
+def build_session_options(threads: int, *, prepack: bool = True) -> ort.SessionOptions:
+    """The options of every engine's sessions; `engine` says why these.
+
+    Without `prepack` weights are multiplied as they lie in their file: slower, far slower where they are quantized, and
+    without a second copy of float32 ones in memory.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = INTER_OP_THREADS
@@ -167,12 +180,16 @@ def build_session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = LOG_ERRORS_ONLY
     for name, value in SESSION_CONFIG.items():
         options.add_session_config_entry(name, value)
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
-def _load_session(path: Path, threads: int) -> ort.InferenceSession:
+def _load_session(path: Path, threads: int, prepack: bool) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(path, build_session_options(threads), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            path, build_session_options(threads, prepack=prepack), providers=["CPUExecutionProvider"]
+        )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it: {reason}") from error

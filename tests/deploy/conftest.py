@@ -46,6 +46,7 @@ CONFIGS = {
 
 def random_decoder(spec: DecoderSpec, seed: int = 0) -> Decoder:
     """A decoder in which no parameter is left at an initial value (zero, one) that would hide a mistake."""
+    torch.manual_seed(seed)  # torch draws biases by itself
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(spec).eval()
     with torch.no_grad():

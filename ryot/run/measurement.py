@@ -6,13 +6,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ryot
 from ryot.artifact import ArtifactId
 from ryot.atomic import write_atomically
 from ryot.config import digest, replace
-from ryot.deploy.remeasure import QUICK_SPEC, spec_under, threads_under
+from ryot.deploy.remeasure import effort, spec_under, threads_under
 from ryot.edge.bundle import load_bundle
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.events import MeasureEvent
@@ -28,10 +27,10 @@ QUICK_ROUNDS = 3
 def measure_artifacts(context: RunContext, plan: RunPlan, artifacts: Sequence[ExportedArtifact]) -> Measured:
     """Measure every exported artifact; those that a gate stopped are measured and marked too."""
     executor, folder = context.executor, context.folder
-    brief: dict[str, Any] = dict(QUICK_SPEC) if plan.options.quick else {}
+    bundles = {a.id: load_bundle(folder.path / a.path, verify=False) for a in artifacts if a.path}
+    brief = effort(bundles.values(), quick=plan.options.quick)
     if executor.has_own_machines:
         brief["cores"] = threads_under(plan.targets)  # the cores of the node that measures count, not of this one
-    bundles = {a.id: load_bundle(folder.path / a.path, verify=False) for a in artifacts if a.path}
     specs = {artifact: spec_under(plan.targets, bundles[artifact], **brief) for artifact in sorted(bundles)}
     rounds = QUICK_ROUNDS if plan.options.quick else plan.options.rounds
     inputs = _digest_inputs(specs, rounds, executor.bench_label)

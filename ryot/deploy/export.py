@@ -135,8 +135,8 @@ class _Way:
 
 
 def _as_it_is(precision: str, stored: CheckpointBlocks | None) -> bool:
-    """Whether a precision is made of the checkpoint's own values: fp32, and 4 bits that it holds already."""
-    return precision == "fp32" or (stored is not None and "int4" in split_pair(precision))
+    """Whether a precision takes the blocks that the checkpoint holds, which stand for its own values alone."""
+    return stored is not None and "int4" in split_pair(precision)
 
 
 def _quantize(

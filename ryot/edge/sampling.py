@@ -17,6 +17,8 @@ from ryot.errors import BundleError
 
 #: Tokens that are sorted first; a trained model's draw nearly always falls among them.
 HEAD = 128
+#: Tokens that are sorted where those are too few: a tenth of the time that sorting 49,152 takes.
+WIDE_HEAD = 2048
 
 
 class Sampler:
@@ -76,10 +78,18 @@ def reference_choice(logits_V: np.ndarray, params: SamplingParams, uniform: floa
 
 
 def choose_token(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:
-    """The same as `reference_choice`, bit for bit; only the best `HEAD` tokens are sorted where they decide."""
-    head = min(params.top_k or HEAD, HEAD)
-    if logits_V.size <= head or params.top_k > head:
-        return reference_choice(logits_V, params, uniform)
+    """The same as `reference_choice`, bit for bit; only the best tokens are sorted where they decide."""
+    for size in (HEAD, WIDE_HEAD):
+        head = min(params.top_k or size, size)
+        if head < logits_V.size and params.top_k <= head:
+            token = _choose_from_head(logits_V, params, uniform, head)
+            if token is not None:
+                return token
+    return reference_choice(logits_V, params, uniform)
+
+
+def _choose_from_head(logits_V: np.ndarray, params: SamplingParams, uniform: float, head: int) -> int | None:
+    """The choice as far as the `head` best tokens tell; None where others may matter."""
     order = _best(logits_V, head)
     probabilities = _probabilities(logits_V, order, params)
     cumulative = probabilities.cumsum()
@@ -92,7 +102,7 @@ def choose_token(logits_V: np.ndarray, params: SamplingParams, uniform: float) -
     nothing_is_cut = params.top_p >= 1 and params.min_p == 0
     if nothing_is_cut and uniform < cumulative[-1]:
         return _at(order, cumulative, uniform)
-    return reference_choice(logits_V, params, uniform)
+    return None
 
 
 def _best(logits_V: np.ndarray, k: int) -> np.ndarray:

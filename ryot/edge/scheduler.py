@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from ryot.edge.engine import PIECE_TOKENS
-from ryot.edge.prefix_cache import PrefixCache
+from ryot.edge.prefix_cache import BLOCK_TOKENS, PrefixCache
 from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
 from ryot.edge.slots import SlotEngine
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import ConfigError, ContextError
 
 #: Time that prompts may take between two steps of running sequences, in steps.
-PROMPT_STEPS = 1.5
-#: Tokens of the smallest piece; what a graph does for fewer takes as long.
-MIN_PIECE_TOKENS = 16
+PROMPT_STEPS = 1.25
+#: Pieces are so many tokens or a multiple of it.
+MIN_PIECE_TOKENS = 8
 #: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
 SMOOTHING = 0.2
 
@@ -190,11 +190,14 @@ class Scheduler:
         size = min(budget, len(ids) - start) if engine.bundle.prefill_takes_past else len(ids)
         began = time.perf_counter()
         engine.extend(ids[start : start + size], row)
-        self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
+        # A token of a small piece takes longer than one of a large piece, and small ones are those that matter.
+        if self._running or not self._token_s:
+            self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
+        # Bit by bit, so that no step waits for the copy of a whole prompt.
+        known = len(ids) if start + size == len(ids) else (start + size) // BLOCK_TOKENS * BLOCK_TOKENS
+        self._remember(sequence, row, known)
         if start + size < len(ids):
             return size, None
-        if not sequence.request.prompt_logprobs:
-            self.cache.insert(sequence.request.owner, ids, lambda first, last: engine.read_values(row, first, last))
         self._prefilling = None
         self._running.append(sequence)
         event = self._take(row, engine.logits[row])
@@ -253,9 +256,8 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         """Remember what a row holds, and give it to the last running sequence."""
         sequence, engine, last = self._running[row], self.engine, len(self._running) - 1
-        if not (sequence.cancelled or sequence.request.prompt_logprobs):
-            ids = sequence.ids[: engine.lengths[row]]
-            self.cache.insert(sequence.request.owner, ids, lambda first, stop: engine.read_values(row, first, stop))
+        if not sequence.cancelled:
+            self._remember(sequence, row, engine.lengths[row])
         self._running[row] = self._running[last]
         self._running.pop()
         if row != last:
@@ -263,6 +265,12 @@ class Scheduler:
         engine.clear_row(last)
         if self._prefilling is not None:
             engine.move_row(last + 1, last)
+
+    def _remember(self, sequence: ActiveSequence, row: int, length: int) -> None:
+        """Keep what was computed for the first `length` tokens of a row, for those that begin alike."""
+        if not sequence.request.prompt_logprobs:
+            ids, read = sequence.ids[:length], self.engine.read_values
+            self.cache.insert(sequence.request.owner, ids, lambda start, stop: read(row, start, stop))
 
     def _drop_cancelled(self) -> None:
         for row in reversed(range(len(self._running))):

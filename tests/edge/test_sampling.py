@@ -9,6 +9,7 @@ import pytest
 
 from ryot.edge.sampling import (
     HEAD,
+    WIDE_HEAD,
     Sampler,
     choose_token,
     penalize_repetition,
@@ -34,7 +35,7 @@ def make_logits(kind: str, seed: int, size: int = 1000) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["spread", "flat", "tied"])
-@pytest.mark.parametrize("size", [5, HEAD, HEAD + 1, 1000])
+@pytest.mark.parametrize("size", [5, HEAD, HEAD + 1, 1000, WIDE_HEAD + 1])
 def test_the_fast_way_draws_exactly_what_sorting_everything_draws(kind: str, size: int) -> None:
     uniforms = [0.0, 0.25, 0.999, float(np.nextafter(1, 0)), *np.random.default_rng(1).random(4)]
     for seed, params in enumerate(GRID):

@@ -182,7 +182,7 @@ def test_a_long_prompt_comes_in_pieces_between_the_steps_of_a_stream(bundle: Bun
         scheduler.step()
         assert stream.completion_tokens == before + 1
         steps += 1
-    assert steps == -(-500 // 16)
+    assert steps == -(-500 // 8)
 
 
 def test_answers_to_one_prompt_differ_by_choice_and_repeat_by_seed(bundle: Bundle) -> None:

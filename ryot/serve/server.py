@@ -104,7 +104,7 @@ def run_server(
         asyncio.run(serve())
     finally:
         for model in service.models.values():
-            model.runner.stop()
+            model.close()
 
 
 async def _load(server: _Server, service: Service, bundles: Sequence[Path], options: ModelOptions) -> None:

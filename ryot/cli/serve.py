@@ -121,6 +121,8 @@ def command(
     from ryot.serve.server import ServerOptions, run_server
 
     logging.getLogger("ryot.serve.access").setLevel(logging.WARNING if no_access_log else logging.INFO)
+    # It warns of each write to a client that has gone, which is no fault.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     run_server(
         bundles,
         ModelOptions(

@@ -66,6 +66,12 @@ MEGABYTE = 1_000_000
     show_default=True,
     help="Memory for beginnings that prompts share; 0 keeps none",
 )
+@click.option(
+    "--prefix-folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep them here when the server ends  [default: they are forgotten]",
+)
 @click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), metavar="S", default=600.0, show_default=True, help="Time of a request"
@@ -98,6 +104,7 @@ def command(
     context: int | None,
     kv_memory: int | None,
     prefix_cache: int,
+    prefix_folder: Path | None,
     share_prefixes: bool,
     timeout: float,
     drain: int,
@@ -114,6 +121,8 @@ def command(
     from ryot.serve.server import ServerOptions, run_server
 
     logging.getLogger("ryot.serve.access").setLevel(logging.WARNING if no_access_log else logging.INFO)
+    # It warns of each write to a client that has gone, which is no fault.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     run_server(
         bundles,
         ModelOptions(
@@ -123,6 +132,7 @@ def command(
             context=context,
             kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
             prefix_cache_bytes=prefix_cache * MEGABYTE,
+            prefix_folder=prefix_folder,
         ),
         ServerOptions(
             host=host,

@@ -8,7 +8,8 @@ Least recently used blocks go first, leaves before what they follow.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,16 @@ class _Block:
         self.parent = parent
         #: By first token.
         self.children: dict[int, list[_Block]] = {}
+
+
+class SavedBlock(NamedTuple):
+    """A block apart from its tree."""
+
+    owner: str
+    parent: int
+    """Number of the block that it follows; -1 where it begins a text."""
+    tokens: tuple[int, ...]
+    values: np.ndarray
 
 
 class PrefixCache:
@@ -84,6 +95,36 @@ class PrefixCache:
         if root.children:
             # Making room may have taken the root away with its last block.
             self._roots[owner] = root
+
+    def blocks(self) -> list[SavedBlock]:
+        """All blocks, most recently used first, and each behind the one that it follows."""
+        ordered = list(reversed(self._order))
+        numbers = {block: number for number, block in enumerate(ordered)}
+        return [
+            SavedBlock(
+                self._order[block],
+                -1 if block.parent is None else numbers.get(block.parent, -1),
+                block.tokens,
+                block.values,
+            )
+            for block in ordered
+            if block.values is not None
+        ]
+
+    def restore(self, blocks: Iterable[SavedBlock]) -> None:
+        """Fill an empty cache with what `blocks` gave, as far as there is room."""
+        assert not self._order
+        made: list[tuple[_Block, str]] = []
+        for saved in blocks:
+            if self.used_bytes + saved.values.nbytes > self.max_bytes:
+                break
+            root = saved.parent < 0
+            parent = self._roots.setdefault(saved.owner, _Block((), None, None)) if root else made[saved.parent][0]
+            block = _Block(saved.tokens, saved.values, parent)
+            parent.children.setdefault(saved.tokens[0], []).append(block)
+            self.used_bytes += saved.values.nbytes
+            made.append((block, saved.owner))
+        self._order.update(reversed(made))
 
     def _touch(self, owner: str, block: _Block | None) -> None:
         """Make a block and all that it follows the most recently used ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -106,7 +107,8 @@ class _Gate:
     def __init__(self, app: ASGIApp, service: Service):
         self._app = app
         self._service = service
-        self._keys = {f"key-{number}": key.encode() for number, key in enumerate(service.api_keys)}
+        # Prefixes are kept over a restart, where keys may stand in another order.
+        self._keys = {hashlib.sha256(key.encode()).hexdigest(): key.encode() for key in service.api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

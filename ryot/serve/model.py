@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,10 @@ from ryot.edge.tokenizer import load_tokenizer
 from ryot.edge.tokenizer_config import read_json
 from ryot.errors import ConfigError
 from ryot.serve.constraints import Grammars
+from ryot.serve.prefix_file import load_prefixes, prefix_path, save_prefixes
 from ryot.serve.runner import Runner
+
+_log = logging.getLogger(__name__)
 
 #: What is taken for keys and values at most without being told: a share of the memory that is free.
 KV_SHARE = 0.4
@@ -40,6 +44,8 @@ class ModelOptions:
     """Memory for beginnings of prompts; 0 keeps none."""
     context: int | None = None
     """Tokens that a prompt and its answer may have; by default what the bundle has."""
+    prefix_folder: Path | None = None
+    """Where these beginnings are kept when the server ends; by default they are forgotten."""
     max_waiting: int = 256
     """Requests that may wait for a row; the next one is turned away."""
 
@@ -65,12 +71,31 @@ class ServedModel:
         if has_chat_template(path, self.tokenizer.config):
             self.template = load_chat_template(path, self.tokenizer.config)
         self._warm_up()
+        self._prefix_path = None if options.prefix_folder is None else prefix_path(options.prefix_folder, self.bundle)
+        if self._prefix_path is not None:
+            shape = self.bundle.model
+            load_prefixes(
+                self.scheduler.cache,
+                self._prefix_path,
+                (2 * shape.num_layers, shape.num_kv_heads, shape.head_dim),
+                np.dtype(self.bundle.kv_dtype),
+            )
+        if self.bundle.precision == "int8-dyn":
+            _log.warning(
+                "%s: int8-dyn rounds all tokens of a step by one scale, so an answer may depend on its neighbours", path
+            )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
 
     @property
     def name(self) -> str:
         """What requests call it."""
         return self.bundle.name
+
+    def close(self) -> None:
+        """End the runner and keep what is to be kept. Raises `ConfigError` where it cannot be written."""
+        self.runner.stop()
+        if self._prefix_path is not None:
+            save_prefixes(self.scheduler.cache, self._prefix_path)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ class ServerOptions:
             raise ConfigError("api-key: expected ASCII characters without space around them")
         if (self.tls_key is None) != (self.tls_certificate is None):
             raise ConfigError("TLS needs both a certificate and its key")
+        if self.tls_certificate is not None and self.tls_key is not None:
+            _check_certificate(self.tls_certificate, self.tls_key)
+
+
+def _check_certificate(certificate: Path, key: Path) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"TLS: {certificate} and {key} are no certificate and key in PEM ({error})") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -104,7 +114,7 @@ def run_server(
         asyncio.run(serve())
     finally:
         for model in service.models.values():
-            model.runner.stop()
+            model.close()
 
 
 async def _load(server: _Server, service: Service, bundles: Sequence[Path], options: ModelOptions) -> None:

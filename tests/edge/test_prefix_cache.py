@@ -84,6 +84,28 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first() -> None:
     assert matched(cache, second) < size
 
 
+def test_what_is_taken_out_and_put_back_is_known_and_goes_in_the_same_order() -> None:
+    rng = random.Random(4)
+    texts = [[rng.randrange(3) for _ in range(rng.randrange(1, 150))] for _ in range(40)]
+    cache, copy = PrefixCache(10**6), PrefixCache(10**6)
+    for number, ids in enumerate(texts):
+        insert(cache, ids, "ab"[number % 2])
+    matched(cache, texts[0], "a")
+    copy.restore(cache.blocks())
+    assert copy.used_bytes == cache.used_bytes
+    # Both are made to forget alike.
+    copy.max_bytes = cache.max_bytes = cache.used_bytes // 2
+    for either in (cache, copy):
+        insert(either, [9] * 70)
+        assert either.used_bytes <= either.max_bytes
+    for number, ids in enumerate(texts):
+        owner = "ab"[number % 2]
+        assert matched(copy, ids, owner) == matched(cache, ids, owner)
+    small = PrefixCache(100 * TOKEN_BYTES)
+    small.restore(cache.blocks())
+    assert 0 < small.used_bytes <= small.max_bytes
+
+
 def test_a_text_larger_than_the_budget_leaves_its_beginning() -> None:
     cache = PrefixCache(150 * TOKEN_BYTES)
     insert(cache, [5] * 10)

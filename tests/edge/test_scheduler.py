@@ -185,6 +185,26 @@ def test_a_long_prompt_comes_in_pieces_between_the_steps_of_a_stream(bundle: Bun
     assert steps == -(-500 // 8)
 
 
+def test_a_prompt_on_its_way_goes_on_when_a_stream_before_it_ends(bundle: Bundle) -> None:
+    scheduler = build_scheduler(bundle)
+    streams = [scheduler.add(Request(prompt_ids=[n, 2, 3], max_tokens=20, ignore_eos=True)) for n in (4, 5)]
+    while any(stream.completion_tokens < 5 for stream in streams):
+        scheduler.step()
+    request = Request(prompt_ids=[(7 * i) % 300 + 1 for i in range(500)], max_tokens=5, ignore_eos=True)
+    long = scheduler.add(request)
+    computed: list[int] = []
+    while not long.completion_tokens:
+        scheduler._token_s = 1e9
+        scheduler.step()
+        computed.append(scheduler.engine.lengths[scheduler.num_running - 1])
+    assert all(stream.completion_tokens == 20 for stream in streams)
+    # Each step goes on where the one before was, at whichever row.
+    assert computed == sorted(computed)
+    while not scheduler.idle:
+        scheduler.step()
+    assert_tokens(bundle, request, long.ids[500:])
+
+
 def test_answers_to_one_prompt_differ_by_choice_and_repeat_by_seed(bundle: Bundle) -> None:
     def answers() -> list[list[int | None]]:
         requests = [

@@ -80,7 +80,11 @@ def test_a_batch_killed_at_any_moment_ends_with_every_answer_once(chat_bundle: B
     assert code == 0, stderr
     assert f"300 of 300 answers, {300 - before} of them new" in stderr
     assert sorted(str(answer["custom_id"]) for answer in read(answers)) == sorted(prompts)
+    whole = answers.read_bytes()
+    with answers.open("ab") as file:
+        file.write(whole.splitlines()[0][:-5])
     assert "300 of 300 answers, 0 of them new" in finish(chat_bundle, requests, answers)[1]
+    assert answers.read_bytes() == whole
 
 
 def test_bad_lines_are_reported_and_the_others_answered(chat_bundle: Bundle, tmp_path: Path) -> None:

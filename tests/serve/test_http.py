@@ -319,6 +319,7 @@ def test_an_answer_that_takes_too_long_is_given_up(chat_bundle: Bundle, tmp_path
     [
         (["--host", "0.0.0.0"], 2, "which other machines can reach, and no API key"),
         (["--tls-key", __file__], 2, "TLS needs both a certificate and its key"),
+        (["--tls-key", __file__, "--tls-certificate", __file__], 2, "are no certificate and key in PEM"),
         (["--kv-memory", "1", "--context", "2048"], 2, "memory for keys and values: got 1.0 MB"),
         (["--context", "9999"], 2, "expected at most the context of 2048 tokens"),
     ],

@@ -130,6 +130,22 @@ def test_logprobs_and_echo_are_those_of_the_whole_pass(client: OpenAI, chat_bund
     assert logprobs.text_offset[0] == 0 and logprobs.text_offset == sorted(logprobs.text_offset)
 
 
+def test_texts_can_be_scored_without_an_answer(client: OpenAI, chat_bundle: Bundle) -> None:
+    """As lm-eval asks: token ids of several texts, echoed with their log probabilities, and no token more."""
+    texts = [[5, 6, 7, 8], [9, 10], [11]]
+    found = client.completions.create(
+        model=CHAT, prompt=texts, max_tokens=0, temperature=0, logprobs=1, echo=True, seed=1
+    )
+    assert found.usage is not None and found.usage.completion_tokens == 0
+    for ids, choice in zip(texts, found.choices, strict=True):
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        logits = full_logits(chat_bundle, np.array(ids)).astype(np.float64)
+        reference = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        expected = [reference[at, token] for at, token in enumerate(ids[1:])]
+        assert choice.logprobs.token_logprobs[0] is None
+        np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], expected, atol=2e-5)
+
+
 def test_chat_logprobs_hold_bytes_and_alternatives(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=CHAT, messages=MESSAGES, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3, extra_body=IGNORE

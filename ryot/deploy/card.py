@@ -28,8 +28,7 @@ golden prompts with a margin for each token, and `run.py --verify` checks them t
 
 ## Limits
 
-It was trained on one corpus and continues text of that kind; it was not taught to follow instructions, and what it
-writes may be wrong. Prompt and answer together hold {context_length} tokens.
+{origin} What it writes may be wrong. Prompt and answer together hold {context_length} tokens.
 
 ## Privacy
 
@@ -38,6 +37,9 @@ switches that off (`ORT_DISABLE_TELEMETRY=1`) unless that variable is set alread
 onnxruntime before this code has to set it itself.
 """
 
+_TRAINED = """It was trained on one corpus and continues text of that kind; it was not taught to follow instructions."""
+_IMPORTED = """It was exported from an existing model, whose own card says what it was trained on and its terms of use;
+the corpus above is what its quality was measured on."""
 _ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model
 with the inputs and outputs that onnxruntime-genai expects. Both read their weights from `model.onnx.data`.
 """
@@ -64,6 +66,8 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         seed=manifest["seed"],
         precision=manifest["precision"],
         quality=rows,
+        # Only what a recipe trained has one.
+        origin=_TRAINED if manifest["config"] else _IMPORTED,
         checkpoint_sha256=manifest["provenance"]["checkpoint_sha256"],
         corpus_sha256=manifest["provenance"]["corpus_sha256"] or "unknown",
         files=_ONE_SESSION if graphs["prefill"] == graphs["decode"] else _TWO_SESSIONS,

@@ -97,6 +97,9 @@ def test_models_stand_in_the_table_beside_a_recipe(
     [chosen] = [row for row in report.rows if row.chosen]
     assert chosen.size_bytes == min(row.size_bytes for row in report.rows)
     assert (finished[0] / "bundle" / "run.py").exists()
+    artifacts = {name: finished[0] / "variants" / name / "seed-0/artifacts/fp32" for name in ("baseline", "mine")}
+    cards = {name: (path / "README.md").read_text() for name, path in artifacts.items()}
+    assert "It was trained on one corpus" in cards["baseline"] and "an existing model, whose own card" in cards["mine"]
 
 
 def test_a_model_has_a_size_and_no_training(

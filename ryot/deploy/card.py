@@ -28,7 +28,7 @@ golden prompts with a margin for each token, and `run.py --verify` checks them t
 
 ## Limits
 
-{limits} What it writes may be wrong. Prompt and answer together hold {context_length} tokens.
+{origin} What it writes may be wrong. Prompt and answer together hold {context_length} tokens.
 
 ## Privacy
 
@@ -40,7 +40,8 @@ onnxruntime before this code has to set it itself.
 _CHAT = """    .venv/bin/python run.py --chat      # needs jinja2
 """
 _TRAINED = """It was trained on one corpus and continues text of that kind; it was not taught to follow instructions."""
-_IMPORTED = """It is another model in this form: that one's card says what it can do, and its licence holds."""
+_IMPORTED = """It was exported from an existing model, whose own card says what it was trained on and its terms of use;
+the corpus above is what its quality was measured on."""
 _ONE_SESSION = """`fast.onnx` is the graph that `run.py` runs (the next token comes out); `model.onnx` is the same model
 with the inputs and outputs that onnxruntime-genai expects. Both read their weights from `model.onnx.data`.
 """
@@ -60,7 +61,6 @@ def render_card(manifest: Mapping[str, Any]) -> str:
             f"| against fp32 | KL {quality['kl']:.5f} nats a token, same best token at {quality['top1']:.2%} |\n"
         )
     graphs = manifest["graphs"]
-    trained = bool(manifest["config"])
     return _CARD.format(
         **manifest["model"],
         name=manifest["name"],
@@ -68,8 +68,9 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         seed=manifest["seed"],
         precision=manifest["precision"],
         chat=_CHAT if manifest["chat_template"] else "",
-        limits=_TRAINED if trained else _IMPORTED,
         quality=rows,
+        # Only what a recipe trained has one.
+        origin=_TRAINED if manifest["config"] else _IMPORTED,
         checkpoint_sha256=manifest["provenance"]["checkpoint_sha256"],
         corpus_sha256=manifest["provenance"]["corpus_sha256"] or "unknown",
         files=_ONE_SESSION if graphs["prefill"] == graphs["decode"] else _TWO_SESSIONS,

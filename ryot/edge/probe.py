@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ryot.edge.protocol import MAX_WARMUP_RUNS, MeasureResult, MeasureSpec, is_steady, parse_spec
+from ryot.edge.protocol import MAX_WARMUP_RUNS, MAX_WARMUP_S, MeasureResult, MeasureSpec, is_steady, parse_spec
 from ryot.errors import MeasureError, RyotError
 
 if TYPE_CHECKING:
@@ -190,9 +190,15 @@ class _Case:
 
 
 def _warm_up(case: _Case) -> list[tuple[float, float]]:
-    """Run until the times are steady, at least `warmup` and at most `MAX_WARMUP_RUNS` times; returns the times."""
+    """Run until the times are steady, at least `warmup` and at most `MAX_WARMUP_RUNS` times; returns the times.
+
+    On a machine that is never steady a large model ends it after `MAX_WARMUP_S`.
+    """
     times: list[tuple[float, float]] = []
-    while len(times) < case.spec.warmup or (not is_steady(times) and len(times) < MAX_WARMUP_RUNS):
+    end = time.monotonic() + MAX_WARMUP_S
+    while len(times) < case.spec.warmup or (
+        not is_steady(times) and len(times) < MAX_WARMUP_RUNS and time.monotonic() < end
+    ):
         run = case.run(len(times))
         times.append((run.ttft_ms, sum(run.token_ms)))
     return times

@@ -18,6 +18,8 @@ MemoryLimit = Literal["enforced", "checked"]
 STEADY_SHARE = 0.05
 STEADY_WINDOW = 3
 MAX_WARMUP_RUNS = 30
+#: Seconds after which an unsteady warm-up ends: 30 runs of a large model take minutes.
+MAX_WARMUP_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,10 +36,10 @@ class ImportJob:
     @property
     def folders(self) -> tuple[Path, ...]:
         """What must be seen where it is done."""
-        near = Path(self.source)
-        local = [near if near.is_dir() else near.parent] if near.exists() else []
-        texts = [Path(path) if Path(path).is_dir() else Path(path).parent for path in self.data]
-        return tuple(dict.fromkeys([self.artifacts.parents[3], *local, *texts]))
+        local = [self.source] if Path(self.source).exists() else []
+        paths = [Path(path) for path in (*local, *self.data)]
+        near = [next(p for p in (path, *path.parents) if p.is_dir()) for path in paths]
+        return tuple(dict.fromkeys([self.artifacts.parents[3], *near]))
 
 
 def export_model(job: ImportJob, tell: Callable[[str], None]) -> list[ArtifactResult]:

@@ -97,6 +97,9 @@ def test_models_stand_in_the_table_beside_a_recipe(
     [chosen] = [row for row in report.rows if row.chosen]
     assert chosen.size_bytes == min(row.size_bytes for row in report.rows)
     assert (finished[0] / "bundle" / "run.py").exists()
+    artifacts = {name: finished[0] / "variants" / name / "seed-0/artifacts/fp32" for name in ("baseline", "mine")}
+    cards = {name: (path / "README.md").read_text() for name, path in artifacts.items()}
+    assert "It was trained on one corpus" in cards["baseline"] and "an existing model, whose own card" in cards["mine"]
 
 
 def test_a_model_has_a_size_and_no_training(
@@ -204,7 +207,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_run_leaves_nothing_and_goes_o
     models: Path, text_folder: Path, tmp_path: Path, temporary: Path
 ) -> None:
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
-    options = ["--variants", str(models / "mine.gguf"), "--precisions", "fp32,int8", "--quick"]
+    options = ["--variants", str(models / "mine.gguf"), "--precisions", "fp32", "--quick"]
     process = start(*options, "--data", str(text_folder), "-o", str(run_dir), cache=cache)
 
     def is_progress(event: Event) -> bool:
@@ -231,7 +234,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_run_leaves_nothing_and_goes_o
     begun = [e.detail.rpartition(", ")[2] for e in stages(run_dir) if e.status == "begin"]
     assert begun == ["attempt 1", "attempt 2", "attempt 3"]
     assert load_report(run_dir).corpus.keys() == {"name", "sha256"} and not stages(run_dir, "train")
-    assert {(r.variant, r.precision) for r in load_report(run_dir).rows} == {("mine", "fp32"), ("mine", "int8")}
+    assert {(r.variant, r.precision) for r in load_report(run_dir).rows} == {("mine", "fp32")}
     assert not (cache / "datasets").exists()
 
 

@@ -75,7 +75,8 @@ def check_oracle(
     if importlib.util.find_spec("transformers") is None:
         return OracleResult(reason="transformers is not installed")
     # Where it has to be converted, transformers judges the config, the names and the shapes, not the dequantization.
-    converted = checkpoint.kind != "hf"
+    # A hub's snapshot is written as a folder too, since only its files were asked for.
+    converted = checkpoint.kind != "hf" or not Path(checkpoint.where).is_dir()
     folder = scratch / "oracle" if converted else Path(checkpoint.where)
     if converted:
         write_hf(checkpoint, folder)

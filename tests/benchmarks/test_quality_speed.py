@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ryot.deploy.sources.folder import open_folder
+from ryot.models.sources.folder import open_folder
 
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import export_unscored

@@ -262,7 +262,7 @@ def test_memory_that_runs_out_is_one_line_with_what_to_do(dataset: Dataset) -> N
             trainer._train_one()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert "smaller batch_size" in str(caught.value.hint) and not isinstance(caught.value, TrainingError)
+    assert "gradient_accumulation_steps" in str(caught.value.hint) and not isinstance(caught.value, TrainingError)
 
 
 def test_an_overflow_in_half_precision_skips_a_step_and_the_scale_survives_a_resume(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ryot.models.sources.folder import open_folder
 
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.export import export_unscored
+from ryot.models.sources.folder import open_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WINDOWS, CONTEXT = 3, 24

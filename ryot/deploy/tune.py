@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.random  # loaded when first used otherwise, and a Ctrl-C in the middle of that is swallowed
 import onnxruntime as ort
 
 from ryot.config import GraphAttention, build_from_mapping, digest

@@ -246,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = describe_setting()
     cases: dict[str, Any] = {}
     verdicts: list[tuple[str, str, str]] = []
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         for case in CASES:

@@ -22,6 +22,7 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
+from ryot.deploy.memory import give_back_memory
 from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
 from ryot.deploy.precisions import check_precision, split_pair
 from ryot.deploy.quality import (
@@ -96,6 +97,7 @@ def export_variant(
         if not any(_as_it_is(precision, stored) for precision in precisions):
             tell("smoothing the inputs of matrices")
             weights = smooth_for(weights, data)
+            give_back_memory()
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
         origin = Origin(checkpoint, weights, options, text, data.corpus_sha256, prompts)
         rows, tokens = parity_size(weights.spec)
@@ -107,14 +109,17 @@ def export_variant(
         fp32 = build_artifact(unproven, scratch / "fp32", "fp32", plain, FLOAT_CACHE, Scores())
         parity = check_parity(model, fp32, windows)
         shutil.rmtree(fp32)
+        give_back_memory()
         oracle = NO_ORACLE
         if options.oracle:
             tell("checking what was read against transformers")
             oracle = check_oracle(checkpoint, model, windows, parity.tolerance, scratch)
         quantized = _quantize(origin, stored, precisions, data, scratch, tell)
+        give_back_memory()
         cache = quantized[precisions[0]].quantizer.choose_cache()
         tell(f"scoring {', '.join(precisions)}")
         qualities = _score(quantized, cache, data, options)
+        give_back_memory()
     results = []
     for precision, way in quantized.items():
         tell(f"writing {precision}")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ryot.deploy.memory import give_back_memory
 from ryot.deploy.reference import decoder_logits
 from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
@@ -88,6 +89,7 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
             )
         difference = max(difference, off)
     del graph
+    give_back_memory()
     compared, total = check_greedy_tokens(model, bundle_path, ids_BT, tolerance)
     return ParityResult(
         max_difference=difference,

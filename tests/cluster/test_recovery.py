@@ -130,7 +130,7 @@ def test_ray_itself_may_die_twice_under_a_running_driver(
         for attempt, program in enumerate(("raylet", "gcs_server"), start=1):
             wait_for_attempt(driver, attempt)
             wait_for_event(driver, "checkpoint", count=2)
-            [folder] = cluster_folders() - before
+            [folder] = cluster_folders() - before - folders  # the dead one may still be on its way out
             folders.add(folder)
             [victim] = [p for p in processes_of(folder) if p.name() == program]
             victim.kill()

@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py [--reference-tokens 409600] [--small-tokens 204800] [--seeds 1]
 
-Runs `cluster-run --ablate` at both sizes. Every arm has the same budget; the arms share the cores, so times are good
+Runs `cluster-run --ablate` at both sizes. Every case has the same budget; the cases share the cores, so times are good
 for ratios of this run alone. A small budget favours what learns fast early; the budgets stand in the result.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
                 f"{loss:.3f} ({loss - statistics.fmean(base.val_loss):+.3f})",
             ]
         table.append(cells)
-    head = ["arm"]
+    head = ["case"]
     for preset, tokens in budgets.items():
         head += [f"{preset}, {tokens / 1e3:.0f} k tokens: time", "validation loss"]
     setting = describe_setting()

@@ -11,7 +11,7 @@ tokens to fill the caches, then a prompt of 128 tokens and some greedy steps, ea
 the start come from fresh processes. Ratios pair what was measured in the same round; the interval is at 98 %, over
 rounds (ryot.report.stats).
 
-Before that every float32 form must make torch's tokens, up to the first position where torch's own margin is below
+Before that every float32 artifact must make torch's tokens, up to the first position where torch's own margin is below
 the tolerance that torch's rounding error gives (ryot.deploy.verify); rows with an engine that does not are void.
 
 Models are kept in DIR (default: RYOT_CACHE_DIR or ~/.cache/ryot, `edge_vs_peers/`) with the block sizes that the tool
@@ -36,7 +36,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peer_models import CHECK_TOKENS, FORMS, GENAI_BLOCK, PROMPT_TOKENS, SIZES, draw_prompt
+from peer_models import ARTIFACTS, CHECK_TOKENS, GENAI_BLOCK, PROMPT_TOKENS, SIZES, draw_prompt
 from peer_process import HERE, ONE_THREAD, Worker, WorkerError, turn
 from peer_verdicts import KV8, judge, render
 from record import RESULTS, describe_setting, write_result
@@ -44,7 +44,7 @@ from record import RESULTS, describe_setting, write_result
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "gguf", "onnx", "numpy")
 #: llama.cpp's own words for flash attention off and on.
 FLASH = {0: "", 1: " flash"}
-#: Sizes of arrays that bandwidth is measured on, beside the bytes that each form reads a step.
+#: Sizes of arrays that bandwidth is measured on, beside the bytes that each artifact reads per step.
 BANDWIDTH_BYTES = {"cache": 8 << 20, "memory": 256 << 20}
 BATCH_SIZES, BATCH_PROMPT, BATCH_STEPS = (1, 16), 32, 24
 DEPTHS, DEPTH_STEPS = (32, 480), 24
@@ -76,12 +76,12 @@ PLANS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """A form in an engine."""
+class Case:
+    """An artifact in an engine."""
 
     family: str
     """`ryot`, `torch`, `plain`, `genai` or `llama.cpp`."""
-    form: str
+    artifact: str
     engine: str
     load: Mapping[str, Any]
     """The worker's request that loads it."""
@@ -95,63 +95,71 @@ class Arm:
 
     @property
     def name(self) -> str:
-        return f"{self.form} / {self.engine}"
+        return f"{self.artifact} / {self.engine}"
 
 
-def list_arms(size: str, made: Mapping[str, Any], folder: Path) -> list[Arm]:
+def list_cases(size: str, made: Mapping[str, Any], folder: Path) -> list[Case]:
     """Everything of a size that is compared."""
     cfg, decision, bundles = SIZES[size], made["decision"], made["bundles"]
     chosen = (decision["latency"], decision["one_session"])
-    arms = []
-    for form in ("fp32", *FORMS, *(form + KV8 for form in FORMS)):
-        for via in ("capi",) if "+" in form or form.endswith(KV8) else ("capi", "python"):
-            arms.append(
-                Arm(
+    cases = []
+    for artifact in ("fp32", *ARTIFACTS, *(artifact + KV8 for artifact in ARTIFACTS)):
+        for via in ("capi",) if "+" in artifact or artifact.endswith(KV8) else ("capi", "python"):
+            cases.append(
+                Case(
                     family="ryot",
-                    form=form,
+                    artifact=artifact,
                     engine=via,
-                    load={"engine": "ryot", "bundle": bundles[form], "via": via},
-                    rounds=form != "fp32" or via == "capi",
-                    check=form == "fp32",
-                    cold=form != "fp32" and ("+" not in form or form.removesuffix(KV8) in chosen),
+                    load={"engine": "ryot", "bundle": bundles[artifact], "via": via},
+                    rounds=artifact != "fp32" or via == "capi",
+                    check=artifact == "fp32",
+                    cold=artifact != "fp32" and ("+" not in artifact or artifact.removesuffix(KV8) in chosen),
                 )
             )
     for cached in (False, True):
         load = {"engine": "torch", "checkpoint": str(folder / "checkpoint"), "cached": cached}
-        form = "fp32, KV cache" if cached else "fp32, no cache"
-        arms.append(Arm(family="torch", form=form, engine="torch", load=load, check=True, cold=cached, slow=not cached))
+        artifact = "fp32, KV cache" if cached else "fp32, no cache"
+        cases.append(
+            Case(family="torch", artifact=artifact, engine="torch", load=load, check=True, cold=cached, slow=not cached)
+        )
     load = {"engine": "plain", "path": made["plain"]}
     load |= {"layers": cfg.num_layers, "heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
-    arms.append(Arm(family="plain", form="fp32 plain export", engine="onnxruntime", load=load, check=True, cold=True))
-    arms += _genai_arms(made)
+    cases.append(
+        Case(family="plain", artifact="fp32 plain export", engine="onnxruntime", load=load, check=True, cold=True)
+    )
+    cases += _genai_cases(made)
     for kind, path in made["gguf"].items():
         for flash, word in FLASH.items():
             load = {"engine": "llama.cpp", "path": path, "context": cfg.max_seq_len, "flash": flash}
             if kind != "F32":
-                arms.append(
-                    Arm(family="llama.cpp", form=kind + word, engine="llama.cpp", load=load, cold=flash == 1),
+                cases.append(
+                    Case(family="llama.cpp", artifact=kind + word, engine="llama.cpp", load=load, cold=flash == 1),
                 )
             elif not flash:
                 load |= {"f32_cache": True}
-                form = "F32, F32 cache"
-                arms.append(Arm(family="llama.cpp", form=form, engine="llama.cpp", load=load, rounds=False, check=True))
-    return arms
+                artifact = "F32, F32 cache"
+                cases.append(
+                    Case(family="llama.cpp", artifact=artifact, engine="llama.cpp", load=load, rounds=False, check=True)
+                )
+    return cases
 
 
-def _genai_arms(made: Mapping[str, Any]) -> list[Arm]:
+def _genai_cases(made: Mapping[str, Any]) -> list[Case]:
     """genai at its default block size, and at ours where that is another one."""
     bundles, quantize = made["bundles"], made["decision"]["settings"]
 
-    def arm(form: str, bundle: str, **what: bool) -> Arm:
-        return Arm(family="genai", form=form, engine="genai", load={"engine": "genai", "bundle": bundle}, **what)
+    def case(artifact: str, bundle: str, **what: bool) -> Case:
+        return Case(
+            family="genai", artifact=artifact, engine="genai", load={"engine": "genai", "bundle": bundle}, **what
+        )
 
-    arms = [arm("fp32", bundles["fp32"], rounds=False, check=True)]
+    cases = [case("fp32", bundles["fp32"], rounds=False, check=True)]
     for precision in ("int8", "int4"):
-        arms.append(arm(f"{precision} block {GENAI_BLOCK}", bundles[f"genai {precision}"], cold=True))
+        cases.append(case(f"{precision} block {GENAI_BLOCK}", bundles[f"genai {precision}"], cold=True))
         block = quantize[f"{precision}_block_size"]
         if block != GENAI_BLOCK:
-            arms.append(arm(f"{precision} block {block}", bundles[precision]))
-    return arms
+            cases.append(case(f"{precision} block {block}", bundles[precision]))
+    return cases
 
 
 @dataclass
@@ -169,11 +177,11 @@ class SizeRun:
     def run(self) -> dict[str, Any]:
         """Check, take turns, start cold; batches and depths where they are asked for."""
         cfg, begin, load_before = SIZES[self.size], time.monotonic(), os.getloadavg()[0]
-        arms = list_arms(self.size, self.made, self.folder)
+        cases = list_cases(self.size, self.made, self.folder)
         if not self.made["gguf"]:
             self.notes.append("llama.cpp: skipped, the gguf package is not installed")
-        check = self._check_tokens([a for a in arms if a.check])
-        usable = [a for a in arms if a.name not in check or "wrong_at" in check[a.name]]
+        check = self._check_tokens([a for a in cases if a.check])
+        usable = [a for a in cases if a.name not in check or "wrong_at" in check[a.name]]
         rounds, bandwidth = self._take_rounds([a for a in usable if a.rounds])
         result = {
             "size": self.size,
@@ -186,7 +194,7 @@ class SizeRun:
             "read_bytes": self.made["read_bytes"],
             "reference": self.made["reference"],
             "check": check,
-            "arms": {a.name: self._describe(a) | {"rounds": rounds[a.name]} for a in usable if a.name in rounds},
+            "cases": {a.name: self._describe(a) | {"rounds": rounds[a.name]} for a in usable if a.name in rounds},
             "bandwidth": bandwidth,
             "bare_python_bytes": _measure_bare_python(),
             "cold": self._start_cold([a for a in usable if a.cold and (not a.rounds or a.name in rounds)]),
@@ -201,42 +209,45 @@ class SizeRun:
         result["load_average"] = [load_before, os.getloadavg()[0]]
         return result
 
-    def _describe(self, arm: Arm) -> dict[str, Any]:
+    def _describe(self, case: Case) -> dict[str, Any]:
         return {
-            "family": arm.family,
-            "form": arm.form,
-            "engine": arm.engine,
-            "detail": self.details.get(arm.name, ""),
-            "steps": self.plan.slow_steps if arm.slow else self.plan.steps,
+            "family": case.family,
+            "artifact": case.artifact,
+            "engine": case.engine,
+            "detail": self.details.get(case.name, ""),
+            "steps": self.plan.slow_steps if case.slow else self.plan.steps,
         }
 
-    def _check_tokens(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-        """How many tokens of each float32 form had to equal torch's, and where the first other one is, if any."""
+    def _check_tokens(self, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+        """How many tokens of each float32 artifact had to equal torch's, and where the first other one is, if any."""
         reference = self.made["reference"]
         expected, margins, tolerance = reference["tokens"], reference["margins"], reference["tolerance"]
         sure = next((i for i, margin in enumerate(margins) if margin <= tolerance), len(margins))
         found: dict[str, dict[str, Any]] = {}
-        for arm in arms:
-            self._tell(f"tokens of {arm.name}")
-            with self._loaded({arm.name: arm.load}) as workers:
+        for case in cases:
+            self._tell(f"tokens of {case.name}")
+            with self._loaded({case.name: case.load}) as workers:
                 request = turn([draw_prompt(SIZES[self.size], 0)], CHECK_TOKENS - 1)
-                answer = self._ask(workers, arm.name, request)
+                answer = self._ask(workers, case.name, request)
             if answer is None:
-                found[arm.name] = {"family": arm.family, "missing": True}
+                found[case.name] = {"family": case.family, "missing": True}
                 continue
             tokens = answer["tokens"]
             wrong = next((i for i in range(sure) if tokens[i] != expected[i]), None)
-            found[arm.name] = {"family": arm.family, "compared": sure, "wrong_at": wrong, "tokens": tokens}
+            found[case.name] = {"family": case.family, "compared": sure, "wrong_at": wrong, "tokens": tokens}
         return found
 
-    def _take_rounds(self, arms: Sequence[Arm]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Samples of each arm by round, and the bandwidths of each round."""
+    def _take_rounds(self, cases: Sequence[Case]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Samples of each case by round, and the bandwidths of each round."""
         cfg, plan = SIZES[self.size], self.plan
         sizes = {**BANDWIDTH_BYTES, **self.made["read_bytes"]}
-        by_name = {arm.name: arm for arm in arms}
-        samples: dict[str, list[Any]] = {arm.name: [] for arm in arms}
+        by_name = {case.name: case for case in cases}
+        samples: dict[str, list[Any]] = {case.name: [] for case in cases}
         bandwidths: list[list[float]] = []
-        with self._loaded({arm.name: arm.load for arm in arms}) as workers, self._loaded({"reader": None}) as readers:
+        with (
+            self._loaded({case.name: case.load for case in cases}) as workers,
+            self._loaded({"reader": None}) as readers,
+        ):
             for name in list(workers):
                 for warmup in range(WARMUP_TURNS):
                     steps = plan.slow_steps if by_name[name].slow else plan.steps
@@ -259,37 +270,37 @@ class SizeRun:
         whole = {name: found for name, found in samples.items() if len(found) == plan.rounds}
         return whole, {"bytes": sizes, "rounds": bandwidths}
 
-    def _start_cold(self, arms: Sequence[Arm]) -> dict[str, Any]:
-        """Start and peak memory of each arm, a fresh process a round."""
+    def _start_cold(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Start and peak memory of each case, a fresh process per round."""
         plan, prompt = self.plan, draw_prompt(SIZES[self.size], 0)
-        found = {a.name: {**self._describe(a), "cold_start_ms": [], "peak_rss_bytes": []} for a in arms}
+        found = {a.name: {**self._describe(a), "cold_start_ms": [], "peak_rss_bytes": []} for a in cases}
         for number in range(plan.cold_rounds):
             self._tell(f"fresh processes, round {number + 1} of {plan.cold_rounds}")
-            order = sorted(arms, key=lambda a: a.name)
+            order = sorted(cases, key=lambda a: a.name)
             random.Random(f"cold/{self.size}/{number}").shuffle(order)
-            for arm in order:
+            for case in order:
                 worker = Worker(self.core)
                 try:
-                    answer = worker.ask({"do": "cold", "prompt": prompt, "steps": plan.cold_steps, **arm.load})
+                    answer = worker.ask({"do": "cold", "prompt": prompt, "steps": plan.cold_steps, **case.load})
                     for metric in ("cold_start_ms", "peak_rss_bytes"):
-                        found[arm.name][metric].append(answer[metric])
+                        found[case.name][metric].append(answer[metric])
                 except WorkerError as error:
-                    self.notes.append(f"{arm.name}: no fresh process, {error}")
+                    self.notes.append(f"{case.name}: no fresh process, {error}")
                 finally:
                     worker.close()
         return {name: values for name, values in found.items() if values["cold_start_ms"]}
 
     def _take_batches(self) -> dict[str, Any]:
-        """Milliseconds a step of our forms for one and for many rows."""
+        """Milliseconds per step of our artifacts for one and for many rows."""
         cfg = SIZES[self.size]
         loads = {
-            f"{form} x {batch}": {
+            f"{artifact} x {batch}": {
                 "engine": "ryot",
-                "bundle": self.made["bundles"][form],
+                "bundle": self.made["bundles"][artifact],
                 "via": "capi",
                 "batch_size": batch,
             }
-            for form in ("fp32", "int8-dyn", "int8", "int4", *(f"{f}{KV8}" for f in ("int8-dyn", "int8", "int4")))
+            for artifact in ("fp32", "int8-dyn", "int8", "int4", *(f"{f}{KV8}" for f in ("int8-dyn", "int8", "int4")))
             for batch in BATCH_SIZES
         }
 
@@ -302,25 +313,28 @@ class SizeRun:
     def _take_depths(self) -> dict[str, Any]:
         """Milliseconds a token of int8 and int4 at two depths, with a float and an int8 cache."""
         cfg = SIZES[self.size]
-        forms = ("int8", "int4", f"int8{KV8}", f"int4{KV8}")
-        bundles = {form: {"engine": "ryot", "bundle": self.made["bundles"][form], "via": "capi"} for form in forms}
-        # One process serves both depths of a form.
-        found: dict[str, Any] = {f"{form} @ {depth}": [] for form in forms for depth in DEPTHS}
+        artifacts = ("int8", "int4", f"int8{KV8}", f"int4{KV8}")
+        bundles = {
+            artifact: {"engine": "ryot", "bundle": self.made["bundles"][artifact], "via": "capi"}
+            for artifact in artifacts
+        }
+        # One process serves both depths of an artifact.
+        found: dict[str, Any] = {f"{artifact} @ {depth}": [] for artifact in artifacts for depth in DEPTHS}
         with self._loaded(bundles) as workers:
             for number in range(-1, self.plan.rounds):
                 self._tell(f"depths, round {number + 1} of {self.plan.rounds}")
                 order = list(found)
                 random.Random(f"depth/{number}").shuffle(order)
                 for name in order:
-                    form, _, depth = name.partition(" @ ")
+                    artifact, _, depth = name.partition(" @ ")
                     request = turn([draw_prompt(cfg, 500 + number, int(depth))], DEPTH_STEPS)
-                    answer = self._ask(workers, form, request)
+                    answer = self._ask(workers, artifact, request)
                     if answer and number >= 0:
                         found[name].append(answer["token_ms"])
         return found
 
     def _interleave(self, what: str, loads: Mapping[str, Any], request: Any) -> dict[str, Any]:
-        """Milliseconds a step of each load, one turn a round, after an untimed round."""
+        """Milliseconds per step of each load, one turn per round, after an untimed round."""
         found: dict[str, Any] = {name: [] for name in loads}
         with self._loaded(loads) as workers:
             for number in range(-1, self.plan.rounds):

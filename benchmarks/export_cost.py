@@ -214,7 +214,7 @@ def render(values: Mapping[str, Any]) -> str:
     lines = [f"# What an export costs, {cpu['model']}, commit {values['commit']}{changed}", ""]
     lines += ["| asked | found | verdict |", "|:--|--:|:--|"]
     lines += [f"| {' | '.join(row)} |" for row in values["verdicts"]]
-    lines += ["", "| bundle | MB | weights MB | bits a parameter | bits/byte of fp32 | KL | top-1 | tokens |"]
+    lines += ["", "| bundle | MB | weights MB | bits per parameter | bits/byte of fp32 | KL | top-1 | tokens |"]
     lines += ["|:--|--:|--:|--:|--:|--:|--:|--:|"]
     for case, result in values["cases"].items():
         for name, bundle in result.get("bundles", {}).items():

@@ -49,7 +49,7 @@ def main() -> None:
         report = json.loads((run_dir / "report.json").read_text())
         for row in report["rows"]:
             for sample in row["samples"]:
-                del sample["token_ms"]  # a number a token: megabytes that no question here is about
+                del sample["token_ms"]  # a number per token: megabytes that no question here is about
         trainings = load_report(run_dir).variants
     stages = [
         {"stage": e.stage, "variant": e.variant, "status": e.status, "wall_s": e.wall_s}
@@ -84,7 +84,7 @@ def main() -> None:
         f"Ray's own cost: {', '.join(f'{part} {s:.1f} s' for part, s in ray.items())}: {sum(ray.values()):.1f} s"
         " of at most 12 asked for.",
         "",
-        "Trainings ran at the same time, one a core.",
+        "Trainings ran at the same time, one per core.",
         "",
         "| variant | seed | parameters | tokens | training s | validation loss | test loss |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -117,7 +117,7 @@ def ray_cost(events: list[Event]) -> dict[str, float]:
 
 
 class _MemoryWatch:
-    """Sums the memory of a process and all its descendants, twice a second, in a thread."""
+    """Sums the memory of a process and all its descendants, twice per second, in a thread."""
 
     def __init__(self, pid: int):
         self.peak_bytes = 0

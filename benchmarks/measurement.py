@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=100, metavar="N", help="windows to record (default 100)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds a window (default 3)")
     parser.add_argument("--min-runs", type=int, default=16, metavar="N", help="runs a process (default 16)")
-    parser.add_argument("--min-time", type=float, default=1.0, metavar="S", help="seconds a process (default 1)")
+    parser.add_argument("--min-time", type=float, default=1.0, metavar="S", help="seconds per process (default 1)")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="where the result goes")
     options = parser.parse_args()
 

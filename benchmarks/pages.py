@@ -2,11 +2,11 @@
 
     python benchmarks/pages.py [--sizes S,M,L] [--rounds N] [--core C] [--models DIR]
 
-Takes the bundles that `edge_vs_peers.py --prepare` made in DIR. Of each form, processes with and without the calls take
-turns on one core, in an order drawn anew each round; nothing else differs. A process loads, answers a prompt of 128
-tokens and decodes 100 (so far goes its first peak), then answers more prompts and decodes 48 tokens after each. Before
-the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times a token, without
-to with, paired by round.
+Takes the bundles that `edge_vs_peers.py --prepare` made in DIR. Of each artifact, processes with and without the calls
+take turns on one core, in an order drawn anew each round; nothing else differs. A process loads, answers a prompt of
+128 tokens and decodes 100 (so far goes its first peak), then answers more prompts and decodes 48 tokens after each.
+Before the second prompt memory is moved; how long that prompt takes longer is the price. Ratios are of times per
+token, without to with, paired by round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from record import RESULTS, describe_setting, write_result
 
 from ryot.report.stats import ratio_interval
 
-FORMS = ("fp32", "int8", "int4")
+ARTIFACTS = ("fp32", "int8", "int4")
 TURNS = {"S": 20, "M": 6, "L": 3}
 WORKER = Path(__file__).with_name("pages_worker.py")
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -37,14 +37,14 @@ def main() -> None:
     results: dict[str, Any] = {}
     for size in options.sizes:
         bundles = json.loads((options.models / size / "models.json").read_text())["bundles"]
-        for form in FORMS:
+        for artifact in ARTIFACTS:
             runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
             for number in range(options.rounds):
-                arms = [True, False]
-                random.Random(f"{size}/{form}/{number}").shuffle(arms)
-                for calls in arms:
-                    runs[calls].append(_spawn(bundles[form], calls, TURNS[size], options.core))
-            results[f"{size} {form}"] = {"with": runs[True], "without": runs[False]}
+                cases = [True, False]
+                random.Random(f"{size}/{artifact}/{number}").shuffle(cases)
+                for calls in cases:
+                    runs[calls].append(_spawn(bundles[artifact], calls, TURNS[size], options.core))
+            results[f"{size} {artifact}"] = {"with": runs[True], "without": runs[False]}
     values = {**describe_setting(), "core": options.core, "rounds": options.rounds, "results": results}
     values["huge_pages"] = ENABLED.read_text().strip() if ENABLED.is_file() else "none"
     print(write_result("pages", values, render(values), options.output).read_text())
@@ -66,15 +66,15 @@ def render(values: dict[str, Any]) -> str:
         "calls to with them, with the 98 % interval over rounds; times and peaks of resident memory are medians of "
         "processes, without and with the calls; the first peak is before memory is moved.",
         "",
-        "| form | a token, ratio | 98 % | second prompt, ms | load, ms | first peak, MB | peak at the end, MB |",
+        "| artifact | ms per token, ratio | 98 % | second prompt, ms | load, ms | first peak, MB | last peak, MB |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, arms in values["results"].items():
-        found = ratio_interval([r["token_ms"] for r in arms["without"]], [r["token_ms"] for r in arms["with"]])
+    for name, cases in values["results"].items():
+        found = ratio_interval([r["token_ms"] for r in cases["without"]], [r["token_ms"] for r in cases["with"]])
         assert found is not None
         pairs = [
             " and ".join(
-                f"{statistics.median(get(run) for run in arms[arm]):.{digits}f}" for arm in ("without", "with")
+                f"{statistics.median(get(run) for run in cases[case]):.{digits}f}" for case in ("without", "with")
             )
             for get, digits in (
                 (lambda run: run["prompt_ms"][1], 1),

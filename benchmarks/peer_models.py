@@ -2,10 +2,10 @@
 
     python benchmarks/peer_models.py S FOLDER CORE
 
-In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle a form, with a float32 and with an int8 cache, bundles in
-genai's default blocks, `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool would
-choose for this CPU, and how many bytes of weights a decode step of each form reads. What is there is not made again,
-but for bundles of another checkpoint or decision of the tool, or made by another version of `ryot/deploy`.
+In FOLDER/S: `checkpoint/` (Hugging Face layout), a bundle per artifact, with a float32 and with an int8 cache, bundles
+in genai's default blocks, `plain/plain.onnx`, GGUF files, and `models.json`, which says what there is, what the tool
+would choose for this CPU, and how many bytes of weights a decode step of each artifact reads. What is there is not made
+again, but for bundles of another checkpoint or decision of the tool, or made by another version of `ryot/deploy`.
 
 Random weights have the speed of trained ones and none of their quality. Their spread keeps greedy decoding from
 running in circles, and the row of the head that belongs to end-of-text is 0, so that no engine ever stops early.
@@ -82,12 +82,12 @@ SIZES = {
     ).spec,
 }
 PROMPT_TOKENS = 128
-#: Tokens that every fp32 form must make alike.
+#: Tokens that every fp32 artifact must make alike.
 CHECK_TOKENS = 32
 #: onnxruntime-genai's own model builder quantizes in blocks of 32 unless told otherwise.
 GENAI_BLOCK = 32
-#: Our quantized forms.
-FORMS = ("int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
+#: Our quantized artifacts.
+ARTIFACTS = ("int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
 #: Random prompts, as long as the context, that the range of keys and values is taken from.
 KV_PROMPTS = 4
 #: Standard deviation of the untied tables' values; a head of 1.5 spreads the logits.
@@ -143,7 +143,7 @@ def draw_state(cfg: DecoderSpec) -> dict[str, torch.Tensor]:
 
 
 def _export_bundles(size: str, checkpoint: Path, folder: Path, options: ExportSettings) -> dict[str, str]:
-    """Bundles by name: a form, `genai FORM` in genai's blocks, `FORM kv8` with an int8 cache."""
+    """Bundles by name: an artifact, `genai ARTIFACT` in genai's blocks, `ARTIFACT kv8` with an int8 cache."""
     cfg = SIZES[size]
     code = [path.read_text() for path in sorted(Path(ryot.deploy.__file__).parent.glob("*.py"))]
     origin = [checkpoint_digest(checkpoint), *code]
@@ -160,8 +160,8 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: ExportSe
             export_unscored(open_folder(checkpoint), precision, target, options=what, prompts=prompts[:1], cache=cache)
         made[name] = str(target)
 
-    for form in ("fp32", *FORMS):
-        export(form, options)
+    for artifact in ("fp32", *ARTIFACTS):
+        export(artifact, options)
     for precision in ("int8", "int4"):
         export(
             f"genai {precision}",
@@ -169,8 +169,8 @@ def _export_bundles(size: str, checkpoint: Path, folder: Path, options: ExportSe
         )
     observed = observe_kv_scales(StandardGraph(Path(made["fp32"]) / STANDARD_GRAPH), prompts)
     cache = CacheFormat(scales=observed.per_tensor(), record={"method": "per-tensor"})
-    for form in FORMS:
-        export(form + KV8, dataclasses.replace(options, kv_dtype="int8"), cache)
+    for artifact in ARTIFACTS:
+        export(artifact + KV8, dataclasses.replace(options, kv_dtype="int8"), cache)
     return made
 
 
@@ -210,7 +210,7 @@ def _write_ggufs(cfg: DecoderSpec, checkpoint: Path, folder: Path) -> dict[str, 
 
 
 def write_gguf(cfg: DecoderSpec, tensors: Mapping[str, np.ndarray], kind: str, path: Path) -> None:
-    """A llama model for llama.cpp; every matrix in one type, as in our own forms, norms in float32.
+    """A llama model for llama.cpp; every matrix in one type, as in our own artifacts, norms in float32.
 
     `tensors` have Hugging Face's names. llama.cpp pairs neighbouring rotary dimensions where Hugging Face pairs the
     two halves of a head, so rows of queries and keys change places (llama.cpp, convert_hf_to_gguf.py, `permute`).

@@ -58,5 +58,5 @@ class Worker:
 
 
 def turn(prompts: Sequence[Sequence[int]], steps: int) -> dict[str, Any]:
-    """The request to answer prompts, one a row, and to decode `steps` tokens behind them."""
+    """The request to answer prompts, one per row, and to decode `steps` tokens behind them."""
     return {"do": "turn", "prompts": prompts, "steps": steps}

@@ -1,9 +1,9 @@
 """Holds the samples of `edge_vs_peers.py` against what was asked, and writes them down for people.
 
-A row compares the best of our forms with the best of theirs, both by the median over rounds, each named. The ratio is
-the median of the rounds' ratios. `PASS` says that it reaches what was asked; where its interval reaches to the other
-side, the verdict says so. Rows without a figure asked are there for the whole picture, as are those of a chosen form of
-4 bits against peers of 8 or the other way round: what was asked there was asked of equal bits.
+A row compares the best of our artifacts with the best of theirs, both by the median over rounds, each named. The ratio
+is the median of the rounds' ratios. `PASS` says that it reaches what was asked; where its interval reaches to the other
+side, the verdict says so. Rows without a figure asked are there for the whole picture, as are those of a chosen
+artifact of 4 bits against peers of 8 or the other way round: what was asked there was asked of equal bits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MB = 1e6
 BINDING_MB = 20
 #: A bare Python where the figures asked were taken.
 BARE_ASKED_MB = 8.6
-#: What the name of a form of ours with an int8 cache ends with.
+#: What the name of an artifact of ours with an int8 cache ends with.
 KV8 = " kv8"
-ONE_SESSION = ("fp32", *(form + cache for form in ("int8-dyn", "int8", "int4") for cache in ("", KV8)))
+ONE_SESSION = ("fp32", *(artifact + cache for artifact in ("int8-dyn", "int8", "int4") for cache in ("", KV8)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,22 +35,22 @@ class Ratio:
     ours: tuple[str, ...] = ()
     """Forms of ours that may stand for us, with either cache; all when empty."""
     float_cache: bool = False
-    """Whether only forms with a float32 cache may, as genai has one and llama.cpp one in float16."""
+    """Whether only artifacts with a float32 cache may, as genai has one and llama.cpp one in float16."""
     theirs: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
-    """Whether an arm is the peer, by its description and the tool's decision."""
+    """Whether a case is the peer, by its description and the tool's decision."""
     asked: Mapping[str, float] = field(default_factory=dict)
 
 
-def _family(name: str, form: str = "") -> Callable[[Mapping[str, Any], Mapping[str, Any]], bool]:
-    return lambda arm, decision: arm["family"] == name and arm["form"].startswith(form)
+def _family(name: str, artifact: str = "") -> Callable[[Mapping[str, Any], Mapping[str, Any]], bool]:
+    return lambda case, decision: case["family"] == name and case["artifact"].startswith(artifact)
 
 
 def _genai(precision: str, block: int | None) -> Callable[[Mapping[str, Any], Mapping[str, Any]], bool]:
     """genai in blocks of this size; None for the size that the tool chose."""
 
-    def fits(arm: Mapping[str, Any], decision: Mapping[str, Any]) -> bool:
+    def fits(case: Mapping[str, Any], decision: Mapping[str, Any]) -> bool:
         size = block or (decision.get("settings") or decision["quantize"])[f"{precision}_block_size"]
-        return arm["family"] == "genai" and arm["form"] == f"{precision} block {size}"
+        return case["family"] == "genai" and case["artifact"] == f"{precision} block {size}"
 
     return fits
 
@@ -58,7 +58,11 @@ def _genai(precision: str, block: int | None) -> Callable[[Mapping[str, Any], Ma
 INT8, INT4 = ("int8", "int8-dyn+int8"), ("int4", "int8-dyn+int4")
 _TTFT = (
     ("TTFT, genai", _family("genai"), (2.2, 2.0, 2.4)),
-    ("TTFT, genai, default block", lambda arm, _: arm["family"] == "genai" and arm["form"].endswith("block 32"), ()),
+    (
+        "TTFT, genai, default block",
+        lambda case, _: case["family"] == "genai" and case["artifact"].endswith("block 32"),
+        (),
+    ),
     ("TTFT, llama.cpp's best", _family("llama.cpp"), (1.6, 2.0, 2.1)),
 )
 _DECODE = (
@@ -98,35 +102,35 @@ BATCH, DEPTH = {"S": 1.9, "M": 3.0}, {"": 1.5, KV8: 1.25}
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every row of a size: best forms first, then those of the bundles that the tool would choose."""
+    """Every row of a size: best artifacts first, then those of the bundles that the tool would choose."""
     decision = result["decision"]
-    rows = _judge_forms(result, "best form", None)
+    rows = _judge_artifacts(result, "best artifact", None)
     rows += _judge_batches(result) + _judge_depths(result)
     latency, one_session = decision["latency"], decision["one_session"]
     groups = {f"tool's choice for latency: {latency}": latency}
     if one_session != latency:
         groups[f"tool's choice for one session: {one_session}"] = one_session
     groups[f"tool's choice for latency with `--kv-cache int8`: {latency}{KV8}"] = latency + KV8
-    for group, form in groups.items():
-        rows += _judge_forms(result, group, form)
+    for group, artifact in groups.items():
+        rows += _judge_artifacts(result, group, artifact)
     return rows
 
 
-def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> list[dict[str, Any]]:
-    size, arms = result["size"], result["arms"]
+def _judge_artifacts(result: Mapping[str, Any], group: str, artifact: str | None) -> list[dict[str, Any]]:
+    size, cases = result["size"], result["cases"]
     rows = []
     for ratio in RATIOS:
-        if form is not None and ratio.float_cache:
+        if artifact is not None and ratio.float_cache:
             continue
-        ours = [n for n, a in arms.items() if a["family"] == "ryot" and _allowed(a["form"], ratio, form)]
-        theirs = [n for n, a in arms.items() if ratio.theirs(a, result["decision"])]
-        # What was asked of forms of 8 bits says nothing of a form of 4, and the other way round.
-        other_bits = form is not None and ratio.ours and ("int4" in form) != (ratio.ours == INT4)
+        ours = [n for n, a in cases.items() if a["family"] == "ryot" and _allowed(a["artifact"], ratio, artifact)]
+        theirs = [n for n, a in cases.items() if ratio.theirs(a, result["decision"])]
+        # What was asked of artifacts of 8 bits says nothing of an artifact of 4, and the other way round.
+        other_bits = artifact is not None and ratio.ours and ("int4" in artifact) != (ratio.ours == INT4)
         asked = None if other_bits else ratio.asked.get(size)
         row = _row(size, group, ratio.title, asked, "x")
         if ours and theirs:
-            mine, other = _fastest(arms, ours, ratio.metric), _fastest(arms, theirs, ratio.metric)
-            samples = [_samples(arms[name], ratio.metric) for name in (other, mine)]
+            mine, other = _fastest(cases, ours, ratio.metric), _fastest(cases, theirs, ratio.metric)
+            samples = [_samples(cases[name], ratio.metric) for name in (other, mine)]
             found = ratio_interval(*samples)
             assert found is not None
             row |= {"reached": found.value, "low": found.low, "high": found.high, "ours": mine, "theirs": other}
@@ -139,9 +143,9 @@ def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> lis
         ("the same, Python binding", "peak_rss_bytes", RSS_MB[size] + BINDING_MB, "MB", MB, "python"),
         ("cold start to first token", "cold_start_ms", COLD_MS[size], "ms", 1.0, "capi"),
     ):
-        pool = ONE_SESSION if form is None else (form,)
-        names = [n for n, c in cold.items() if c["family"] == "ryot" and c["engine"] == via and c["form"] in pool]
-        if metric == "peak_rss_bytes" and form is not None and form not in ONE_SESSION:
+        pool = ONE_SESSION if artifact is None else (artifact,)
+        names = [n for n, c in cold.items() if c["family"] == "ryot" and c["engine"] == via and c["artifact"] in pool]
+        if metric == "peak_rss_bytes" and artifact is not None and artifact not in ONE_SESSION:
             title, limit = "peak RSS, two sessions", None  # what was asked is for one copy of the weights
         else:
             limit = asked
@@ -152,14 +156,14 @@ def _judge_forms(result: Mapping[str, Any], group: str, form: str | None) -> lis
             assert found is not None
             row |= {"reached": found.value, "low": found.low, "high": found.high, "ours": best}
             row["void"] = _void(result, best)
-        if names or form is None:
+        if names or artifact is None:
             rows.append(_with_verdict(row, at_least=False))
     return rows
 
 
 def _judge_batches(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tokens a second of 16 rows over those of one, the best form of each; and among the forms of 8 bits alone, which
-    is what the figure asked for was set with: a fast form of 4 bits at batch 1 lowers the ratio."""
+    """Tokens per second of 16 rows over those of one, the best artifact of each; and among those of 8 bits alone, which
+    is what the figure asked for was set with: a fast artifact of 4 bits at batch 1 lowers the ratio."""
     batches = {name: ms for name, ms in result.get("batch", {}).items() if ms}
     if not batches:
         return []
@@ -169,31 +173,33 @@ def _judge_batches(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         return min(names, key=lambda n: median_of_rounds([[v] for v in batches[n]]))
 
     rows = []
-    for title, start in (("decode, batch 16 over batch 1", ""), ("the same, forms of 8 bits", "int8")):
+    for title, start in (("decode, batch 16 over batch 1", ""), ("the same, artifacts of 8 bits", "int8")):
         one, many = best(1, start), best(16, start)
         found = ratio_interval([[16 * v] for v in batches[one]], [[v] for v in batches[many]])
         assert found is not None
-        row = _row(result["size"], "best form", title, BATCH[result["size"]], "x")
+        row = _row(result["size"], "best artifact", title, BATCH[result["size"]], "x")
         row |= {"reached": found.value, "low": found.low, "high": found.high, "void": _void(result)}
         rows.append(_with_verdict(row | {"ours": f"{many} / capi", "theirs": f"{one} / capi"}, at_least=True))
     return rows
 
 
 def _judge_depths(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Time a token at depth 480 over that at 32, of each form; what was asked holds for the faster one at 32."""
+    """Time per token at depth 480 over that at 32, of each artifact; what was asked holds for the faster one at 32."""
     depths = {name: ms for name, ms in result.get("depth", {}).items() if ms}
     rows = []
     for suffix, asked in DEPTH.items():
-        forms = [f for f in (f"int8{suffix}", f"int4{suffix}") if f"{f} @ 480" in depths and f"{f} @ 32" in depths]
-        fastest = min(forms, key=lambda f: median_of_rounds([[v] for v in depths[f"{f} @ 32"]]), default=None)
-        for form in forms:
-            found = ratio_interval([[v] for v in depths[f"{form} @ 480"]], [[v] for v in depths[f"{form} @ 32"]])
+        artifacts = [f for f in (f"int8{suffix}", f"int4{suffix}") if f"{f} @ 480" in depths and f"{f} @ 32" in depths]
+        fastest = min(artifacts, key=lambda f: median_of_rounds([[v] for v in depths[f"{f} @ 32"]]), default=None)
+        for artifact in artifacts:
+            found = ratio_interval(
+                [[v] for v in depths[f"{artifact} @ 480"]], [[v] for v in depths[f"{artifact} @ 32"]]
+            )
             assert found is not None
             cache = "int8 cache" if suffix else "float cache"
             title = f"time a token, depth 480 over 32, {cache}"
-            row = _row(result["size"], "best form", title, asked if form == fastest else None, "x")
+            row = _row(result["size"], "best artifact", title, asked if artifact == fastest else None, "x")
             row |= {"reached": found.value, "low": found.low, "high": found.high, "void": _void(result)}
-            rows.append(_with_verdict(row | {"ours": f"{form.removesuffix(suffix)} / capi"}, at_least=False))
+            rows.append(_with_verdict(row | {"ours": f"{artifact.removesuffix(suffix)} / capi"}, at_least=False))
     return rows
 
 
@@ -217,25 +223,25 @@ def _with_verdict(row: dict[str, Any], *, at_least: bool) -> dict[str, Any]:
     return row | {"verdict": verdict}
 
 
-def _allowed(form: str, ratio: Ratio, only: str | None) -> bool:
+def _allowed(artifact: str, ratio: Ratio, only: str | None) -> bool:
     if only:
-        return form == only
-    if ratio.float_cache and form.endswith(KV8):
+        return artifact == only
+    if ratio.float_cache and artifact.endswith(KV8):
         return False
-    return not ratio.ours or form.removesuffix(KV8) in ratio.ours
+    return not ratio.ours or artifact.removesuffix(KV8) in ratio.ours
 
 
-def _samples(arm: Mapping[str, Any], metric: str) -> list[list[float]]:
-    return [r[metric] for r in arm["rounds"]]
+def _samples(case: Mapping[str, Any], metric: str) -> list[list[float]]:
+    return [r[metric] for r in case["rounds"]]
 
 
-def _fastest(arms: Mapping[str, Any], names: Sequence[str], metric: str) -> str:
-    return min(names, key=lambda n: median_of_rounds(_samples(arms[n], metric)))
+def _fastest(cases: Mapping[str, Any], names: Sequence[str], metric: str) -> str:
+    return min(names, key=lambda n: median_of_rounds(_samples(cases[n], metric)))
 
 
 def _void(result: Mapping[str, Any], *names: str) -> str:
-    """Why the figures of these arms, and of our own, mean nothing; empty when they do."""
-    families = {"ryot", *(result["arms"].get(n, result["cold"].get(n, {})).get("family") for n in names)}
+    """Why the figures of these cases, and of our own, mean nothing; empty when they do."""
+    families = {"ryot", *(result["cases"].get(n, result["cold"].get(n, {})).get("family") for n in names)}
     for name, check in result["check"].items():
         if check["family"] not in families:
             continue
@@ -285,7 +291,7 @@ def _render_size(size: str, result: Mapping[str, Any]) -> list[str]:
         "",
         *_render_rows(result["rows"]),
         *_render_short(result),
-        *_render_arms(result),
+        *_render_cases(result),
         *_render_cold(result),
         *_render_bound(result),
         *_render_check(result),
@@ -323,10 +329,10 @@ def _render_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _render_short(result: Mapping[str, Any]) -> list[str]:
-    """Each row of our best forms that is short, with what its times are bound by."""
+    """Each row of our best artifacts that is short, with what its times are bound by."""
     lines = []
     for row in result["rows"]:
-        if not row["verdict"].startswith("short") or row["group"] != "best form":
+        if not row["verdict"].startswith("short") or row["group"] != "best artifact":
             continue
         text = f"- {row['title']}: {row['verdict'].split(',')[0]}"
         if row["unit"] == "MB":
@@ -346,18 +352,18 @@ def _render_short(result: Mapping[str, Any]) -> list[str]:
     return [head, "", *lines, ""]
 
 
-def _render_arms(result: Mapping[str, Any]) -> list[str]:
+def _render_cases(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| form / engine | TTFT ms | 98 % | decode tok/s | 98 % | version |",
+        "| artifact / engine | TTFT ms | 98 % | decode tok/s | 98 % | version |",
         "|:--|--:|--:|--:|--:|:--|",
     ]
-    for name, arm in result["arms"].items():
-        ttft = value_interval(_samples(arm, "ttft_ms"))
-        rate = value_interval([[1e3 / v for v in r] for r in _samples(arm, "token_ms")])
+    for name, case in result["cases"].items():
+        ttft = value_interval(_samples(case, "ttft_ms"))
+        rate = value_interval([[1e3 / v for v in r] for r in _samples(case, "token_ms")])
         assert ttft is not None and rate is not None
         lines.append(
             f"| {name} | {ttft.value:.4g} | {ttft.low:.4g} to {ttft.high:.4g} | {rate.value:,.4g} "
-            f"| {rate.low:,.4g} to {rate.high:,.4g} | {arm['detail']} |"
+            f"| {rate.low:,.4g} to {rate.high:,.4g} | {case['detail']} |"
         )
     return [*lines, ""]
 
@@ -368,7 +374,7 @@ def _render_cold(result: Mapping[str, Any]) -> list[str]:
         f"{result['plan']['cold_steps']} more tokens. A Python that does nothing has "
         f"{result['bare_python_bytes'] / MB:.1f} MB.",
         "",
-        "| form / engine | cold start ms | range | peak RSS MB | range |",
+        "| artifact / engine | cold start ms | range | peak RSS MB | range |",
         "|:--|--:|--:|--:|--:|",
     ]
     for name, cold in result["cold"].items():
@@ -394,37 +400,39 @@ def _render_bound(result: Mapping[str, Any]) -> list[str]:
         )
         + ".",
         "",
-        "| form / engine | MB a step | share of the bound |",
+        "| artifact / engine | MB per step | share of the bound |",
         "|:--|--:|--:|",
     ]
-    for name, arm in result["arms"].items():
+    for name, case in result["cases"].items():
         share = _share_of_bound(result, name)
         if share is not None:
-            lines.append(f"| {name} | {_step_bytes(result, arm) / MB:.4g} | {share:.0%} |")
+            lines.append(f"| {name} | {_step_bytes(result, case) / MB:.4g} | {share:.0%} |")
     return [*lines, ""]
 
 
 def _share_of_bound(result: Mapping[str, Any], name: str) -> float | None:
-    arm, bandwidth = result["arms"][name], result["bandwidth"]
+    case, bandwidth = result["cases"][name], result["bandwidth"]
     rounds = [r for r in bandwidth["rounds"] if r]
-    if arm["family"] != "ryot" or not rounds:
+    if case["family"] != "ryot" or not rounds:
         return None
-    index = list(bandwidth["bytes"]).index(_decode_form(arm["form"]))
+    index = list(bandwidth["bytes"]).index(_decode_artifact(case["artifact"]))
     bytes_per_s = median_of_rounds([[r[index]] for r in rounds])
-    bound_ms = _step_bytes(result, arm) / bytes_per_s * 1e3
-    return bound_ms / median_of_rounds(_samples(arm, "token_ms"))
+    bound_ms = _step_bytes(result, case) / bytes_per_s * 1e3
+    return bound_ms / median_of_rounds(_samples(case, "token_ms"))
 
 
-def _step_bytes(result: Mapping[str, Any], arm: Mapping[str, Any]) -> int:
+def _step_bytes(result: Mapping[str, Any], case: Mapping[str, Any]) -> int:
     cfg = result["config"]
-    depth = result["prompt_tokens"] + arm["steps"] // 2
+    depth = result["prompt_tokens"] + case["steps"] // 2
     kv_dim = cfg["dim"] // cfg["num_heads"] * cfg["num_kv_heads"]
-    value_bytes = 1 if arm["form"].endswith(KV8) else 4
-    return result["read_bytes"][_decode_form(arm["form"])] + 2 * cfg["num_layers"] * kv_dim * depth * value_bytes
+    value_bytes = 1 if case["artifact"].endswith(KV8) else 4
+    return (
+        result["read_bytes"][_decode_artifact(case["artifact"])] + 2 * cfg["num_layers"] * kv_dim * depth * value_bytes
+    )
 
 
-def _decode_form(form: str) -> str:
-    return form.removesuffix(KV8).rpartition("+")[2]
+def _decode_artifact(artifact: str) -> str:
+    return artifact.removesuffix(KV8).rpartition("+")[2]
 
 
 def _render_check(result: Mapping[str, Any]) -> list[str]:
@@ -439,7 +447,7 @@ def _render_check(result: Mapping[str, Any]) -> list[str]:
             parts.append(f"{name} differs at {check['wrong_at']}")
     tokens = reference["tokens"]
     return [
-        f"Greedy tokens of the float32 forms against torch's {len(tokens)} ({len(set(tokens))} distinct, smallest "
+        f"Greedy tokens of the float32 artifacts against torch's {len(tokens)} ({len(set(tokens))} distinct, smallest "
         f"margin {min(reference['margins']):.2g}, tolerance {reference['tolerance']:.2g}): {'; '.join(parts)}.",
         "",
     ]

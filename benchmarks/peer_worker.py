@@ -1,11 +1,11 @@
 """One engine with one model in a process of its own, pinned to cores; `peer_process.py` starts it and gives turns.
 
-    python benchmarks/peer_worker.py CORE,CORE   (one JSON request a line on stdin, one JSON answer a line on stdout)
+    python benchmarks/peer_worker.py CORE,CORE   (a JSON request per line on stdin, a JSON answer per line on stdout)
 
     {"do": "load", "engine": …, …}             load; the other keys are the arguments of the engine's class
-    {"do": "turn", "prompts": […], "steps": N} answer the prompts (one a row), then decode N tokens; times and tokens
+    {"do": "turn", "prompts": […], "steps": N} answer the prompts (one per row), then decode N tokens; times and tokens
     {"do": "cold", "prompt": […], "steps": N}  load is timed from the process's start to the first token; then N tokens
-    {"do": "bandwidth", "sizes": […]}          bytes a second of reading arrays of these sizes (engine `none`)
+    {"do": "bandwidth", "sizes": […]}          bytes per second of reading arrays of these sizes (engine `none`)
 
 A turn of every engine hands each token to Python, as a program that streams has to. Nothing heavy is imported before
 it is known which engine this is: the memory and the start of the others would be counted to it.
@@ -227,7 +227,7 @@ def main() -> None:
 
 
 def take_turn(engine: Any, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    """Time from ids to the first token, and milliseconds a token over the steps behind it."""
+    """Time from ids to the first token, and milliseconds per token over the steps behind it."""
     step = engine.step
     begin = time.perf_counter_ns()
     tokens = [engine.prefill(prompts)]

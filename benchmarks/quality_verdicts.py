@@ -202,7 +202,7 @@ def _why(view: View) -> str:
                 shares.append(f"{name} {step_bytes / MB:.0f} MB and {rate / 1e9:.1f} GB/s ({rate / top:.0%})")
         if shares:
             parts.append(
-                "A decode step at the shallowest depth reads its weights: " + ", ".join(shares) + ". A form near that "
+                "A decode step at the shallowest depth reads its weights: " + ", ".join(shares) + ". One near that "
                 "rate is bound by memory and only fewer bytes make it faster; one far below is bound by its kernels."
             )
     growth = []

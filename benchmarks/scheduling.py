@@ -173,7 +173,7 @@ def main() -> None:
         f"| Ray's shutdown, s | {median(equal, 'shutdown_s')} | |",
         f"| a killed worker costs besides the work redone, s | {median(kills, 'cost_s')} | <= 8 |",
         "",
-        "One variant on two cores, tokens a second:",
+        "One variant on two cores, tokens per second:",
         "",
         "| variant and cores | tok/s |",
         "|:--|--:|",

@@ -2,10 +2,10 @@
 
     python benchmarks/training.py [--seeds 3] [--side-seeds 3] [--skip-small]
 
-Every training is a process of its own on one core with nothing beside it, the arms in turn; the same malloc and thread
+Every training is a process of its own on one core with nothing beside it, the cases in turn; the same malloc and thread
 settings for all. Time is that of the steps, evaluation excluded. *Time to the baseline's loss* is the time of a whole
 training, with its own budget and schedule, that ends at or below the mean test loss of the baseline's seeds. Two more
-arms: a minimal GPT-2 (`minimal_gpt.py`), and the baseline's recipe before the sweep (`baseline_batch32.toml`), which
+cases: a minimal GPT-2 (`minimal_gpt.py`), and the baseline's recipe before the sweep (`baseline_batch32.toml`), which
 the figures asked for were set against. What is asked stands beside each figure in the result.
 """
 
@@ -48,9 +48,9 @@ class Bench:
         self.runs: list[dict[str, Any]] = []
         self.datasets: dict[str, str] = {}
 
-    def work(self, kind: str, arm: str, preset: str = "reference", **more: Any) -> dict[str, Any]:
+    def work(self, kind: str, case: str, preset: str = "reference", **more: Any) -> dict[str, Any]:
         """One worker's answer."""
-        job = {"kind": kind, "arm": arm, "preset": preset, "dataset": self.dataset(preset), **more}
+        job = {"kind": kind, "case": case, "preset": preset, "dataset": self.dataset(preset), **more}
         done = subprocess.run(
             ["taskset", "-c", str(self.core), sys.executable, WORKER, json.dumps(job)],
             env={**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES, "OMP_NUM_THREADS": "1"},
@@ -60,11 +60,11 @@ class Bench:
         )
         answer: dict[str, Any] = json.loads(done.stdout)
         kept = {k: v for k, v in job.items() if k not in ("dataset", "cache")}
-        run = {**kept, "arm": Path(arm).stem, **answer}
+        run = {**kept, "case": Path(case).stem, **answer}
         self.runs.append(run)
         if "test_loss" in answer:
             print(
-                f"{preset} {run['arm']} seed {more['seed']}: {answer['tokens']:,} tokens,"
+                f"{preset} {run['case']} seed {more['seed']}: {answer['tokens']:,} tokens,"
                 f" {answer['train_wall_s']:.1f} s, val {answer['val_loss']:.4f}, test {answer['test_loss']:.4f}",
                 file=sys.stderr,
                 flush=True,
@@ -98,7 +98,7 @@ def mean(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--side-seeds", type=int, default=3, help="seeds of the two more arms")
+    parser.add_argument("--side-seeds", type=int, default=3, help="seeds of the two more cases")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--skip-small", action="store_true", help="leave out the preset small")
     args = parser.parse_args()
@@ -121,10 +121,10 @@ def measure(bench: Bench, seeds: int, side_seeds: int, *, small: bool) -> str:
     old_fast: list[dict[str, Any]] = []
     for seed in range(seeds):
 
-        def run(arm: str, seed: int = seed, **more: Any) -> dict[str, Any]:
-            if arm == "optimized":
+        def run(case: str, seed: int = seed, **more: Any) -> dict[str, Any]:
+            if case == "optimized":
                 more["plan"] = plan
-            return bench.work("gpt" if arm == "gpt" else "train", arm, seed=seed, **more)
+            return bench.work("gpt" if case == "gpt" else "train", case, seed=seed, **more)
 
         base.append(run("baseline"))
         fast.append(run("optimized"))
@@ -143,7 +143,7 @@ def measure(bench: Bench, seeds: int, side_seeds: int, *, small: bool) -> str:
     rows += old_verdicts(old, old_fast, quarters)
     if small:
         rows += measure_small(bench)
-    arms = {
+    cases = {
         "baseline": base,
         "optimized": fast,
         "optimized, a quarter of the baseline's time": quarters,
@@ -153,7 +153,7 @@ def measure(bench: Bench, seeds: int, side_seeds: int, *, small: bool) -> str:
         "baseline before the sweep": old,
         "optimized, for that one's loss": old_fast,
     }
-    every = [(name, r) for name, runs in arms.items() for r in runs]
+    every = [(name, r) for name, runs in cases.items() for r in runs]
     table = [
         [
             name,
@@ -167,7 +167,7 @@ def measure(bench: Bench, seeds: int, side_seeds: int, *, small: bool) -> str:
         ]
         for name, r in every
     ]
-    head = ["arm", "seed", "params (M)", "tokens (k)", "time (s)", "tok/s", "val loss", "test loss"]
+    head = ["case", "seed", "params (M)", "tokens (k)", "time (s)", "tok/s", "val loss", "test loss"]
     return "\n\n".join(
         [
             tabulate(rows, ["what", "measured", "asked", ""], tablefmt="github"),

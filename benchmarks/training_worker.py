@@ -26,7 +26,7 @@ CURVE_POINTS = 8
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """A ryot variant with its own budget, or `tokens`."""
-    variant = resolve_variant(job["arm"], job["preset"], tokens=job.get("tokens"))
+    variant = resolve_variant(job["case"], job["preset"], tokens=job.get("tokens"))
     plan = build_from_mapping(KernelPlan, job["plan"], "plan") if job.get("plan") else variant.kernels
     trainer = Trainer(TrainJob(variant=variant, seed=job["seed"], dataset_dir=job["dataset"]), plan)
     curve, final = [], {}
@@ -95,7 +95,7 @@ def held_out(model: torch.nn.Module, dataset: Dataset, split: str, windows: int)
 
 def tune(job: dict[str, Any]) -> dict[str, Any]:
     """The machine's choice of kernels, with the time that choosing took."""
-    variant = resolve_variant(job["arm"], job["preset"])
+    variant = resolve_variant(job["case"], job["preset"])
     begin = time.perf_counter()
     decision = choose_kernels(variant, load_dataset(Path(job["dataset"])), Path(job["cache"]))
     return {
@@ -145,8 +145,8 @@ class PlainLoop:
 
 def framework_tax(job: dict[str, Any]) -> dict[str, Any]:
     """Steps of the Trainer, with the same kernels as the plain loop and with those chosen, and of the plain loop, in
-    turn; seconds a step of each, and the losses of the first two, which must be equal."""
-    variant = resolve_variant(job["arm"], job["preset"])
+    turn; seconds per step of each, and the losses of the first two, which must be equal."""
+    variant = resolve_variant(job["case"], job["preset"])
     same = KernelPlan(attention=job["plan"]["attention"], fused_optimizer=True)
     chosen = build_from_mapping(KernelPlan, job["plan"], "plan")
     data = TrainJob(variant=variant, seed=0, dataset_dir=job["dataset"])

@@ -16,7 +16,7 @@ from ryot.cli.options import HELP, data_option, format_option, verbose_option
     "--reference",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Bundle that KL and top-1 are against, usually the fp32 form  [default: none, bits per byte only]",
+    help="Bundle that KL and top-1 are against, usually the fp32 artifact  [default: none, bits per byte only]",
 )
 @data_option
 @click.option(

@@ -45,7 +45,7 @@ from ryot.config import PRECISIONS
 )
 @click.option(
     "--to",
-    "form",
+    "target_format",
     type=click.Choice(["bundle", "hf", "gguf"]),
     default="bundle",
     show_default=True,
@@ -72,7 +72,7 @@ def command(
     context: int | None,
     targets: tuple[str, ...],
     kv_cache: Any,
-    form: str,
+    target_format: str,
     gguf_type: Any,
     data: tuple[str, ...],
     output: Path,
@@ -91,13 +91,13 @@ def command(
     from ryot.models.sources.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
-    if form == "hf":
+    if target_format == "hf":
         from ryot.models.sources.write_hf import write_hf
 
         write_hf(checkpoint, output)
         click.echo(output)
         return EXIT_OK
-    if form == "gguf":
+    if target_format == "gguf":
         from ryot.models.sources.write_gguf import write_gguf
 
         write_gguf(checkpoint, output, gguf_type)

@@ -110,13 +110,13 @@ def build_artifact(
     `singles` has the matrices of the precision, or of both halves of a pair.
     """
     weights, settings = origin.weights, origin.options.settings
-    form = pair_matrices(weights, precision, {half: q.matrices for half, q in singles.items()})
+    artifact = pair_matrices(weights, precision, {half: q.matrices for half, q in singles.items()})
     with bundle.staged_folder(target) as stage:
         with DataFile(stage / DATA_NAME) as data:
             graphs = build_graphs(
                 weights,
                 precision,
-                form,
+                artifact,
                 data,
                 kv_scales=cache.scales,
                 prefill_attention=settings.prefill_attention,
@@ -130,7 +130,7 @@ def build_artifact(
         values = _manifest_values(origin, precision, singles, cache, scores)
         bundle.write_manifest(stage, values)
         golden, tolerance = make_golden(
-            load_bundle(stage, verify=False), weights, form, origin.prompts, rounding_error=scores.rounding_error
+            load_bundle(stage, verify=False), weights, artifact, origin.prompts, rounding_error=scores.rounding_error
         )
         (stage / "README.md").write_text(render_card(values), encoding="utf-8")
         bundle.write_manifest(stage, {**values, "golden": golden, "tolerance": tolerance})

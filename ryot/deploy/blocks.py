@@ -91,7 +91,7 @@ class GraphBuilder:
 
 
 def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray | None = None, out: str = "") -> str:
-    """`x @ matrix.T + bias`, [B, S, K] to [B, S, N], with the operator that fits the matrix's form."""
+    """`x @ matrix.T + bias`, [B, S, K] to [B, S, N], with the operator that fits the matrix's format."""
     out = out or f"{name}.out"
     bias_name = g.constant(f"{name}.bias", bias) if bias is not None else ""
     match matrix:

@@ -209,13 +209,13 @@ def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by
     }
 
 
-def finish_bundle(form: Path, target: Path, record: Mapping[str, Any]) -> Path:
-    """Copy a form to `target` as the final bundle, with `record.json` beside its files.
+def finish_bundle(artifact: Path, target: Path, record: Mapping[str, Any]) -> Path:
+    """Copy an artifact to `target` as the final bundle, with `record.json` beside its files.
 
-    Raises `BundleError` when the form's files are not those of its manifest.
+    Raises `BundleError` when the artifact's files are not those of its manifest.
     """
-    edge_bundle.load_bundle(form)
+    edge_bundle.load_bundle(artifact)
     with staged_folder(target) as stage:
-        shutil.copytree(form, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(artifact, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         write_json(stage / edge_bundle.RECORD_NAME, record)
     return target

@@ -1,8 +1,9 @@
 """Golden prompts: what a bundle must answer on any machine, and how sure each answer is.
 
-A quantized form's logits depend on the CPU: kernels round activations in their own ways. How much that may change is
-taken from the form itself: its logits on this CPU are compared with exact arithmetic (float32) on the same quantized
-weights. Two CPUs are each about that far from the exact result, so a margin above twice that decides a token on both.
+A quantized artifact's logits depend on the CPU: kernels round activations in their own ways. How much that may change
+is taken from the artifact itself: its logits on this CPU are compared with exact arithmetic (float32) on the same
+quantized weights. Two CPUs are each about that far from the exact result, so a margin above twice that decides a token
+on both.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MAX_PROMPT, MAX_ANSWER = 32, 16
 def make_golden(
     bundle: Bundle,
     weights: DecoderWeights,
-    form: ArtifactMatrices,
+    artifact: ArtifactMatrices,
     prompts: NDArray[np.int64],
     *,
     rounding_error: float,
@@ -53,7 +54,7 @@ def make_golden(
     answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
     # Teacher-forced: each token of an answer is followed by the next logits.
     fed = [np.stack([prompt[:num_prompt] for prompt in prompts]), np.stack([tokens[:-1] for tokens, _ in answers])]
-    loads = (_dequantized(weights, form.prefill), _dequantized(weights, form.decode))
+    loads = (_dequantized(weights, artifact.prefill), _dequantized(weights, artifact.decode))
     pieces = [Piece(ids, load) for ids, load in zip(fed, loads) if ids.size]
     first, *rest = layerwise_logits(weights.spec, pieces, torch.float32)
     exact = torch.cat((first[:, -1:], *rest), dim=1).numpy()

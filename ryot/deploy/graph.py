@@ -7,7 +7,7 @@ Four graphs, made of the same blocks and the same bytes:
     prefill    `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
     decode     `fast` for exactly one new token
 
-Requires: arrays of the shapes that `models.spec.parameter_shapes` gives, all finite, and a form for each matrix.
+Requires: arrays of the shapes that `models.spec.parameter_shapes` gives, all finite, and a format for each matrix.
 Ensures: nodes are in topological order and every name is made once (`GraphBuilder` asserts both), and every constant
 of `datafile.INLINE_BELOW_BYTES` or more lies in the shared data file, each distinct content once. onnx's own checker
 does not know the fused operators; onnxruntime's, which checks them when it loads the graph, is the one that counts.

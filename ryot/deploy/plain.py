@@ -1,7 +1,7 @@
 """The plain `torch.onnx` export of a decoder with past and present: what the fused graphs are compared with.
 
 It has the names of the standard graph but no attention mask and no fused operator; every operator is onnx's own. It is
-no form of a bundle: `benchmarks/` times it, tests take it for a second opinion beside torch.
+no artifact of a bundle: `benchmarks/` times it, tests take it for a second opinion beside torch.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def pair_matrices(
 ) -> ArtifactMatrices:
     """The matrices of an artifact, made of those of the single precisions.
 
-    A pair has one embedding and one head, those of its decode half: prefill uses them for a row a prompt.
+    A pair has one embedding and one head, those of its decode half: prefill uses them for one row per prompt.
     """
     prefill, decode = split_pair(precision)
     if prefill == decode:

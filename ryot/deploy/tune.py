@@ -152,7 +152,7 @@ def timed_part(spec: DecoderSpec) -> DecoderSpec:
 
 
 def format_decision(decision: InferenceDecision) -> str:
-    """The decision and every candidate, one a line, for people."""
+    """The decision and every candidate, one per line, for people."""
     q = decision.settings
     lines = [
         f"inference on {decision.cpu}, onnxruntime {decision.onnxruntime}: fastest {decision.latency}, "
@@ -257,7 +257,7 @@ def _random_decoder(spec: DecoderSpec, format_: _Format, folder: Path, threads: 
 def _random_matrix(
     generator: np.random.Generator, name: str, values_NK: np.ndarray, precision: str, block_size: int
 ) -> Matrix:
-    """A matrix in the form that `precision` gives it, of random codes: quantizing would only take time."""
+    """A matrix in the format that `precision` gives it, of random codes: quantizing would only take time."""
     N, K = values_NK.shape
     if precision == "fp32":
         return FloatMatrix(values_NK)

@@ -54,7 +54,7 @@ Place = tuple[int, tuple[int, ...], int]
 
 
 class Library:
-    """onnxruntime's C library, checked; there is one a process."""
+    """onnxruntime's C library, checked; there is one per process."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))

@@ -182,7 +182,7 @@ class Engine(ABC):
         self._set_lengths(lengths)
 
     def reserve(self, length: int) -> None:
-        """Have room for `length` tokens a row, at most `max_len`, before they come."""
+        """Have room for `length` tokens per row, at most `max_len`, before they come."""
         assert length <= self.max_len
         if length <= self.capacity:
             return

@@ -138,7 +138,7 @@ class _Case:
         self.tokenizer_load_ms: float | None = None
 
     def prompts(self, run: int, length: int) -> list[list[int]]:
-        """The next prompts in turn, one a row."""
+        """The next prompts in turn, one per row."""
         first = run * self.spec.batch_size
         return [self._prompts[(first + row) % len(self._prompts)][:length] for row in range(self.spec.batch_size)]
 

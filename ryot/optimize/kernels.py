@@ -93,10 +93,10 @@ def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *,
 
 
 def format_decision(variant: str, decision: KernelDecision) -> str:
-    """The decision and every candidate, one a line, for people."""
+    """The decision and every candidate, one per line, for people."""
     lines = [f"kernels of {variant} on {decision.cpu}: {_describe(decision.plan)}"]
     lines += [
-        f"  {c.changed:<22} {c.step_ms:8.2f} ms a step  loss {c.loss:.4f}  {c.verdict}" for c in decision.candidates
+        f"  {c.changed:<22} {c.step_ms:8.2f} ms per step  loss {c.loss:.4f}  {c.verdict}" for c in decision.candidates
     ]
     return "\n".join(lines)
 

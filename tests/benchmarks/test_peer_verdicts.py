@@ -1,4 +1,4 @@
-"""Verdicts over the peers: which arms a row compares, what it is held against, and when it means nothing."""
+"""Verdicts over the peers: which cases a row compares, what it is held against, and when it means nothing."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def judge():
 
 @pytest.fixture
 def result():
-    arms = {
-        f"{form} / {family}": {
+    cases = {
+        f"{artifact} / {family}": {
             "family": family,
-            "form": form,
+            "artifact": artifact,
             "rounds": [{"token_ms": [ms], "ttft_ms": [10 * ms]}] * ROUNDS,
         }
-        for family, forms in TOKEN_MS.items()
-        for form, ms in forms.items()
+        for family, artifacts in TOKEN_MS.items()
+        for artifact, ms in artifacts.items()
     }
     blocks = {"int8_block_size": 128, "int4_block_size": 32}
     return {
         "size": "M",
-        "arms": arms,
+        "cases": cases,
         "cold": {
             "int4 / capi": {
                 "family": "ryot",
                 "engine": "capi",
-                "form": "int4",
+                "artifact": "int4",
                 "peak_rss_bytes": [70e6, 72e6, 71e6],
                 "cold_start_ms": [180.0, 200.0, 190.0],
             }
@@ -65,7 +65,7 @@ def rows_of(rows, group):
 
 
 def test_a_row_compares_the_fastest_forms_of_one_weight_format(judge, result):
-    rows = rows_of(judge(result), "best form")
+    rows = rows_of(judge(result), "best artifact")
     q8 = rows["decode int8, llama.cpp Q8_0"]
     assert (q8["ours"], q8["theirs"]) == ("int8 kv8 / ryot", "Q8_0 flash / llama.cpp")
     assert [q8[name] for name in ("reached", "low", "high")] == pytest.approx([1.5] * 3)
@@ -77,17 +77,17 @@ def test_a_row_compares_the_fastest_forms_of_one_weight_format(judge, result):
 
 
 def test_a_row_with_a_float32_cache_leaves_forms_with_another_out(judge, result):
-    row = rows_of(judge(result), "best form")["decode int8, llama.cpp Q8_0, our cache float32"]
+    row = rows_of(judge(result), "best artifact")["decode int8, llama.cpp Q8_0, our cache float32"]
     assert row["ours"] == "int8 / ryot"
     assert row["reached"] == pytest.approx(2.4 / 2.1)
     assert (row["asked"], row["verdict"]) == (1.2, "short by 5%")
 
 
 def test_a_row_says_when_its_interval_reaches_to_the_other_side(judge, result):
-    result["arms"]["int8 kv8 / ryot"]["rounds"] = [
+    result["cases"]["int8 kv8 / ryot"]["rounds"] = [
         {"token_ms": [ms], "ttft_ms": [20.0]} for ms in (1.6, 1.9, 2.4, 1.7, 1.8, 2.3)
     ]
-    row = rows_of(judge(result), "best form")["decode int8, llama.cpp Q8_0"]
+    row = rows_of(judge(result), "best artifact")["decode int8, llama.cpp Q8_0"]
     assert row["low"] < 1.2 < row["reached"] < row["high"]
     assert row["verdict"] == "PASS, interval holds what was asked"
 
@@ -106,11 +106,11 @@ def test_a_chosen_form_is_held_only_against_what_was_asked_of_its_weights(judge,
 
 def test_a_peer_that_makes_other_tokens_voids_its_rows_and_no_other(judge, result):
     result["check"] = {"fp32 / genai": {"family": "genai", "wrong_at": 3}}
-    rows = rows_of(judge(result), "best form")
+    rows = rows_of(judge(result), "best artifact")
     assert rows["TTFT, genai"]["verdict"] == "VOID: fp32 / genai makes another token at 3"
     assert rows["decode int8, llama.cpp Q8_0"]["verdict"] == "PASS"
 
 
 def test_a_peer_that_is_missing_is_not_measured(judge, result):
-    result["arms"] = {name: arm for name, arm in result["arms"].items() if arm["family"] != "llama.cpp"}
-    assert rows_of(judge(result), "best form")["decode int8, llama.cpp Q8_0"]["verdict"] == "not measured"
+    result["cases"] = {name: case for name, case in result["cases"].items() if case["family"] != "llama.cpp"}
+    assert rows_of(judge(result), "best artifact")["decode int8, llama.cpp Q8_0"]["verdict"] == "not measured"

@@ -60,14 +60,16 @@ def trained(request, tmp_path_factory, tokenizer, data):
 
 
 @pytest.fixture(scope="module")
-def forms(trained, data, tmp_path_factory):
+def artifacts(trained, data, tmp_path_factory):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
-    results = export_variant(open_folder(trained), tmp_path_factory.mktemp("forms"), PRECISIONS, data, options=options)
-    return {form.precision: form for form in results}
+    results = export_variant(
+        open_folder(trained), tmp_path_factory.mktemp("artifacts"), PRECISIONS, data, options=options
+    )
+    return {artifact.precision: artifact for artifact in results}
 
 
-def test_scores_of_fp32_are_torchs_own(trained, forms, data):
-    model, quality = load_model(trained), forms["fp32"].quality
+def test_scores_of_fp32_are_torchs_own(trained, artifacts, data):
+    model, quality = load_model(trained), artifacts["fp32"].quality
     windows = torch.from_numpy(quality_windows(data, "test", model.spec.max_seq_len))[: quality.tokens // CONTEXT]
     with torch.no_grad():
         nats = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
@@ -79,17 +81,17 @@ def test_scores_of_fp32_are_torchs_own(trained, forms, data):
     assert (quality.kl, quality.top1, quality.bpb_ratio) == (0.0, 1.0, 1.0)
 
 
-def test_fewer_bits_cost_more_and_all_forms_stay_within_the_limit(forms):
-    assert [form.passed for form in forms.values()] == [True] * len(PRECISIONS)
-    kl = {name: form.quality.kl for name, form in forms.items()}
+def test_fewer_bits_cost_more_and_all_artifacts_stay_within_the_limit(artifacts):
+    assert [artifact.passed for artifact in artifacts.values()] == [True] * len(PRECISIONS)
+    kl = {name: artifact.quality.kl for name, artifact in artifacts.items()}
     assert 0 < kl["int8"] < kl["int4"] < 0.1
     assert 0 < kl["int8-dyn"] < kl["int4"]
-    assert forms["int4"].size_bytes < forms["int8"].size_bytes < forms["fp32"].size_bytes
-    assert forms["int8-dyn+int4"].quality.kl >= kl["int4"]
+    assert artifacts["int4"].size_bytes < artifacts["int8"].size_bytes < artifacts["fp32"].size_bytes
+    assert artifacts["int8-dyn+int4"].quality.kl >= kl["int4"]
 
 
-def test_int4_candidates_are_recorded_and_the_smallest_is_tried_first(forms):
-    record = load_bundle(forms["int4"].path).manifest["quantization"]["int4"]
+def test_int4_candidates_are_recorded_and_the_smallest_is_tried_first(artifacts):
+    record = load_bundle(artifacts["int4"].path).manifest["quantization"]["int4"]
     assert record["method"] == "gptq"
     first, *_ = record["candidates"]
     assert all(label.startswith("4 bits/") for label in first["formats"])
@@ -108,22 +110,24 @@ def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_one
         assert found.record["candidates"][0]["block_size"] == 64
 
 
-def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, forms):
-    four = load_bundle(forms["int4"].path).manifest["quantization"]["int4"]["candidates"][0]
+def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, artifacts):
+    four = load_bundle(artifacts["int4"].path).manifest["quantization"]["int4"]["candidates"][0]
     lost = max(four["bpb_ratio"] - 1, four["kl"] / four["reference_loss"])
     # A limit between what 4 bits cost and what 8 bits cost.
     limit = 1 + lost / 3
-    [form] = export_variant(open_folder(trained), tmp_path, ["int4"], data, options=ExportOptions(max_bpb_ratio=limit))
-    record = load_bundle(form.path).manifest["quantization"]["int4"]
+    [artifact] = export_variant(
+        open_folder(trained), tmp_path, ["int4"], data, options=ExportOptions(max_bpb_ratio=limit)
+    )
+    record = load_bundle(artifact.path).manifest["quantization"]["int4"]
     assert {label.split()[0] for label in record["formats"].values()} == {"4", "8"}
-    assert four["bytes"] < record["bytes"] < forms["int8"].size_bytes
+    assert four["bytes"] < record["bytes"] < artifacts["int8"].size_bytes
     chosen = next(c for c in record["candidates"] if c["bytes"] == record["bytes"])
     assert chosen["bpb_ratio"] <= limit
     smaller = [c for c in record["candidates"] if c["bytes"] < record["bytes"]]
     assert all(max(c["bpb_ratio"] - 1, c["kl"] / c["reference_loss"]) > 0.85 * (limit - 1) for c in smaller)
 
 
-def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(trained, data, tmp_path):
+def test_the_text_that_artifacts_are_scored_on_has_no_say_in_how_they_are_made(trained, data, tmp_path):
     asked = []
 
     class Asked(TextData):
@@ -140,10 +144,10 @@ def test_the_text_that_forms_are_scored_on_has_no_say_in_how_they_are_made(train
     assert set(asked) == {"train", "val"}
 
 
-def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, forms, data):
-    quality = forms["int4"].quality
+def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, artifacts, data):
+    quality = artifacts["int4"].quality
     windows = quality_windows(data, "test", CONTEXT)[: quality.tokens // CONTEXT]
-    found = evaluate_bundle(forms["int4"].path, forms["fp32"].path, windows, data.byte_lengths)
+    found = evaluate_bundle(artifacts["int4"].path, artifacts["fp32"].path, windows, data.byte_lengths)
     # The export's reference is torch, this one onnxruntime: they agree to what float32 holds.
     assert (found.tokens, found.loss) == (quality.tokens, quality.loss)
     assert found.top1 == pytest.approx(quality.top1, abs=1e-3)
@@ -160,27 +164,29 @@ def test_temporary_graphs_leave_the_disk_once_they_are_loaded(trained, data, tmp
     assert np.abs(first - second).max() > 0
 
 
-def test_a_chosen_form_is_byte_identical_when_built_again(trained, data, tmp_path, forms):
+def test_a_chosen_artifact_is_byte_identical_when_built_again(trained, data, tmp_path, artifacts):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
     [again] = export_variant(open_folder(trained), tmp_path, ["int4"], data, options=options)
     for path in sorted(p for p in again.path.rglob("*") if p.is_file()):
-        first = forms["int4"].path / path.relative_to(again.path)
+        first = artifacts["int4"].path / path.relative_to(again.path)
         assert first.read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_form_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_path):
-    [form] = export_variant(open_folder(trained), tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5))
-    assert not form.passed
-    assert form.reason == f"bits per byte {form.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
+def test_an_artifact_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_path):
+    [artifact] = export_variant(
+        open_folder(trained), tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5)
+    )
+    assert not artifact.passed
+    assert artifact.reason == f"bits per byte {artifact.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8-dyn+int8"])
 def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision):
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8"))
-    [form] = export_variant(open_folder(trained), tmp_path, [precision], data, options=options)
-    assert form.passed
-    assert form.quality.kl > 0
-    bundle = load_bundle(form.path)
+    [artifact] = export_variant(open_folder(trained), tmp_path, [precision], data, options=options)
+    assert artifact.passed
+    assert artifact.quality.kl > 0
+    bundle = load_bundle(artifact.path)
     assert (bundle.kv_dtype, bundle.onnxruntime_min) == ("int8", "1.27")
     assert bundle.manifest["quantization"]["kv_cache"]["method"] == "per-tensor"
     assert check_golden(OnnxruntimeEngine(bundle)) > 0
@@ -203,79 +209,79 @@ def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(train
         uneven, spec=cfg, state=model.state_dict(), tokenizer_json=(trained / "tokenizer.json").read_bytes()
     )
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8"))
-    [form] = export_variant(open_folder(uneven), tmp_path / "forms", ["fp32"], data, options=options)
-    record = load_bundle(form.path).manifest["quantization"]["kv_cache"]
+    [artifact] = export_variant(open_folder(uneven), tmp_path / "artifacts", ["fp32"], data, options=options)
+    record = load_bundle(artifact.path).manifest["quantization"]["kv_cache"]
     kl = {c["method"]: c["kl"] for c in record["candidates"]}
     assert record["method"] == "per-channel"
     assert kl["per-tensor"] > 10 * kl["per-channel"]
-    assert check_golden(OnnxruntimeEngine(load_bundle(form.path))) > 0
+    assert check_golden(OnnxruntimeEngine(load_bundle(artifact.path))) > 0
 
 
-def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, forms, data):
+def test_parity_stops_a_graph_whose_weights_are_not_the_checkpoints(trained, artifacts, data):
     model = load_model(trained)
     windows = data.windows("test", 4, model.spec.max_seq_len)
-    assert check_parity(model, forms["fp32"].path, windows).max_difference > 0
+    assert check_parity(model, artifacts["fp32"].path, windows).max_difference > 0
     with torch.no_grad():
         # One weight of 6144, by a third of its size.
         model.layers[1].down.weight[0, 0] += 0.05
     with pytest.raises(QualityError, match="parity: logits of fp32 differ from torch by"):
-        check_parity(model, forms["fp32"].path, windows)
+        check_parity(model, artifacts["fp32"].path, windows)
 
 
-def test_the_tolerance_comes_from_torchs_own_rounding(trained, forms, data):
+def test_the_tolerance_comes_from_torchs_own_rounding(trained, artifacts, data):
     windows = data.windows("test", 4, CONFIGS["opt"].max_seq_len)
     _, error = reference_logits(load_model(trained), windows[:, :-1])
-    parity = forms["fp32"].parity
+    parity = artifacts["fp32"].parity
     assert parity.tolerance == pytest.approx(16 * parity.torch_error)
     assert 0 < error < 1e-3
     assert parity.tokens_compared > 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_golden_prompts_hold_in_a_new_session(forms, precision):
-    bundle = load_bundle(forms[precision].path)
+def test_golden_prompts_hold_in_a_new_session(artifacts, precision):
+    bundle = load_bundle(artifacts[precision].path)
     assert bundle.golden
     assert all(margin > bundle.tolerance for golden in bundle.golden for margin in golden.margins)
     assert check_golden(OnnxruntimeEngine(bundle)) == sum(len(g.tokens) for g in bundle.golden)
 
 
-def test_manifest_says_where_the_bundle_comes_from(trained, forms, data):
-    bundle = load_bundle(forms["int8"].path)
+def test_manifest_says_where_the_bundle_comes_from(trained, artifacts, data):
+    bundle = load_bundle(artifacts["int8"].path)
     assert (bundle.name, bundle.variant, bundle.seed, bundle.precision) == ("tiny", trained.name, 3, "int8")
     provenance = bundle.manifest["provenance"]
     assert provenance["corpus_sha256"] == data.corpus_sha256
     assert len(provenance["checkpoint_sha256"]) == 64
-    assert bundle.manifest["quality"] == json.loads(json.dumps(dataclasses.asdict(forms["int8"].quality)))
+    assert bundle.manifest["quality"] == json.loads(json.dumps(dataclasses.asdict(artifacts["int8"].quality)))
     assert {len(p) for p in bundle.prompts} == {bundle.model.context_length}
     card = (bundle.path / "README.md").read_text()
-    assert f"{forms['int8'].quality.bpb:.4f} bits per byte" in card
+    assert f"{artifacts['int8'].quality.bpb:.4f} bits per byte" in card
     assert str(trained) not in "".join(p.read_text() for p in bundle.path.glob("*.json"))
 
 
-def test_every_graph_reads_the_one_data_file(forms):
-    for form in forms.values():
-        bundle = load_bundle(form.path)
-        assert {p.name for p in form.path.glob("*.data")} == {"model.onnx.data"}
+def test_every_graph_reads_the_one_data_file(artifacts):
+    for artifact in artifacts.values():
+        bundle = load_bundle(artifact.path)
+        assert {p.name for p in artifact.path.glob("*.data")} == {"model.onnx.data"}
         for name in set(bundle.graphs.values()):
-            graph = onnx.load(form.path / name, load_external_data=False).graph
+            graph = onnx.load(artifact.path / name, load_external_data=False).graph
             locations = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
             assert locations == {"model.onnx.data"}
-            assert (form.path / name).stat().st_size < 20_000
+            assert (artifact.path / name).stat().st_size < 20_000
 
 
-def test_the_final_bundle_is_the_form_and_its_record(forms, tmp_path):
-    target = finish_bundle(forms["int4"].path, tmp_path / "bundle", {"ttft_ms": [1.5]})
+def test_the_final_bundle_is_the_artifact_and_its_record(artifacts, tmp_path):
+    target = finish_bundle(artifacts["int4"].path, tmp_path / "bundle", {"ttft_ms": [1.5]})
     assert json.loads((target / "record.json").read_text()) == {"ttft_ms": [1.5]}
     load_bundle(target)
-    (forms["int4"].path / "extra").mkdir()
+    (artifacts["int4"].path / "extra").mkdir()
     (target / "model.onnx.data").write_bytes(b"changed")
     with pytest.raises(BundleError):
         finish_bundle(target, tmp_path / "again", {})
     assert not (tmp_path / "again").exists()
 
 
-def test_run_py_needs_nothing_of_the_project(forms, tmp_path):
-    bundle = finish_bundle(forms["int8-dyn+int4"].path, tmp_path / "bundle", {})
+def test_run_py_needs_nothing_of_the_project(artifacts, tmp_path):
+    bundle = finish_bundle(artifacts["int8-dyn+int4"].path, tmp_path / "bundle", {})
     before = sorted(p.relative_to(bundle) for p in bundle.rglob("*"))
     program = f"""
 import runpy, sys
@@ -309,20 +315,20 @@ def test_the_runtime_has_what_edge_imports_and_no_more():
     assert not [m for m in modules if m.split("/")[1] in ("train", "deploy", "cluster", "report", "cli", "optimize")]
 
 
-def test_a_pair_is_as_good_as_its_worse_half(forms):
-    a, b = forms["int8-dyn"].quality, forms["int4"].quality
+def test_a_pair_is_as_good_as_its_worse_half(artifacts):
+    a, b = artifacts["int8-dyn"].quality, artifacts["int4"].quality
     pair = worst(a, b)
     assert (pair.kl, pair.top1, pair.bpb) == (max(a.kl, b.kl), min(a.top1, b.top1), max(a.bpb, b.bpb))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_onnxruntime_genai_gives_the_golden_tokens(forms, precision):
+def test_onnxruntime_genai_gives_the_golden_tokens(artifacts, precision):
     import onnxruntime_genai as genai
 
-    bundle = load_bundle(forms[precision].path)
+    bundle = load_bundle(artifacts[precision].path)
     if not bundle.one_session:
         # Its prefill is another graph, whose rounding the golden margins do not cover here.
-        bundle = load_bundle(forms[precision.partition("+")[2]].path)
+        bundle = load_bundle(artifacts[precision.partition("+")[2]].path)
     model = genai.Model(str(bundle.path))
     for golden in bundle.golden:
         params = genai.GeneratorParams(model)

@@ -47,7 +47,7 @@ def run_standard(session, ids, past, start):
 
 
 @pytest.fixture(scope="module")
-def form(checkpoint, tmp_path_factory):
+def standard(checkpoint, tmp_path_factory):
     """The fp32 bundle of each architecture and its torch model."""
     target = tmp_path_factory.mktemp("fp32") / "bundle"
     export_unscored(
@@ -62,8 +62,8 @@ def ids():
 
 
 @pytest.mark.parametrize("cuts", [(30,), (29, 30), (1, 2, 3, 4, 5), (17, 18, 19, 20)])
-def test_standard_graph_gives_torchs_logits_in_prefill_and_cached_decode(form, ids, cuts):
-    path, model = form
+def test_standard_graph_gives_torchs_logits_in_prefill_and_cached_decode(standard, ids, cuts):
+    path, model = standard
     session = ort.InferenceSession(path / "model.onnx")
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).numpy()
@@ -74,8 +74,8 @@ def test_standard_graph_gives_torchs_logits_in_prefill_and_cached_decode(form, i
         start = end
 
 
-def test_a_prompt_may_come_in_pieces_for_one_row(form, ids):
-    path, model = form
+def test_a_prompt_may_come_in_pieces_for_one_row(standard, ids):
+    path, model = standard
     session = ort.InferenceSession(path / "model.onnx")
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[:1])).numpy()
@@ -87,7 +87,7 @@ def test_a_prompt_may_come_in_pieces_for_one_row(form, ids):
 
 
 def run_fast(checkpoint, folder, ids, prompt_length, *, attention, kv_scales=None):
-    """Logits [B, S - prompt_length + 1, V] of the fast graph: of the prompt's last position, then one a step."""
+    """Logits [B, S - prompt_length + 1, V] of the fast graph: of the prompt's last position, then one per step."""
     weights = load_decoder_weights(open_folder(checkpoint))
     folder.mkdir()
     with DataFile(folder / DATA_NAME) as data:
@@ -112,16 +112,16 @@ def run_fast(checkpoint, folder, ids, prompt_length, *, attention, kv_scales=Non
 
 @pytest.mark.parametrize("attention", ["flash", "full"])
 @pytest.mark.parametrize("prompt_length", [1, 20])
-def test_both_ways_to_attend_give_torchs_logits(form, checkpoint, ids, tmp_path, attention, prompt_length):
+def test_both_ways_to_attend_give_torchs_logits(standard, checkpoint, ids, tmp_path, attention, prompt_length):
     with torch.no_grad():
-        expected = form[1](torch.from_numpy(ids)).numpy()[:, prompt_length - 1 :]
+        expected = standard[1](torch.from_numpy(ids)).numpy()[:, prompt_length - 1 :]
     found = run_fast(checkpoint, tmp_path / "graph", ids, prompt_length, attention=attention)
     np.testing.assert_allclose(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-def test_both_ways_to_attend_read_an_int8_cache_alike(form, checkpoint, ids, tmp_path):
+def test_both_ways_to_attend_read_an_int8_cache_alike(standard, checkpoint, ids, tmp_path):
     exact = run_fast(checkpoint, tmp_path / "exact", ids, 20, attention="flash")
-    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
     for kv_scales in (observed, observed.per_tensor()):
         both = [
             run_fast(checkpoint, tmp_path / f"{a}-{kv_scales.per_channel}", ids, 20, attention=a, kv_scales=kv_scales)
@@ -163,10 +163,10 @@ def run_prompt(checkpoint, folder, ids, kind, **options):
 @pytest.mark.parametrize("length", [1, 20, CONTEXT])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_prompt_attends_in_float32_and_leaves_the_int8_cache_that_steps_read(
-    form, checkpoint, tmp_path, attention, length, per_channel
+    standard, checkpoint, tmp_path, attention, length, per_channel
 ):
     ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, length))
-    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
     kv_scales = observed if per_channel else observed.per_tensor()
     exact, _ = run_prompt(checkpoint, tmp_path / "float32", ids, "fast")
     _, expected = run_prompt(checkpoint, tmp_path / "int8", ids, "fast", kv_scales=kv_scales)
@@ -186,9 +186,9 @@ def test_a_prompt_attends_in_float32_and_leaves_the_int8_cache_that_steps_read(
 @pytest.mark.parametrize("attention", ["flash", "full"])
 @pytest.mark.parametrize("max_len", [CONTEXT, 32])
 def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
-    form, checkpoint, ids, tmp_path, attention, max_len
+    standard, checkpoint, ids, tmp_path, attention, max_len
 ):
-    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
     path = export_unscored(
         open_folder(checkpoint),
@@ -214,9 +214,9 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
 @pytest.mark.parametrize("engine", [OnnxruntimeEngine, CApiEngine])
 @pytest.mark.parametrize("attention", ["flash", "full"])
 def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_by_token(
-    form, checkpoint, ids, tmp_path, attention, engine, monkeypatch
+    standard, checkpoint, ids, tmp_path, attention, engine, monkeypatch
 ):
-    observed = observe_kv_scales(StandardGraph(form[0] / "model.onnx"), ids)
+    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
     path = export_unscored(
         open_folder(checkpoint),
@@ -250,7 +250,9 @@ def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_b
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int8-dyn+int8"])
 @pytest.mark.parametrize("engine", [OnnxruntimeEngine, CApiEngine])
-def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_path, precision, engine, monkeypatch):
+def test_a_prompt_in_pieces_is_as_good_as_one_whole(
+    standard, checkpoint, ids, tmp_path, precision, engine, monkeypatch
+):
     options = ExportOptions(settings=ExportSettings(prefill_attention="full"))
     prompts = np.zeros((1, CONTEXT), np.int64)
     bundle = load_bundle(
@@ -262,7 +264,7 @@ def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_p
     pieces = engine(bundle, batch_size=3)
     pieces.prefill(ids)
     if precision == "int8-dyn+int8":  # one scale per call: pieces have others than the whole, and are no further off
-        exact = form[1](torch.from_numpy(ids))[:, -1].detach().numpy()
+        exact = standard[1](torch.from_numpy(ids))[:, -1].detach().numpy()
         off_whole, off_pieces = (np.sqrt(np.square(e.logits - exact).mean()) for e in (whole, pieces))
         assert 0 < off_pieces < 1.5 * off_whole
     else:
@@ -271,8 +273,8 @@ def test_a_prompt_in_pieces_is_as_good_as_one_whole(form, checkpoint, ids, tmp_p
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt_length", [1, 20])
-def test_fast_graph_decodes_torchs_greedy_tokens(form, ids, batch_size, prompt_length):
-    path, model = form
+def test_fast_graph_decodes_torchs_greedy_tokens(standard, ids, batch_size, prompt_length):
+    path, model = standard
     decoder = OnnxruntimeEngine(load_bundle(path), batch_size=batch_size)
     decoder.prefill(ids[:batch_size, :prompt_length])
     text = torch.from_numpy(ids[:batch_size, :prompt_length])

@@ -51,10 +51,10 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("form", FORMATS)
-def test_products_do_not_saturate(form, rows, tmp_path):
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_do_not_saturate(name, rows, tmp_path):
     for weights, x in worst_case():
-        matrix = FORMATS[form](weights)
+        matrix = FORMATS[name](weights)
         expected = x[:, :rows] @ matrix.dequantize().T
         found = run_product(tmp_path, matrix, np.ascontiguousarray(x[:, :rows]))
         # Inputs are of size 1 and stand exactly at a code; what is left is float32 rounding of K terms.
@@ -97,8 +97,8 @@ def test_blocks_divide_the_width_where_one_does(width, wanted, expected):
 
 def test_a_matrix_of_zeros_stays_zero():
     zeros = np.zeros((4, 64), np.float32)
-    for form in FORMATS.values():
-        assert not form(zeros).dequantize().any()
+    for encode in FORMATS.values():
+        assert not encode(zeros).dequantize().any()
 
 
 def random_blocks(bits, size, rows=N, width=K, seed=0):

@@ -28,9 +28,9 @@ def test_fp32_graphs_have_torchs_logits_and_tokens(preset, variant, tokenizer, t
     length = min(cfg.max_seq_len, 16_000_000 // cfg.num_parameters * 16 + 32)
     windows = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, length))
     options = ExportOptions()
-    form = export_unscored(
-        open_folder(checkpoint), "fp32", tmp_path / "form", options=options, prompts=windows[:1, : cfg.max_seq_len]
+    artifact = export_unscored(
+        open_folder(checkpoint), "fp32", tmp_path / "artifact", options=options, prompts=windows[:1, : cfg.max_seq_len]
     )
-    parity = check_parity(model, form, windows)
+    parity = check_parity(model, artifact, windows)
     assert parity.tokens_total == 2 * (length - length // 2)
     assert parity.tokens_compared > 0

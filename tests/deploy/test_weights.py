@@ -30,7 +30,7 @@ def changed(checkpoint, tmp_path):
 
 def export(checkpoint, tmp_path, precision="int8"):
     return export_unscored(
-        open_folder(checkpoint), precision, tmp_path / "out" / "form", options=ExportOptions(), prompts=PROMPTS
+        open_folder(checkpoint), precision, tmp_path / "out" / "artifact", options=ExportOptions(), prompts=PROMPTS
     )
 
 
@@ -112,8 +112,8 @@ def test_an_onnxruntime_that_is_too_old_is_refused_before_any_work(changed, tmp_
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(checkpoint, tmp_path):
-    (tmp_path / "out" / "form").mkdir(parents=True)
-    (tmp_path / "out" / "form" / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "artifact").mkdir(parents=True)
+    (tmp_path / "out" / "artifact" / "thesis.txt").write_text("mine")
     with pytest.raises(ExportError, match="exists and is no bundle"):
         export(checkpoint, tmp_path)
-    assert (tmp_path / "out" / "form" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "artifact" / "thesis.txt").read_text() == "mine"

@@ -107,4 +107,4 @@ def test_the_evidence_is_kept_and_shown(decision: tuple[kernels.KernelDecision, 
     (file,) = [p for p in (decision[1] / "kernels").glob("*.json") if json.loads(p.read_text())["candidates"]][:1]
     assert file.exists()
     text = format_decision("optimized", decision[0])
-    assert text.count("ms a step") == len(decision[0].candidates) and "taken" in text
+    assert text.count("ms per step") == len(decision[0].candidates) and "taken" in text

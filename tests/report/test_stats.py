@@ -66,7 +66,7 @@ def test_a_value_lies_in_its_interval_and_widens_with_disagreeing_rounds():
 
 
 def test_three_rounds_give_students_interval_on_their_logs():
-    # Two equal samples a round leave nothing to resample, so only the spread of the rounds is left.
+    # Two equal samples per round leave nothing to resample, so only the spread of the rounds is left.
     rounds = [[10.0, 10.0], [11.0, 11.0], [12.0, 12.0]]
     logs = np.log([10, 11, 12])
     half = 6.9646 * logs.std(ddof=1) / math.sqrt(3)

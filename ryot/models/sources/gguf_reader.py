@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint of Hugging Face's form."""
+"""A GGUF file as a checkpoint of Hugging Face's layout."""
 
 from __future__ import annotations
 

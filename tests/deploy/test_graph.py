@@ -183,22 +183,26 @@ def test_a_prompt_attends_in_float32_and_leaves_the_int8_cache_that_steps_read(
         assert np.abs(codes).max() >= 126
 
 
+def export_int8_pair(standard, checkpoint, ids, folder, attention):
+    """The bundle of a pair whose cache is int8."""
+    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
+    path = export_unscored(
+        open_folder(checkpoint),
+        "int8-dyn+int8",
+        folder / "pair",
+        options=ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention)),
+        prompts=np.zeros((1, CONTEXT), np.int64),
+        cache=CacheFormat(scales=observed, record={"method": "per-channel"}),
+    )
+    return load_bundle(path)
+
+
 @pytest.mark.parametrize("attention", ["flash", "full"])
 @pytest.mark.parametrize("max_len", [CONTEXT, 32])
 def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
     standard, checkpoint, ids, tmp_path, attention, max_len
 ):
-    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
-    options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
-    path = export_unscored(
-        open_folder(checkpoint),
-        "int8-dyn+int8",
-        tmp_path / "pair",
-        options=options,
-        prompts=np.zeros((1, CONTEXT), np.int64),
-        cache=CacheFormat(scales=observed, record={"method": "per-channel"}),
-    )
-    bundle = load_bundle(path)
+    bundle = export_int8_pair(standard, checkpoint, ids, tmp_path, attention)
     engines = [E(bundle, batch_size=len(ids), max_len=max_len) for E in (OnnxruntimeEngine, CApiEngine)]
     engines.append(OnnxruntimeEngine(bundle, batch_size=len(ids)))
     for prompts in (ids[:, :20], ids[:, 5:12]):
@@ -216,17 +220,7 @@ def test_a_pair_with_an_int8_cache_decodes_alike_with_either_engine_and_buffer(
 def test_a_pair_with_an_int8_cache_takes_a_prompt_whole_and_what_follows_token_by_token(
     standard, checkpoint, ids, tmp_path, attention, engine, monkeypatch
 ):
-    observed = observe_kv_scales(StandardGraph(standard[0] / "model.onnx"), ids)
-    options = ExportOptions(settings=ExportSettings(kv_dtype="int8", prefill_attention=attention))
-    path = export_unscored(
-        open_folder(checkpoint),
-        "int8-dyn+int8",
-        tmp_path / "pair",
-        options=options,
-        prompts=np.zeros((1, CONTEXT), np.int64),
-        cache=CacheFormat(scales=observed, record={"method": "per-channel"}),
-    )
-    bundle = load_bundle(path)
+    bundle = export_int8_pair(standard, checkpoint, ids, tmp_path, attention)
     assert not bundle.prefill_takes_past
     extended, stepped, whole = (engine(bundle, batch_size=2) for _ in range(3))
     whole.reserve(CONTEXT)

@@ -22,7 +22,7 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
-from ryot.deploy.memory import give_back_memory
+from ryot.deploy.memory import give_back_memory, map_large_arrays
 from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
 from ryot.deploy.precisions import check_precision, split_pair
 from ryot.deploy.quality import (
@@ -87,6 +87,7 @@ def export_variant(
     for precision in precisions:
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
+    map_large_arrays()
     with scratch_folder("export") as scratch:
         files = scratch / "files"
         files.mkdir()

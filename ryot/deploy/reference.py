@@ -8,6 +8,7 @@ dequantized from blocks, needs little more memory than it has already.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ class _Shell:
         self._table = "embedding.weight" if spec.tie_embeddings else "head.weight"
 
     def layer(self, index: int, load: Load) -> Layer:
-        """One layer with its weights in the type that is computed in."""
-        layer = self._decoder.layers[index]
+        """One layer with its weights in the type that is computed in; they go when it goes."""
+        layer = copy.deepcopy(self._decoder.layers[index])
         assert isinstance(layer, Layer)
         names = layer_shapes(self._spec)
         layer.load_state_dict({name: self._tensor(load, f"layers.{index}.{name}") for name in names}, assign=True)

@@ -135,6 +135,8 @@ class _DecoderGraph:
     def _embed(self, ids: str, positions: str | None) -> str:
         g, spec = self.g, self.spec
         x = blocks.embed(g, ids, "embedding", self.matrices["embedding"])
+        if spec.embedding_scale:
+            x = g.node("Mul", [x, g.constant("embedding_scale", self.weights["embedding_scale"])], ["embedding.even"])
         x = blocks.scaled(g, x, spec.embedding_multiplier, "embedding.scaled")
         if spec.embed_dim:
             x = self._linear(x, "project_in")

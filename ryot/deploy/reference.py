@@ -84,6 +84,9 @@ class _Shell:
         # Only the rows that are looked up.
         rows, places = torch.unique(ids, return_inverse=True)
         table = torch.from_numpy(np.ascontiguousarray(piece.load("embedding.weight")[rows.numpy()])).to(self._dtype)
+        if self._spec.embedding_scale:
+            scale = self._tensor(piece.load, "embedding_scale")
+            self._decoder.embedding_scale = torch.nn.Parameter(scale, requires_grad=False)
         self._fill(piece.load, ("positions", "project_in"))
         return self._decoder.embed(places, table, start)
 

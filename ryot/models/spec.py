@@ -87,6 +87,8 @@ class DecoderSpec:
     embed_dim: int = 0
     """Width of the embedding table where it is projected to `dim` (and back before a tied head); 0: `dim`."""
     embedding_multiplier: float = 1.0
+    embedding_scale: bool = False
+    """Whether looked-up rows are multiplied by a vector: the table then is a head's, scaled for the head's inputs."""
     residual_multiplier: float = 1.0
     """Factor on each branch before it is added."""
     attention_scale: float = 0.0
@@ -227,6 +229,8 @@ def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 def _shapes(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     D, E, V = spec.dim, spec.table_dim, spec.vocab_size
     yield "embedding.weight", (V, E)
+    if spec.embedding_scale:
+        yield "embedding_scale", (E,)
     if spec.learned_positions:
         yield "positions.weight", (spec.max_seq_len + spec.position_offset, D)
     if spec.embed_dim:

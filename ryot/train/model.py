@@ -188,6 +188,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocab_size, spec.table_dim)
+        self.embedding_scale = nn.Parameter(torch.ones(spec.table_dim)) if spec.embedding_scale else None
         self.positions = (
             nn.Embedding(spec.max_seq_len + spec.position_offset, spec.dim) if spec.learned_positions else None
         )
@@ -212,6 +213,8 @@ class Decoder(nn.Module):
     def embed(self, ids_BT: Tensor, table_VE: Tensor, start: int) -> Tensor:
         """[B, T] ids at position `start` and on to the residual stream [B, T, D]."""
         x = F.embedding(ids_BT, table_VE)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
         if self.spec.embedding_multiplier != 1:
             x = x * self.spec.embedding_multiplier
         if self.project_in is not None:

@@ -52,6 +52,7 @@ SPECS = {
     "heads_of_their_own_width": dataclasses.replace(PLAIN, head_dim=32, rotaries=(Rotary(theta=10_000.0, dim=32),)),
     "heads_of_24": dataclasses.replace(LEARNED, head_dim=24),
     "all_biases": dataclasses.replace(PLAIN, qkv_bias=True, out_bias=True, ff_bias=True),
+    "embedding_scale": dataclasses.replace(PLAIN, embedding_scale=True),
     "qkv_bias": dataclasses.replace(PLAIN, qkv_bias=True),
     "head_bias": dataclasses.replace(PLAIN, tie_embeddings=False, head_bias=True),
     "norm_per_head": dataclasses.replace(PLAIN, qk_norm="head"),

@@ -52,7 +52,7 @@ def test_the_decoder_computes_what_it_did(weights, smoothed, data):
     # A few roundings of float32 on logits of order 1.
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert {f"{fold.matrix}.weight" for fold in foldable(weights.spec)} <= {
-        name for name, array in smoothed.arrays.items() if (array != weights.arrays[name]).any()
+        name for name, array in weights.arrays.items() if (array != smoothed.arrays[name]).any()
     }
 
 
@@ -86,7 +86,8 @@ def test_every_structure_computes_what_it_did(name):
     model, weights = random_weights(SPECS[name])
     ids = np.random.default_rng(0).integers(0, weights.spec.vocab_size, (2, 24))
     generator = np.random.default_rng(1)
-    sizes = {n: np.exp(generator.standard_normal(weights[f"{n}.weight"].shape[1])) for n in weights.linears}
+    names = [*weights.linears, weights.head]
+    sizes = {n: np.exp(generator.standard_normal(weights[f"{n}.weight"].shape[1])) for n in names}
     smoothed = smooth(weights, {n: s.astype(np.float32) for n, s in sizes.items()})
     expected, error = reference_logits(model, ids)
     found = build_decoder(smoothed.spec, smoothed.arrays)(torch.from_numpy(ids))

@@ -56,8 +56,8 @@ static void check(struct arena *arena, const struct onnxruntime *ort, status fou
     fail(arena, NULL, "%s: onnxruntime %s: %s", where, ort->version, message);
 }
 
-static void *open_library(struct arena *arena, const char *path) {
-    const char *named = path ? path : getenv("RYOT_ONNXRUNTIME");
+/* `named` may be NULL. */
+static void *open_library(struct arena *arena, const char *named) {
     if (named && *named) {
         void *library = dlopen(named, RTLD_LAZY | RTLD_LOCAL);
         if (!library) fail(arena, NULL, "onnxruntime's library cannot be loaded: %s", dlerror());
@@ -97,10 +97,11 @@ const struct onnxruntime *load_onnxruntime(struct arena *arena, const char *path
     struct onnxruntime *ort = take(arena, 1, sizeof *ort);
     /* It asks for this when it is loaded. */
     setenv("ORT_DISABLE_TELEMETRY", "1", 1);
-    void *library = open_library(arena, path);
+    const char *named = path ? path : getenv("RYOT_ONNXRUNTIME");
+    void *library = open_library(arena, named);
     const struct base *(*get_base)(void);
     *(void **)&get_base = dlsym(library, "OrtGetApiBase");
-    if (!get_base) fail(arena, NULL, "%s: is not onnxruntime's library", path ? path : "RYOT_ONNXRUNTIME");
+    if (!get_base) fail(arena, NULL, "%s: is not onnxruntime's library", named ? named : "libonnxruntime.so");
     ort->version = get_base()->get_version();
     ort->table = get_base()->get_api(API_VERSION);
     if (!ort->table) fail(arena, NULL, "onnxruntime %s does not serve its C API %d", ort->version, API_VERSION);

@@ -154,6 +154,14 @@ static bool read_number(struct reader *r, size_t *number) {
     return r->at > first;
 }
 
+/* Make of a part a group of which it is all. */
+static void enclose(struct reader *r, struct part *part) {
+    struct part *inner = take(r->arena, 1, sizeof *inner);
+    *inner = *part;
+    *part = (struct part){.kind = GROUP, .group = take(r->arena, 1, sizeof *part->group), .low = 1, .high = 1};
+    part->group->first = inner;
+}
+
 static void read_repetition(struct reader *r, struct part *part) {
     part->low = part->high = 1;
     bool interval = false;
@@ -167,8 +175,16 @@ static void read_repetition(struct reader *r, struct part *part) {
         if (accept(r, ",") && !read_number(r, &part->high)) part->high = SIZE_MAX;
         if (!from || !accept(r, "}") || part->high < part->low) refuse(r, "a repetition of another kind");
     } else return;
-    if (accept(r, "?")) part->mode = LAZY;
-    else if (!interval && accept(r, "+")) part->mode = POSSESSIVE;
+    if (interval && r->at < r->end && (*r->at == '+' || *r->at == '*' || (*r->at == '?' && part->low == part->high))) {
+        /* In Oniguruma's default syntax this repeats the repetition. */
+        enclose(r, part);
+        if (!accept(r, "?")) part->high = SIZE_MAX;
+        if (!accept(r, "+")) part->low = 0, accept(r, "*");
+    } else if (accept(r, "?")) {
+        part->mode = LAZY;
+    } else if (accept(r, "+")) {
+        part->mode = POSSESSIVE;
+    }
     if (r->at < r->end && strchr("*+?", *r->at)) refuse(r, "a repetition of a repetition");
 }
 
@@ -362,7 +378,8 @@ bool find_match(struct arena *arena, const struct regex *regex, struct bytes tex
     struct matcher m = {arena, text.items, text.items + text.count, (text.count - from + 100) * STEPS_A_BYTE, 0};
     for (size_t at = from; at < text.count; at += character_bytes((unsigned char)text.items[at])) {
         const char *found = match_any(&m, regex->alternatives, text.items + at);
-        if (found && found > text.items + at) {
+        if (found == text.items + at) fail(arena, "use the bundle's run.py", "the tokenizer splits where its expression matches nothing");
+        if (found) {
             *start = at;
             *end = (size_t)(found - text.items);
             return true;

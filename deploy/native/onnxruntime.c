@@ -95,8 +95,8 @@ const struct onnxruntime *load_onnxruntime(struct arena *arena, const char *path
         const char *(*get_version)(void);
     };
     struct onnxruntime *ort = take(arena, 1, sizeof *ort);
-    /* It asks for this when it is loaded. */
-    setenv("ORT_DISABLE_TELEMETRY", "1", 1);
+    /* It asks for this when it is loaded; what the owner has set stays. */
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);
     const char *named = path ? path : getenv("RYOT_ONNXRUNTIME");
     void *library = open_library(arena, named);
     const struct base *(*get_base)(void);

@@ -17,7 +17,7 @@ struct normalizer {
     const struct normalizer *next;
 };
 
-enum pre_tokenizer_kind { SPLIT, DIGITS, BYTE_LEVEL, METASPACE };
+enum pre_tokenizer_kind { SPLIT, DIGITS, PUNCTUATION, BYTE_LEVEL, METASPACE };
 enum behavior { REMOVED, ISOLATED, CONTIGUOUS, MERGED_WITH_PREVIOUS, MERGED_WITH_NEXT };
 enum prepend { NEVER, FIRST, ALWAYS };
 
@@ -124,6 +124,9 @@ static void add_pre_tokenizers(struct arena *arena, const struct pre_tokenizer *
     } else if (is_text(type, "Digits")) {
         made->kind = DIGITS;
         made->behavior = is_true(member(value, "individual_digits")) ? ISOLATED : CONTIGUOUS;
+    } else if (is_text(type, "Punctuation")) {
+        made->kind = PUNCTUATION;
+        made->behavior = is_nothing(member(value, "behavior")) ? ISOLATED : read_behavior(arena, value, where);
     } else if (is_text(type, "ByteLevel")) {
         const struct json *use_regex = member(value, "use_regex");
         made->kind = BYTE_LEVEL;
@@ -200,9 +203,11 @@ static bool find_cut(struct arena *arena, const struct pre_tokenizer *p, struct 
         uint32_t c;
         size_t length = read_character(text.items + at, &c);
         bool found;
+        enum category category = category_of(c);
         if (p->kind == DIGITS) {
-            enum category category = category_of(c);
             found = category == ND || category == NL || category == NO;
+        } else if (p->kind == PUNCTUATION) {
+            found = (category >= PC && category <= PO) || (c < 0x80 && category >= SM && category <= SO);
         } else {
             found = p->text->count <= text.count - at && !memcmp(text.items + at, p->text->text, p->text->count);
             if (found) length = p->text->count;

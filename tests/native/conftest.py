@@ -1,4 +1,4 @@
-"""The C program of deploy/native, built once: as it is shipped, and with the compiler's checks of memory and arithmetic."""
+"""The C program of deploy/native, built once as it is shipped, and once with the compiler's checks."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ def render(values: Mapping[str, Any]) -> str:
         f"# The C program beside run.py, {values['environment']['cpu']['model']}, commit {values['commit']}",
         "",
         f"`{values['command']}` on core {values['core']}, {values['rounds']} rounds; a fresh process to the first "
-        "byte of its text, and its peak of resident memory: medians, and in brackets the extremes. Ratios are run.py's to the "
-        "C program's, with the 98 % interval over rounds.",
+        "byte of its text, and its peak of resident memory: medians, and in brackets the extremes. Ratios are run.py's "
+        "to the C program's, with the 98 % interval over rounds.",
         "",
         "| form | C: first token, ms | run.py | ratio | C: peak, MB | run.py | ratio |",
         "|:--|--:|--:|--:|--:|--:|--:|",

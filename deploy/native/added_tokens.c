@@ -48,7 +48,8 @@ static struct added_token *add(struct arena *keep, struct added_tokens *tokens, 
 /* Set what a table says about a token; a token that is special is, unless told otherwise, looked for as it is. */
 static void read_fields(struct arena *keep, const struct json *table, struct added_token *token, const char *where) {
     if (is_true(member(table, "single_word")))
-        fail(keep, "use the bundle's run.py", "%s: token '%s' is one of single words, which this program does not know", where, token->text);
+        fail(keep, "use the bundle's run.py", "%s: token '%s' is one of single words, which this program does not know",
+             where, token->text);
     token->special = is_true(member(table, "special"));
     token->strip_left = is_true(member(table, "lstrip"));
     token->strip_right = is_true(member(table, "rstrip"));
@@ -224,7 +225,8 @@ const struct added_token *next_added(const struct added_tokens *tokens, bool nor
     for (size_t at = from; at < text.count; at++) {
         const struct added_token **group = tokens->by_byte[normalized][(unsigned char)text.items[at]], *found = NULL;
         for (; group && *group && !found; group++)
-            if ((*group)->match.count <= text.count - at && !memcmp(text.items + at, (*group)->match.items, (*group)->match.count))
+            if ((*group)->match.count <= text.count - at &&
+                !memcmp(text.items + at, (*group)->match.items, (*group)->match.count))
                 found = *group;
         if (!found) continue;
         if (split_special && found->special) {

@@ -19,11 +19,11 @@ struct merge {
 struct bpe {
     struct token *tokens;
     int64_t num_ids, num_tokens;
-    uint32_t *slots; /* ids by the hash of their text */
+    uint32_t *slots;      /* ids by the hash of their text */
     struct merge *merges; /* by the hash of the pair */
     size_t slot_mask, merge_mask;
     int64_t byte_ids[256]; /* of <0x00> to <0xFF>, -1 where there is none */
-    int64_t unknown; /* -1: what is unknown is left out */
+    int64_t unknown;       /* -1: what is unknown is left out */
     bool byte_fallback, fuse_unknown, ignore_merges;
 };
 
@@ -92,7 +92,8 @@ static void read_vocabulary(struct arena *arena, struct bpe *bpe, const struct j
         if (bpe->tokens[id].text) fail(arena, NULL, "%s: token %lld comes twice", where, (long long)id);
         memcpy(texts, text->text, text->count);
         uint32_t *slot = find_slot(bpe, texts, text->count);
-        if (*slot != NONE) fail(arena, NULL, "%s: a text is that of two tokens, %u and %lld", where, *slot, (long long)id);
+        if (*slot != NONE)
+            fail(arena, NULL, "%s: a text is that of two tokens, %u and %lld", where, *slot, (long long)id);
         bpe->tokens[id] = (struct token){texts, text->count};
         *slot = (uint32_t)id;
         texts += text->count;
@@ -140,7 +141,8 @@ const struct bpe *read_bpe(struct arena *arena, const struct json *model, const 
     for (size_t i = 0; i < sizeof unused / sizeof *unused; i++) {
         const struct json *value = member(model, unused[i]);
         if (!is_nothing(value) && !is_text(value, "") && !(is_kind(value, JSON_NUMBER) && value->number == 0))
-            fail(arena, "use the bundle's run.py", "%s: the model has a %s, which this program does not know", where, unused[i]);
+            fail(arena, "use the bundle's run.py", "%s: the model has a %s, which this program does not know", where,
+                 unused[i]);
     }
     struct bpe *bpe = take(arena, 1, sizeof *bpe);
     where = format(arena, "%s: model", where);
@@ -243,7 +245,8 @@ static void split_characters(const struct bpe *bpe, struct word *word, struct by
             continue;
         }
         bool as_bytes = bpe->byte_fallback;
-        for (size_t i = 0; i < length; i++) as_bytes = as_bytes && bpe->byte_ids[(unsigned char)text.items[at + i]] >= 0;
+        for (size_t i = 0; i < length; i++)
+            as_bytes = as_bytes && bpe->byte_ids[(unsigned char)text.items[at + i]] >= 0;
         if (as_bytes) {
             for (size_t i = 0; i < length; i++) add_symbol(word, bpe->byte_ids[(unsigned char)text.items[at + i]]);
         } else if (bpe->unknown >= 0) {

@@ -46,7 +46,8 @@ static const char *read_graph(struct arena *keep, const struct bundle *bundle, c
 
 static struct ids read_ids(struct arena *keep, const struct json *list, int64_t vocab_size, const char *where) {
     struct ids ids = {take(keep, list->count, sizeof *ids.items), list->count, list->count};
-    for (uint32_t i = 0; i < list->count; i++) ids.items[i] = as_integer(keep, &list->items[i], 0, vocab_size - 1, where);
+    for (uint32_t i = 0; i < list->count; i++)
+        ids.items[i] = as_integer(keep, &list->items[i], 0, vocab_size - 1, where);
     return ids;
 }
 
@@ -63,7 +64,8 @@ static void read_golden(struct arena *keep, struct bundle *bundle, const struct 
             fail(keep, REBUILD, "%s: golden prompt %u: ids, tokens and margins do not fit together", where, i + 1);
         double *values = take(keep, margins->count, sizeof *values);
         for (uint32_t k = 0; k < margins->count; k++) {
-            if (!is_kind(&margins->items[k], JSON_NUMBER)) fail(keep, REBUILD, "%s: golden prompt %u: a margin is no number", where, i + 1);
+            if (!is_kind(&margins->items[k], JSON_NUMBER))
+                fail(keep, REBUILD, "%s: golden prompt %u: a margin is no number", where, i + 1);
             values[k] = margins->items[k].number;
         }
         prompt->margins = values;
@@ -79,8 +81,9 @@ static void check_size(struct arena *arena, const struct bundle *bundle, const s
     if (stat(path_of(arena, bundle, file->name), &about) || !S_ISREG(about.st_mode))
         fail(arena, REBUILD, "bundle %s: %s is missing", bundle->folder, file->name);
     if (about.st_size != file->bytes)
-        fail(arena, REBUILD, "bundle %s: %s is %s: it has %lld bytes, the manifest says %lld", bundle->folder, file->name,
-             about.st_size < file->bytes ? "cut short" : "changed", (long long)about.st_size, (long long)file->bytes);
+        fail(arena, REBUILD, "bundle %s: %s is %s: it has %lld bytes, the manifest says %lld", bundle->folder,
+             file->name, about.st_size < file->bytes ? "cut short" : "changed", (long long)about.st_size,
+             (long long)file->bytes);
 }
 
 static void read_model(struct arena *keep, struct bundle *bundle, const struct json *model, const char *where) {
@@ -98,13 +101,14 @@ const struct bundle *read_bundle(struct arena *keep, struct arena *scratch, cons
     struct stat about;
     bundle->folder = take_text(keep, folder, strlen(folder));
     if (stat(folder, &about)) fail(keep, NULL, "%s: not a bundle (%s)", folder, strerror(errno));
-    if (!S_ISDIR(about.st_mode)) fail(keep, NULL, "%s: not a bundle, it is a file; give the folder that holds " MANIFEST, folder);
+    if (!S_ISDIR(about.st_mode))
+        fail(keep, NULL, "%s: not a bundle, it is a file; give the folder that holds " MANIFEST, folder);
     if (stat(path, &about)) fail(keep, NULL, "%s: not a bundle, it has no " MANIFEST, folder);
     const struct json *manifest = read_json(scratch, path);
     int64_t schema = need_integer(keep, manifest, "schema", 1, INT32_MAX, path);
     if (schema > SCHEMA)
-        fail(keep, "use the bundle's own run.py, or a newer ryot", "%s: schema %lld is newer than %d, the newest that this program reads",
-             path, (long long)schema, SCHEMA);
+        fail(keep, "use the bundle's own run.py, or a newer ryot",
+             "%s: schema %lld is newer than %d, the newest that this program reads", path, (long long)schema, SCHEMA);
     read_files(keep, bundle, need(keep, manifest, "files", JSON_OBJECT, where), where);
     bundle->prefill = read_graph(keep, bundle, manifest, "prefill", where);
     bundle->decode = read_graph(keep, bundle, manifest, "decode", where);
@@ -147,8 +151,10 @@ void check_files(struct arena *scratch, const struct bundle *bundle, bool all) {
         int reason = errno;
         bool hashed = file && hash_file(file, found);
         if (file) fclose(file);
-        if (!hashed) fail(scratch, NULL, "bundle %s: %s cannot be read (%s)", bundle->folder, entry->name, strerror(reason));
+        if (!hashed)
+            fail(scratch, NULL, "bundle %s: %s cannot be read (%s)", bundle->folder, entry->name, strerror(reason));
         if (strcmp(found, entry->sha256) != 0)
-            fail(scratch, REBUILD, "bundle manifest: sha256 of %s is %.12s..., expected %.12s...", entry->name, found, entry->sha256);
+            fail(scratch, REBUILD, "bundle manifest: sha256 of %s is %.12s..., expected %.12s...", entry->name, found,
+                 entry->sha256);
     }
 }

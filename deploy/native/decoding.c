@@ -13,7 +13,8 @@ static size_t list_parts(struct arena *arena, const struct json *value, const st
     if (is_text(member(value, "type"), "Sequence")) {
         const struct json *inner = need(arena, value, "decoders", JSON_ARRAY, where);
         for (uint32_t i = 0; i < inner->count; i++) {
-            if (is_text(member(&inner->items[i], "type"), "Sequence")) fail(arena, NULL, "%s: a sequence in a sequence", where);
+            if (is_text(member(&inner->items[i], "type"), "Sequence"))
+                fail(arena, NULL, "%s: a sequence in a sequence", where);
             count = list_parts(arena, &inner->items[i], parts, count, where);
         }
         return count;
@@ -27,7 +28,8 @@ static struct json copy(struct arena *arena, const struct json *text) {
     return (struct json){.kind = JSON_TEXT, .count = text->count, .text = take_text(arena, text->text, text->count)};
 }
 
-static bool read_replacement(struct arena *arena, const struct json *part, struct replacement *made, const char *where) {
+static bool read_replacement(struct arena *arena, const struct json *part, struct replacement *made,
+                             const char *where) {
     const struct json *type = member(part, "type"), *from = member(member(part, "pattern"), "String");
     if (is_text(type, "Replace") && is_kind(from, JSON_TEXT)) {
         made->from = copy(arena, from);
@@ -90,8 +92,6 @@ static struct bytes decode_bytes(struct arena *arena, struct bytes name) {
     }
     return result;
 }
-
-static int hex_value(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
 
 struct bytes decode_name(struct arena *arena, const struct decoding *decoding, struct bytes name, bool first,
                          bool *byte) {

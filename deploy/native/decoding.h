@@ -6,8 +6,8 @@
 
 struct replacement {
     struct json from, to;
-    bool metaspace;       /* `from` is what stands for a space ... */
-    bool drops_first;     /* ... and goes from a text's first token */
+    bool metaspace;   /* `from` is what stands for a space ... */
+    bool drops_first; /* ... and goes from a text's first token */
     struct replacement *next;
 };
 

@@ -31,8 +31,8 @@ struct engine {
 static void load(struct arena *arena, struct engine *engine, int role, const char *name, int threads) {
     const char *path = format(arena, "%s/%s", engine->bundle->folder, name);
     engine->sessions[role] = open_session(arena, engine->ort, path, threads);
-    check_session(arena, engine->ort, engine->sessions[role], engine->num_inputs, OUTPUTS_BEFORE_CACHE + engine->num_caches,
-                  path);
+    check_session(arena, engine->ort, engine->sessions[role], engine->num_inputs,
+                  OUTPUTS_BEFORE_CACHE + engine->num_caches, path);
 }
 
 static void name_tensors(struct arena *keep, struct engine *engine) {
@@ -97,12 +97,13 @@ static void reserve(struct arena *arena, struct engine *engine, int64_t length, 
     unbind(engine);
     for (size_t i = 0; i < engine->num_caches; i++) {
         /* Anonymous pages: zero, aligned, and none is taken before it is touched. */
-        char *grown = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *old = engine->caches[i];
+        char *grown = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+             *old = engine->caches[i];
         if (grown == MAP_FAILED)
             fail(arena, NULL, "out of memory: keys and values of %lld tokens", (long long)capacity);
         for (size_t head = 0; used && head < heads; head++)
-            memcpy(grown + head * (size_t)capacity * position_bytes, old + head * (size_t)engine->capacity * position_bytes,
-                   (size_t)used * position_bytes);
+            memcpy(grown + head * (size_t)capacity * position_bytes,
+                   old + head * (size_t)engine->capacity * position_bytes, (size_t)used * position_bytes);
         if (old) munmap(old, engine->cache_bytes);
         engine->caches[i] = grown;
     }

@@ -68,8 +68,7 @@ static unsigned parse_hex(struct parser *p) {
     unsigned value = 0;
     if (p->end - p->at < 4) wrong(p, "a text");
     for (int i = 0; i < 4; i++, p->at++) {
-        char c = *p->at;
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = hex_value(*p->at);
         if (digit < 0) wrong(p, "a text");
         value = value * 16 + (unsigned)digit;
     }
@@ -171,8 +170,8 @@ static void parse_value(struct parser *p) {
 }
 
 const struct json *parse_json(struct arena *arena, struct bytes text, const char *where) {
-    struct parser p = {.arena = arena, .start = text.items, .at = text.items, .end = text.items + text.count,
-                       .where = where};
+    struct parser p = {
+        .arena = arena, .start = text.items, .at = text.items, .end = text.items + text.count, .where = where};
     parse_value(&p);
     skip_space(&p);
     if (p.at != p.end) wrong(&p, "something behind the end");
@@ -200,8 +199,8 @@ bool is_nothing(const struct json *value) { return !value || value->kind == JSON
 
 bool is_true(const struct json *value) { return is_kind(value, JSON_TRUE); }
 
-static const char *const KIND_NAMES[] = {"null", "a truth value", "a truth value", "a number",
-                                         "a text", "a list", "a table"};
+static const char *const KIND_NAMES[] = {"null",   "a truth value", "a truth value", "a number",
+                                         "a text", "a list",        "a table"};
 
 const struct json *need(struct arena *arena, const struct json *object, const char *key, enum json_kind kind,
                         const char *where) {

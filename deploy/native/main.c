@@ -13,7 +13,8 @@
 static const char HELP[] =
     "Usage: ryot-run BUNDLE [PROMPT] [options]\n"
     "\n"
-    "Continue PROMPT with the bundle's model, on stdout as it comes. Without PROMPT, or with -, it is read from stdin.\n"
+    "Continue PROMPT with the bundle's model, on stdout as it comes. Without PROMPT, or with -, it is read from "
+    "stdin.\n"
     "\n"
     "  --verify                 check every file's hash and the golden prompts\n"
     "  --ids                    print the prompt's token ids\n"
@@ -65,7 +66,8 @@ static long long read_whole(const char *option, const char *value, long long low
     char *end;
     errno = 0;
     long long number = strtoll(value, &end, 10);
-    if (end == value || *end || errno || number < low) misuse(option, low ? "expected a whole number above 0" : "expected a whole number not below 0");
+    if (end == value || *end || errno || number < low)
+        misuse(option, low ? "expected a whole number above 0" : "expected a whole number not below 0");
     return number;
 }
 
@@ -158,7 +160,8 @@ static int print_ids(struct ryot *ryot, const struct ryot_request *request) {
     size_t room = 4 * request->prompt_bytes + 1024;
     int64_t *ids = malloc(room * sizeof *ids);
     if (!ids) misuse("PROMPT", "is too long");
-    int64_t count = ryot_encode(ryot, request->prompt, request->prompt_bytes, request->split_special_tokens, ids, room, &error);
+    int64_t count =
+        ryot_encode(ryot, request->prompt, request->prompt_bytes, request->split_special_tokens, ids, room, &error);
     if (count < 0) stop_with(&error);
     for (int64_t i = 0; i < count && (size_t)i < room; i++) printf(i ? " %lld" : "%lld", (long long)ids[i]);
     free(ids);
@@ -169,8 +172,8 @@ static int verify(struct ryot *ryot) {
     struct ryot_checked checked;
     struct ryot_error error;
     if (!ryot_verify(ryot, &checked, &error)) stop_with(&error);
-    printf("%s: %zu files as in the manifest, %zu of %zu golden tokens compared and equal", ryot_name(ryot), checked.files,
-           checked.compared, checked.golden_tokens);
+    printf("%s: %zu files as in the manifest, %zu of %zu golden tokens compared and equal", ryot_name(ryot),
+           checked.files, checked.compared, checked.golden_tokens);
     return end_output();
 }
 

@@ -45,7 +45,7 @@ struct onnxruntime {
 };
 
 /* The function at a place, as one that takes and gives what is said. */
-#define CALL(ort, place, result, ...) ((result(*)(__VA_ARGS__))(ort)->table[place])
+#define CALL(ort, place, result, ...) ((result (*)(__VA_ARGS__))(ort)->table[place])
 
 static void check(struct arena *arena, const struct onnxruntime *ort, status found, const char *where) {
     char message[400];
@@ -69,9 +69,12 @@ static void *open_library(struct arena *arena, const char *named) {
 #endif
         "libonnxruntime.so.1", "libonnxruntime.so", "libonnxruntime.dylib"};
     void *library = NULL;
-    for (size_t i = 0; !library && i < sizeof places / sizeof *places; i++) library = dlopen(places[i], RTLD_LAZY | RTLD_LOCAL);
+    for (size_t i = 0; !library && i < sizeof places / sizeof *places; i++)
+        library = dlopen(places[i], RTLD_LAZY | RTLD_LOCAL);
     if (!library)
-        fail(arena, "name it with --onnxruntime, or in RYOT_ONNXRUNTIME: capi/libonnxruntime.so.* of the pip package, or a release's",
+        fail(arena,
+             "name it with --onnxruntime, or in RYOT_ONNXRUNTIME: capi/libonnxruntime.so.* of the pip package, or a "
+             "release's",
              "onnxruntime's library is not found: %s", dlerror());
     return library;
 }
@@ -105,8 +108,11 @@ const struct onnxruntime *load_onnxruntime(struct arena *arena, const char *path
     ort->version = get_base()->get_version();
     ort->table = get_base()->get_api(API_VERSION);
     if (!ort->table) fail(arena, NULL, "onnxruntime %s does not serve its C API %d", ort->version, API_VERSION);
-    check(arena, ort, CALL(ort, CreateEnv, status, int, const char *, void **)(LOG_ERRORS_ONLY, "ryot", &ort->environment), "CreateEnv");
-    check(arena, ort, CALL(ort, CreateCpuMemoryInfo, status, int, int, void **)(0, 0, &ort->memory_info), "CreateCpuMemoryInfo");
+    check(arena, ort,
+          CALL(ort, CreateEnv, status, int, const char *, void **)(LOG_ERRORS_ONLY, "ryot", &ort->environment),
+          "CreateEnv");
+    check(arena, ort, CALL(ort, CreateCpuMemoryInfo, status, int, int, void **)(0, 0, &ort->memory_info),
+          "CreateCpuMemoryInfo");
     check_places(arena, ort);
     return ort;
 }
@@ -121,8 +127,11 @@ struct session *open_session(struct arena *arena, const struct onnxruntime *ort,
     if (!found) found = CALL(ort, SetInterOpNumThreads, status, void *, int)(options, 1);
     if (!found) found = CALL(ort, DisableCpuMemArena, status, void *)(options);
     if (!found) found = CALL(ort, SetSessionLogSeverityLevel, status, void *, int)(options, LOG_ERRORS_ONLY);
-    if (!found) found = CALL(ort, AddSessionConfigEntry, status, void *, const char *, const char *)(options, NO_SPINNING, "0");
-    if (!found) found = CALL(ort, CreateSession, status, void *, const char *, void *, struct session **)(ort->environment, path, options, &session);
+    if (!found)
+        found = CALL(ort, AddSessionConfigEntry, status, void *, const char *, const char *)(options, NO_SPINNING, "0");
+    if (!found)
+        found = CALL(ort, CreateSession, status, void *, const char *, void *,
+                     struct session **)(ort->environment, path, options, &session);
     CALL(ort, ReleaseSessionOptions, void, void *)(options);
     check(arena, ort, found, path);
     return session;
@@ -138,8 +147,8 @@ void check_session(struct arena *arena, const struct onnxruntime *ort, struct se
     check(arena, ort, CALL(ort, SessionGetInputCount, status, struct session *, size_t *)(session, &found[0]), path);
     check(arena, ort, CALL(ort, SessionGetOutputCount, status, struct session *, size_t *)(session, &found[1]), path);
     if (found[0] != inputs || found[1] != outputs)
-        fail(arena, NULL, "%s: has %zu inputs and %zu outputs, the manifest makes it %zu and %zu", path, found[0], found[1],
-             inputs, outputs);
+        fail(arena, NULL, "%s: has %zu inputs and %zu outputs, the manifest makes it %zu and %zu", path, found[0],
+             found[1], inputs, outputs);
 }
 
 struct tensor *make_tensor(struct arena *arena, const struct onnxruntime *ort, void *data, const int64_t *shape,
@@ -147,8 +156,8 @@ struct tensor *make_tensor(struct arena *arena, const struct onnxruntime *ort, v
     size_t bytes = element == INT64 ? 8 : element == INT8 ? 1 : 4;
     struct tensor *tensor = NULL;
     for (size_t i = 0; i < rank; i++) bytes *= (size_t)shape[i];
-    status found = CALL(ort, CreateTensorWithDataAsOrtValue, status, void *, void *, size_t, const int64_t *, size_t, int,
-                        struct tensor **)(ort->memory_info, data, bytes, shape, rank, (int)element, &tensor);
+    status found = CALL(ort, CreateTensorWithDataAsOrtValue, status, void *, void *, size_t, const int64_t *, size_t,
+                        int, struct tensor **)(ort->memory_info, data, bytes, shape, rank, (int)element, &tensor);
     check(arena, ort, found, "a tensor");
     return tensor;
 }
@@ -160,7 +169,9 @@ void free_tensor(const struct onnxruntime *ort, struct tensor *tensor) {
 void run_session(struct arena *arena, const struct onnxruntime *ort, struct session *session,
                  const char *const *input_names, struct tensor *const *inputs, size_t num_inputs,
                  const char *const *output_names, struct tensor **outputs, size_t num_outputs, const char *path) {
-    check(arena, ort, CALL(ort, Run, status, struct session *, void *, const char *const *, struct tensor *const *, size_t,
-                           const char *const *, size_t, struct tensor **)(session, NULL, input_names, inputs, num_inputs,
-                                                                          output_names, num_outputs, outputs), path);
+    check(arena, ort,
+          CALL(ort, Run, status, struct session *, void *, const char *const *, struct tensor *const *, size_t,
+               const char *const *, size_t,
+               struct tensor **)(session, NULL, input_names, inputs, num_inputs, output_names, num_outputs, outputs),
+          path);
 }

@@ -13,7 +13,9 @@ enum mode { GREEDY, LAZY, POSSESSIVE };
 
 /* Characters: those in the ranges or categories, or none of them. */
 struct set {
-    struct { uint32_t first, last; } *ranges;
+    struct {
+        uint32_t first, last;
+    } *ranges;
     size_t num_ranges;
     uint32_t categories; /* a bit for each */
     bool space, no_space, word, no_word, negated, fold_case;
@@ -48,8 +50,9 @@ struct reader {
 };
 
 static _Noreturn void refuse(struct reader *r, const char *what) {
-    fail(r->arena, "use the bundle's run.py", "%s: the regular expression has %s, which this program cannot match: %.*s",
-         r->where, what, r->end - r->start > 200 ? 200 : (int)(r->end - r->start), r->start);
+    fail(r->arena, "use the bundle's run.py",
+         "%s: the regular expression has %s, which this program cannot match: %.*s", r->where, what,
+         r->end - r->start > 200 ? 200 : (int)(r->end - r->start), r->start);
 }
 
 static bool accept(struct reader *r, const char *text) {
@@ -106,7 +109,11 @@ static bool read_escape(struct reader *r, struct set *set, uint32_t *character) 
         bool braces = c == 'x' && accept(r, "{");
         const char *digit;
         *character = 0;
-        for (int i = 0; i < (braces ? 8 : c == 'u' ? 4 : 2) && r->at < r->end && (digit = strchr(digits, *r->at)); i++, r->at++)
+        for (int i = 0; i < (braces     ? 8
+                             : c == 'u' ? 4
+                                        : 2) &&
+                        r->at < r->end && (digit = strchr(digits, *r->at));
+             i++, r->at++)
             *character = *character << 4 | (uint32_t)((digit - digits) & 15);
         if (braces && !accept(r, "}")) refuse(r, "a character's number without an end");
         return false;
@@ -351,7 +358,8 @@ static const char *match_parts(struct matcher *m, const struct part *part, const
     const char *end = NULL;
     if (!part) {
         if (!then) end = at;
-        else if (at == then->began) end = match_parts(m, then->part->next, at, then->outer); /* an empty round: enough */
+        else if (at == then->began)
+            end = match_parts(m, then->part->next, at, then->outer); /* an empty round: enough */
         else end = match_group(m, then->part, then->rounds, at, then->outer);
     } else if (part->kind == SET) {
         end = match_set(m, part, at, then);
@@ -364,7 +372,9 @@ static const char *match_parts(struct matcher *m, const struct part *part, const
         else if (part->kind == LOOK_AHEAD) found = (match_any(m, part->group, at) != NULL) != part->negative;
         else {
             const char *before = at;
-            if (before > m->start) do before--; while ((*before & 0xC0) == 0x80);
+            if (before > m->start) do
+                    before--;
+                while ((*before & 0xC0) == 0x80);
             found = (before < at && match_any(m, part->group, before) != NULL) != part->negative;
         }
         end = found ? match_parts(m, part->next, at, then) : NULL;
@@ -378,7 +388,8 @@ bool find_match(struct arena *arena, const struct regex *regex, struct bytes tex
     struct matcher m = {arena, text.items, text.items + text.count, (text.count - from + 100) * STEPS_A_BYTE, 0};
     for (size_t at = from; at < text.count; at += character_bytes((unsigned char)text.items[at])) {
         const char *found = match_any(&m, regex->alternatives, text.items + at);
-        if (found == text.items + at) fail(arena, "use the bundle's run.py", "the tokenizer splits where its expression matches nothing");
+        if (found == text.items + at)
+            fail(arena, "use the bundle's run.py", "the tokenizer splits where its expression matches nothing");
         if (found) {
             *start = at;
             *end = (size_t)(found - text.items);

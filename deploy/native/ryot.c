@@ -23,7 +23,9 @@ struct ryot {
     int threads;
 };
 
-static void begin(struct ryot *ryot, struct trap *trap) { ryot->keep.trap = ryot->scratch.trap = ryot->loaded.trap = trap; }
+static void begin(struct ryot *ryot, struct trap *trap) {
+    ryot->keep.trap = ryot->scratch.trap = ryot->loaded.trap = trap;
+}
 
 static void end(struct ryot *ryot) { release(&ryot->scratch); }
 
@@ -47,7 +49,8 @@ static bool load_bundle(struct ryot *ryot, const char *folder, const char *libra
         give_up(ryot, &trap, error);
         return false;
     }
-    if (ryot->threads < 1) fail_usage(&ryot->keep, NULL, "threads: got %d, expected a whole number above 0", ryot->threads);
+    if (ryot->threads < 1)
+        fail_usage(&ryot->keep, NULL, "threads: got %d, expected a whole number above 0", ryot->threads);
     ryot->bundle = read_bundle(&ryot->keep, &ryot->scratch, folder);
     release(&ryot->scratch);
     check_files(&ryot->scratch, ryot->bundle, false);
@@ -102,11 +105,13 @@ static void load_model(struct ryot *ryot) {
 static struct ids encode_prompt(struct ryot *ryot, const char *text, size_t bytes, bool split_special) {
     size_t valid = valid_bytes(text, bytes);
     if (valid < bytes)
-        fail_usage(&ryot->scratch, NULL, "prompt: is not UTF-8 (byte 0x%02x at offset %zu)", (unsigned char)text[valid], valid);
+        fail_usage(&ryot->scratch, NULL, "prompt: is not UTF-8 (byte 0x%02x at offset %zu)", (unsigned char)text[valid],
+                   valid);
     struct ids ids = encode(&ryot->scratch, ryot->tokenizer, (struct bytes){(char *)text, bytes, 0}, split_special);
     for (size_t i = 0; i < ids.count; i++)
         if (ids.items[i] >= ryot->bundle->vocab_size)
-            fail(&ryot->scratch, NULL, "prompt: a token id is outside the vocabulary, 0 to %lld", (long long)ryot->bundle->vocab_size - 1);
+            fail(&ryot->scratch, NULL, "prompt: a token id is outside the vocabulary, 0 to %lld",
+                 (long long)ryot->bundle->vocab_size - 1);
     return ids;
 }
 
@@ -127,13 +132,17 @@ int64_t ryot_encode(struct ryot *ryot, const char *text, size_t bytes, bool spli
 
 /* How many tokens to generate. */
 static int64_t plan(struct ryot *ryot, const struct ryot_request *request, const struct ids *prompt) {
-    int64_t length = (int64_t)prompt->count, room = ryot->bundle->context_length - length, wanted = request->max_new_tokens;
-    if (wanted < 0) fail_usage(&ryot->scratch, NULL, "max_new_tokens: got %lld, expected a whole number above 0", (long long)wanted);
+    int64_t length = (int64_t)prompt->count, room = ryot->bundle->context_length - length,
+            wanted = request->max_new_tokens;
+    if (wanted < 0)
+        fail_usage(&ryot->scratch, NULL, "max_new_tokens: got %lld, expected a whole number above 0",
+                   (long long)wanted);
     if (room < 1 || wanted > room) {
         const char *more = wanted ? format(&ryot->scratch, " and %lld new ones", (long long)wanted) : "";
-        const char *hint = room > 0 ? format(&ryot->scratch, "ask for at most %lld new tokens", (long long)room) : "shorten the prompt";
-        fail(&ryot->scratch, hint, "a prompt of %lld tokens%s does not fit the context of %lld tokens", (long long)length, more,
-             (long long)ryot->bundle->context_length);
+        const char *hint = room > 0 ? format(&ryot->scratch, "ask for at most %lld new tokens", (long long)room)
+                                    : "shorten the prompt";
+        fail(&ryot->scratch, hint, "a prompt of %lld tokens%s does not fit the context of %lld tokens",
+             (long long)length, more, (long long)ryot->bundle->context_length);
     }
     if (wanted) return wanted;
     return room < DEFAULT_NEW_TOKENS ? room : DEFAULT_NEW_TOKENS;
@@ -156,7 +165,8 @@ static void generate(struct ryot *ryot, const struct ryot_request *request) {
     struct arena *scratch = &ryot->scratch;
     struct ids prompt = encode_prompt(ryot, request->prompt, request->prompt_bytes, request->split_special_tokens);
     if (!prompt.count && ryot->bundle->bos < 0)
-        fail_usage(scratch, NULL, "prompt: is empty, and this model has no token that begins a text; give at least a character");
+        fail_usage(scratch, NULL,
+                   "prompt: is empty, and this model has no token that begins a text; give at least a character");
     if (!prompt.count) add_id(scratch, &prompt, ryot->bundle->bos);
     int64_t num_tokens = plan(ryot, request, &prompt);
     struct stop_filter filter = {.stop = request->stop, .num_stop = request->num_stop};
@@ -202,18 +212,21 @@ static void check_golden(struct ryot *ryot, struct ryot_checked *checked) {
         const struct golden_prompt *golden = &bundle->golden[number];
         checked->golden_tokens += golden->tokens.count;
         prefill(&ryot->scratch, ryot->engine, &golden->prompt);
-        for (size_t i = 0; i < golden->tokens.count && golden->margins[i] >= bundle->tolerance; i++, checked->compared++) {
+        for (size_t i = 0; i < golden->tokens.count && golden->margins[i] >= bundle->tolerance;
+             i++, checked->compared++) {
             if (i) step(&ryot->scratch, ryot->engine);
             int64_t token = *next_token(ryot->engine), expected = golden->tokens.items[i];
             if (token != expected)
                 fail(&ryot->scratch, "this CPU or onnxruntime computes something else than the bundle was checked with",
-                     "bundle %s: golden prompt %zu: token %zu is %lld, expected %lld (margin %.3g, tolerance %.3g)", bundle->folder,
-                     number + 1, i + 1, (long long)token, (long long)expected, golden->margins[i], bundle->tolerance);
+                     "bundle %s: golden prompt %zu: token %zu is %lld, expected %lld (margin %.3g, tolerance %.3g)",
+                     bundle->folder, number + 1, i + 1, (long long)token, (long long)expected, golden->margins[i],
+                     bundle->tolerance);
         }
         release(&ryot->scratch);
     }
     if (bundle->num_golden && !checked->compared)
-        fail(&ryot->scratch, NULL, "bundle %s: no golden token has a margin above %.3g", bundle->folder, bundle->tolerance);
+        fail(&ryot->scratch, NULL, "bundle %s: no golden token has a margin above %.3g", bundle->folder,
+             bundle->tolerance);
 }
 
 bool ryot_verify(struct ryot *ryot, struct ryot_checked *checked, struct ryot_error *error) {

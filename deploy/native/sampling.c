@@ -36,15 +36,22 @@ struct sampler *make_sampler(struct arena *arena, const struct ryot_sampling *gi
     struct ryot_sampling p = *given;
     p.top_p = or_one(p.top_p);
     p.repetition_penalty = or_one(p.repetition_penalty);
-    const struct { const char *name; bool holds; double value; const char *rule; } rules[] = {
+    const struct {
+        const char *name;
+        bool holds;
+        double value;
+        const char *rule;
+    } rules[] = {
         {"temperature", p.temperature >= 0 && isfinite(p.temperature), p.temperature, "a number not below 0"},
         {"top_k", p.top_k >= 0, (double)p.top_k, "a whole number not below 0"},
         {"top_p", p.top_p > 0 && p.top_p <= 1, p.top_p, "a number above 0, at most 1"},
         {"min_p", p.min_p >= 0 && p.min_p <= 1, p.min_p, "a number from 0 to 1"},
-        {"repetition_penalty", p.repetition_penalty > 0 && isfinite(p.repetition_penalty), p.repetition_penalty, "a number above 0"},
+        {"repetition_penalty", p.repetition_penalty > 0 && isfinite(p.repetition_penalty), p.repetition_penalty,
+         "a number above 0"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        if (!rules[i].holds) fail_usage(arena, NULL, "%s: got %g, expected %s", rules[i].name, rules[i].value, rules[i].rule);
+        if (!rules[i].holds)
+            fail_usage(arena, NULL, "%s: got %g, expected %s", rules[i].name, rules[i].value, rules[i].rule);
     struct sampler *s = take(arena, 1, sizeof *s);
     s->params = p;
     s->random = seed_random(p.seed, 0);
@@ -59,7 +66,9 @@ struct sampler *make_sampler(struct arena *arena, const struct ryot_sampling *gi
     return s;
 }
 
-static bool is_better(struct choice a, struct choice b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
+static bool is_better(struct choice a, struct choice b) {
+    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
 
 static int compare_choices(const void *a, const void *b) {
     return is_better(*(const struct choice *)a, *(const struct choice *)b) ? -1 : 1;
@@ -106,9 +115,11 @@ static void find_probabilities(struct arena *arena, struct sampler *s, size_t co
         uint32_t *ids = take(arena, count, sizeof *ids);
         for (size_t i = 0; i < count; i++) ids[i] = s->best[i].id;
         qsort(ids, count, sizeof *ids, compare_ids);
-        for (size_t i = 0; i < count; i++) sum += s->weights[ids[i]] = exp(((double)s->logits[ids[i]] - top) / s->params.temperature);
+        for (size_t i = 0; i < count; i++)
+            sum += s->weights[ids[i]] = exp(((double)s->logits[ids[i]] - top) / s->params.temperature);
     } else {
-        for (size_t id = 0; id < s->vocab_size; id++) sum += s->weights[id] = exp(((double)s->logits[id] - top) / s->params.temperature);
+        for (size_t id = 0; id < s->vocab_size; id++)
+            sum += s->weights[id] = exp(((double)s->logits[id] - top) / s->params.temperature);
     }
     double total = 0;
     for (size_t i = 0; i < count; i++) {
@@ -152,7 +163,8 @@ static int64_t draw(struct arena *arena, struct sampler *s, double uniform) {
         bool cut = keep < head || (keep == head && !s->params.top_k && !all);
         if (cut) return token_at(s, keep, uniform * s->cumulative[keep - 1]);
         bool nothing_is_cut = s->params.top_p >= 1 && s->params.min_p == 0;
-        if (all || s->params.top_k || (nothing_is_cut && uniform < s->cumulative[head - 1])) return token_at(s, head, uniform);
+        if (all || s->params.top_k || (nothing_is_cut && uniform < s->cumulative[head - 1]))
+            return token_at(s, head, uniform);
     }
 }
 

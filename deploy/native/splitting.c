@@ -6,8 +6,7 @@
 #include "unicode.h"
 
 /* What ByteLevel cuts by where it cuts, from GPT-2. */
-static const char GPT2_PATTERN[] =
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+static const char GPT2_PATTERN[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
 enum normalizer_kind { PREPEND, REPLACE, NFC };
 
@@ -249,16 +248,20 @@ static void cut(struct arena *arena, const struct pre_tokenizer *p, struct bytes
         size_t last = i;
         if (p->behavior == CONTIGUOUS)
             while (last + 1 < count && fragments[last + 1].match == fragments[i].match) last++;
-        if (p->behavior == MERGED_WITH_PREVIOUS && !fragments[i].match && i + 1 < count && fragments[i + 1].match) last++;
+        if (p->behavior == MERGED_WITH_PREVIOUS && !fragments[i].match && i + 1 < count && fragments[i + 1].match)
+            last++;
         if (p->behavior == MERGED_WITH_NEXT && fragments[i].match && i + 1 < count && !fragments[i + 1].match) last++;
         if (p->behavior != REMOVED || !fragments[i].match)
-            add_word(arena, words, (struct bytes){text.items + fragments[i].start, fragments[last].end - fragments[i].start, 0});
+            add_word(arena, words,
+                     (struct bytes){text.items + fragments[i].start, fragments[last].end - fragments[i].start, 0});
         i = last + 1;
     }
 }
 
 uint32_t character_of_byte(unsigned char byte) {
-    static const struct { unsigned char first, last; } others[] = {{0x00, 0x20}, {0x7F, 0xA0}, {0xAD, 0xAD}};
+    static const struct {
+        unsigned char first, last;
+    } others[] = {{0x00, 0x20}, {0x7F, 0xA0}, {0xAD, 0xAD}};
     uint32_t next = 0x100;
     for (int i = 0; i < 3; i++) {
         if (byte >= others[i].first && byte <= others[i].last) return next + byte - others[i].first;

@@ -23,10 +23,12 @@ static void add_special(struct arena *keep, const struct json *special, const st
                         const char *where) {
     const struct json *found = is_kind(name, JSON_TEXT) ? member(special, name->text) : NULL;
     const struct json *listed = need(keep, found, "ids", JSON_ARRAY, where);
-    for (uint32_t i = 0; i < listed->count; i++) add_id(keep, ids, as_integer(keep, &listed->items[i], 0, INT32_MAX, where));
+    for (uint32_t i = 0; i < listed->count; i++)
+        add_id(keep, ids, as_integer(keep, &listed->items[i], 0, INT32_MAX, where));
 }
 
-static void read_template(struct arena *keep, struct tokenizer *tokenizer, const struct json *value, const char *where) {
+static void read_template(struct arena *keep, struct tokenizer *tokenizer, const struct json *value,
+                          const char *where) {
     const struct json *parts = need(keep, value, "single", JSON_ARRAY, where);
     bool behind = false;
     for (uint32_t i = 0; i < parts->count; i++) {
@@ -54,7 +56,8 @@ static void read_post_processor(struct arena *keep, struct tokenizer *tokenizer,
     } else if (is_text(type, "Sequence") && !done) {
         const struct json *parts = need(keep, value, "processors", JSON_ARRAY, where);
         for (uint32_t i = 0; i < parts->count; i++) {
-            if (is_text(member(&parts->items[i], "type"), "Sequence")) fail(keep, NULL, "%s: a sequence in a sequence", where);
+            if (is_text(member(&parts->items[i], "type"), "Sequence"))
+                fail(keep, NULL, "%s: a sequence in a sequence", where);
             read_post_processor(keep, tokenizer, &parts->items[i], where);
         }
     } else {
@@ -95,8 +98,8 @@ static void encode_plain(struct arena *scratch, const struct tokenizer *tokenize
 }
 
 /* Encode a text between added tokens: those that are looked for in it as it is, then those in its normal form. */
-static void encode_between(struct arena *scratch, const struct tokenizer *tokenizer, struct bytes text, bool split_special,
-                           bool normalized, bool begins, struct ids *ids) {
+static void encode_between(struct arena *scratch, const struct tokenizer *tokenizer, struct bytes text,
+                           bool split_special, bool normalized, bool begins, struct ids *ids) {
     if (normalized) text = normalize(scratch, tokenizer->normalizer, text);
     for (size_t at = 0, start, end; at < text.count; at = end) {
         const struct added_token *token =
@@ -128,7 +131,8 @@ static struct bytes name_of(const struct tokenizer *tokenizer, int64_t id) {
 
 struct text_stream begin_text(const struct tokenizer *tokenizer, const int64_t *after, size_t count) {
     struct text_stream stream = {0};
-    for (size_t i = 0; i < count && !stream.continues; i++) stream.continues = name_of(tokenizer, after[i]).items != NULL;
+    for (size_t i = 0; i < count && !stream.continues; i++)
+        stream.continues = name_of(tokenizer, after[i]).items != NULL;
     stream.strip_left = stream.continues ? 0 : tokenizer->decoding.strip_count;
     return stream;
 }
@@ -166,8 +170,8 @@ static size_t wrong_bytes(const char *held, size_t count) {
     return 1;
 }
 
-static void push_unknown(struct arena *scratch, const struct decoding *decoding, struct text_stream *stream, size_t times,
-                         struct bytes *text) {
+static void push_unknown(struct arena *scratch, const struct decoding *decoding, struct text_stream *stream,
+                         size_t times, struct bytes *text) {
     for (; times; times--) push_text(scratch, decoding, stream, UNKNOWN, sizeof UNKNOWN - 1, text);
 }
 
@@ -181,7 +185,8 @@ static void push_byte(struct arena *scratch, const struct decoding *decoding, st
     }
     stream->held[stream->num_held++] = byte;
     while (stream->num_held) {
-        if (stream->num_held == character_bytes((unsigned char)stream->held[0]) && is_utf8(stream->held, stream->num_held)) {
+        if (stream->num_held == character_bytes((unsigned char)stream->held[0]) &&
+            is_utf8(stream->held, stream->num_held)) {
             push_text(scratch, decoding, stream, stream->held, stream->num_held, text);
             stream->num_held = 0;
             return;

@@ -13,9 +13,9 @@ struct ids encode(struct arena *scratch, const struct tokenizer *tokenizer, stru
 
 /* Text that comes a token at a time, never a part of a character. */
 struct text_stream {
-    bool continues;    /* a text has begun, so that its first token is past */
-    bool broken;       /* the run of bytes that is on is no UTF-8 */
-    char held[4];      /* of a character whose end has not come */
+    bool continues; /* a text has begun, so that its first token is past */
+    bool broken;    /* the run of bytes that is on is no UTF-8 */
+    char held[4];   /* of a character whose end has not come */
     size_t num_held;
     size_t strip_left; /* characters that may yet be removed from the beginning */
 };

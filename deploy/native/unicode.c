@@ -32,6 +32,12 @@ bool is_word(uint32_t character) {
     return category <= NO || category == PC;
 }
 
+int hex_value(char digit) {
+    if (digit >= '0' && digit <= '9') return digit - '0';
+    if (digit >= 'a' && digit <= 'f') return digit - 'a' + 10;
+    return digit >= 'A' && digit <= 'F' ? digit - 'A' + 10 : -1;
+}
+
 size_t character_bytes(unsigned char first) {
     return first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
 }
@@ -152,6 +158,7 @@ struct bytes normalize_nfc(struct arena *arena, struct bytes text) {
         all.items[count++] = c;
     }
     struct bytes result = {take(arena, 4 * count + 1, 1), 0, 4 * count};
-    for (size_t i = 0; i < count; i++) result.count += write_character(result.items + result.count, (uint32_t)all.items[i]);
+    for (size_t i = 0; i < count; i++)
+        result.count += write_character(result.items + result.count, (uint32_t)all.items[i]);
     return result;
 }

@@ -5,11 +5,17 @@
 #include "arena.h"
 
 /* General categories; the order is unicode_tables.py's. */
-enum category { LU, LL, LT, LM, LO, MN, MC, ME, ND, NL, NO, PC, PD, PS, PE, PI, PF, PO, SM, SC, SK, SO, ZS, ZL, ZP, CC, CF, CO, CN };
+/* clang-format off */
+enum category {
+    LU, LL, LT, LM, LO, MN, MC, ME, ND, NL, NO, PC, PD, PS, PE, PI, PF, PO, SM, SC, SK, SO, ZS, ZL, ZP, CC, CF, CO, CN
+};
+/* clang-format on */
 
 enum category category_of(uint32_t character);
 bool is_space(uint32_t character);
 bool is_word(uint32_t character); /* \w */
+/* The value of a hexadecimal digit; -1 for what is none. */
+int hex_value(char digit);
 
 /* The character at a place of valid UTF-8, and its length there. */
 size_t read_character(const char *at, uint32_t *character);

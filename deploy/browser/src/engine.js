@@ -9,6 +9,7 @@
  */
 
 import { BundleError } from './bundle.js';
+import { expandMatrices } from './expand.js';
 
 /** @typedef {import('./bundle.js').Manifest} Manifest */
 /** @typedef {import('./runtime.js').Runtime} Runtime */
@@ -214,14 +215,17 @@ export class Engine {
  * @param {Runtime} runtime
  * @param {Manifest} manifest
  * @param {Map<string, Uint8Array>} files
+ * @param {{expand?: boolean}} [options]  whether quantized matrices are unpacked, as `expand` says
  */
-export async function openEngine(runtime, manifest, files) {
+export async function openEngine(runtime, manifest, files, { expand = true } = {}) {
   const data = new Map([...files].filter(([name]) => name.endsWith('.data')));
   const { prefill, decode } = manifest.graphs;
   /** @param {string} name */
   const open = async name => {
     try {
-      return await runtime.openSession(/** @type {Uint8Array} */ (files.get(name)), data);
+      const stored = { model: /** @type {Uint8Array} */ (files.get(name)), files: data };
+      const graph = expand ? expandMatrices(stored.model, stored.files) : stored;
+      return await runtime.openSession(graph.model, graph.files);
     } catch (error) {
       throw new BundleError(`${name}: ${error.message}`);
     }

@@ -38,12 +38,19 @@ const NEEDED = [
  * Load the module from `folder` (a URL that ends in a slash); `threads` above 1 need cross-origin isolation.
  * @param {string} folder
  * @param {number} threads
+ * @param {WebAssembly.Module} [compiled]  the module's code, where somebody has compiled it already
  */
-export async function openRuntime(folder, threads) {
+export async function openRuntime(folder, threads, compiled) {
   const factory = (await import(`${folder}ort-wasm-simd-threaded.mjs`)).default;
   const module = await factory({
     numThreads: threads,
     locateFile: (/** @type {string} */ name) => folder + name,
+    ...compiled && {
+      instantiateWasm: (/** @type {WebAssembly.Imports} */ imports, /** @type {Function} */ receive) => {
+        WebAssembly.instantiate(compiled, imports).then(instance => receive(instance, compiled));
+        return {};
+      },
+    },
   });
   const missing = NEEDED.filter(name => typeof module[name] !== 'function');
   if (missing.length) {
@@ -68,7 +75,7 @@ export class Runtime {
   /**
    * A graph, ready to run, with the data files that it names.
    * @param {Uint8Array} graph
-   * @param {Map<string, Uint8Array>} dataFiles
+   * @param {Map<string, import('./expand.js').DataFile>} dataFiles
    */
   async openSession(graph, dataFiles) {
     const { module } = this;

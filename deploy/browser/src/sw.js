@@ -1,0 +1,54 @@
+/**
+ * The page without a network: its own files come from the cache, all of one build. The bundle's files are kept by
+ * bundle.js, under their hashes.
+ *
+ * A server that cannot set headers may serve the page too: what comes from here is cross-origin isolated in any case,
+ * which is what threads need.
+ */
+
+import { BUILD, FILES } from './files.js';
+
+const CACHE = `ryot-page-${BUILD}`;
+const ISOLATION = {
+  'Cross-Origin-Opener-Policy': 'same-origin',
+  'Cross-Origin-Embedder-Policy': 'require-corp',
+  'Cross-Origin-Resource-Policy': 'same-origin',
+};
+const here = new URL('./', self.location.href).href;
+const sw = /** @type {any} */ (self);
+
+sw.addEventListener('install', (/** @type {any} */ event) => {
+  event.waitUntil(fill().then(() => sw.skipWaiting()));
+});
+
+sw.addEventListener('activate', (/** @type {any} */ event) => {
+  event.waitUntil(forgetOthers().then(() => sw.clients.claim()));
+});
+
+sw.addEventListener('fetch', (/** @type {any} */ event) => {
+  const url = new URL(event.request.url);
+  const name = url.href.startsWith(here) ? url.pathname.slice(new URL(here).pathname.length) || 'index.html' : '';
+  if (event.request.method === 'GET' && FILES.includes(name)) event.respondWith(answer(name));
+});
+
+async function fill() {
+  const cache = await caches.open(CACHE);
+  await Promise.all(FILES.map(async name => {
+    const response = await fetch(here + name, { cache: 'no-cache' });
+    if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
+    const headers = new Headers(response.headers);
+    for (const [key, value] of Object.entries(ISOLATION)) headers.set(key, value);
+    await cache.put(here + name, new Response(response.body, { headers }));
+  }));
+}
+
+async function forgetOthers() {
+  const names = await caches.keys();
+  await Promise.all(names.filter(name => name.startsWith('ryot-page-') && name !== CACHE).map(name => caches.delete(name)));
+}
+
+/** @param {string} name */
+async function answer(name) {
+  const cache = await caches.open(CACHE);
+  return await cache.match(here + name) ?? fetch(here + name);
+}

@@ -27,10 +27,6 @@ export class ChatTemplate {
         add_generation_prompt: true,
         tools: null,
         documents: null,
-        strftime_now: formatNow,
-        raise_exception: (/** @type {string} */ message) => {
-          throw new Error(message);
-        },
       });
     } catch (error) {
       throw new Error(`the chat template refuses these messages: ${error.message}`);
@@ -73,18 +69,4 @@ export function encodeConversation(template, tokenizer, messages, context) {
         `${context} tokens; shorten the message`);
     }
   }
-}
-
-/** The date as Python's strftime writes it, for the directives that templates use. @param {string} pattern */
-function formatNow(pattern) {
-  const now = new Date();
-  const two = (/** @type {number} */ n) => String(n).padStart(2, '0');
-  const name = (/** @type {Intl.DateTimeFormatOptions} */ options) => now.toLocaleDateString('en', options);
-  /** @type {Record<string, string>} */
-  const values = {
-    d: two(now.getDate()), m: two(now.getMonth() + 1), Y: String(now.getFullYear()), y: two(now.getFullYear() % 100),
-    b: name({ month: 'short' }), B: name({ month: 'long' }), a: name({ weekday: 'short' }), A: name({ weekday: 'long' }),
-    H: two(now.getHours()), M: two(now.getMinutes()), S: two(now.getSeconds()), '%': '%',
-  };
-  return pattern.replace(/%([a-zA-Z%])/g, (whole, directive) => values[directive] ?? whole);
 }

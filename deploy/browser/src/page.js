@@ -47,6 +47,7 @@ const handlers = {
     $('text').placeholder = event.chat ? 'Message' : 'Beginning of a text';
     $('text').disabled = $('send').disabled = false;
     $('system-label').hidden = !event.chat;
+    $('clear').textContent = event.chat ? 'New chat' : 'Clear';
     $('tokens').max = event.context;
     showFacts();
     showMemory(event.memoryBytes);

@@ -2,13 +2,14 @@
 
     python serve.py [FOLDER] [--port PORT]
 
-Only this machine can reach it, unless told otherwise with `--host`; browsers let pages of other machines use threads and
-work offline over https alone, which is a matter for a real web server.
+Only this machine can reach it, unless told otherwise with `--host`. Browsers let pages of other machines use threads
+and work offline over https alone: that is a matter for a real web server.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -54,7 +55,9 @@ def build_server(folder: Path, host: str = "127.0.0.1", port: int = 0) -> Thread
 def main() -> int:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description="Serve a built page with the headers that threads need.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "dist", help="what build.mjs made")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).parent / "dist", help="what build.mjs made"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port (default: %(default)s)")
     arguments = parser.parse_args()
@@ -64,10 +67,8 @@ def main() -> int:
     with build_server(arguments.folder, arguments.host, arguments.port) as server:
         sys.stdout.write(f"http://{arguments.host}:{server.server_port}/\n")
         sys.stdout.flush()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass
     return 0
 
 

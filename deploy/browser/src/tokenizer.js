@@ -32,7 +32,9 @@ export class Tokenizer {
     /** @type {(string | undefined)[]} */
     this.names = [];
     for (const [name, id] of this.model.vocab) this.names[id] = name;
-    for (const { content, id } of this.added.values()) this.names[id] = content;
+    for (const { content, id, normalized } of this.added.values()) {
+      this.names[id] = normalized ? this.normalize(content) : content; // as `tokenizers` names them since 0.23
+    }
     this.special = new Set([...this.added.values()].filter(token => token.special).map(token => token.id));
     this.around = readTemplate(spec.post_processor);
     const all = [...this.added.values()];

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.edge.tiny_bundle import write_bundle
+from tests.models.sources.conftest import llama_cpp_source as llama_cpp_source
 
 from .chromium import Browser, build_page, missing, served
 

@@ -1,6 +1,6 @@
 /** The page itself: what is shown and typed. Everything about the model is in worker.js. */
 
-/** @typedef {Record<string, any>} Event */
+/** @typedef {Record<string, any>} Told */
 
 // The largest part of a start is the runtime's code, so it is fetched and compiled before anything else is looked at.
 const compiled = WebAssembly.compileStreaming(fetch('vendor/ort-wasm-simd-threaded.wasm')).catch(() => undefined);
@@ -11,7 +11,7 @@ const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementB
 const megabytes = (/** @type {number} */ bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const milliseconds = (/** @type {number} */ ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 
-/** What `ready` said of the model. @type {Event | null} */
+/** What `ready` said of the model. @type {Told | null} */
 let model = null;
 /** @type {{role: string, content: string}[]} */
 let messages = [];
@@ -28,7 +28,7 @@ compiled.then(module => worker.postMessage({
 }));
 navigator.serviceWorker?.register('sw.js', { type: 'module' }).catch(() => {}); // without one there is no offline use
 
-/** @type {Record<string, (event: Event) => void>} */
+/** @type {Record<string, (event: Told) => void>} */
 const handlers = {
   progress({ loaded, total }) {
     $('progress').value = loaded / total;
@@ -101,7 +101,7 @@ const handlers = {
   },
 };
 
-/** For tests and benchmarks: the figures of the last answer. @type {Event | null} */
+/** For tests and benchmarks: the figures of the last answer. @type {Told | null} */
 let lastDone = null;
 Object.defineProperty(globalThis, 'ryot', { value: { get model() { return model; }, get last() { return lastDone; } } });
 

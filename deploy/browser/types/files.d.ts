@@ -1,0 +1,2 @@
+export const BUILD: string;
+export const FILES: string[];

@@ -102,6 +102,21 @@ class Browser:
         """What pages have written to the console since the last call."""
         return list(self._ask("log"))
 
+    def peak_rss_bytes(self) -> int:
+        """The largest resident memory that any of the pages' processes has had (Linux)."""
+        mine, found = {self._process.pid}, [0]
+        for path in sorted(Path("/proc").glob("[0-9]*/status"), key=lambda p: int(p.parent.name)):
+            try:
+                fields = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+                command = (path.parent / "cmdline").read_bytes()
+            except OSError:  # it has ended
+                continue
+            if int(fields["PPid"]) in mine:
+                mine.add(int(path.parent.name))
+                if b"--type=renderer" in command:
+                    found.append(int(fields["VmHWM"].split()[0]) * 1024)
+        return max(found)
+
     def _ask(self, command: str, **values: object) -> Any:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"do": command, **values}) + "\n")

@@ -18,8 +18,8 @@ let messages = [];
 /** The answer that is being written. @type {{element: HTMLElement, text: string, asked: number, first: number} | null} */
 let answer = null;
 
-worker.onmessage = ({ data }) => handlers[data.type](data);
-worker.onerror = event => showError(`the page's worker cannot start: ${event.message || 'see the browser’s console'}`);
+worker.onmessage = (/** @type {MessageEvent<Told>} */ { data }) => handlers[data.type](data);
+worker.onerror = (/** @type {ErrorEvent} */ event) => showError(`the page's worker cannot start: ${event.message || 'see the browser’s console'}`);
 compiled.then(module => worker.postMessage({
   type: 'load',
   bundle: new URL(options.get('bundle') ?? 'bundle/', location.href).href,

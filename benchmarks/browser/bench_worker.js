@@ -35,7 +35,7 @@ const engines = {
     env.localModelPath = '/models/';
     env.backends.onnx.wasm.numThreads = threads;
     const folder = new URL('peer/', self.location).href;
-    // Its own choice, the build with WebGPU, cannot read a quantized embedding and is slower on the CPU.
+    // Its own choice, the build with WebGPU, lacks the operator of a quantized embedding.
     env.backends.onnx.wasm.wasmPaths = {
       mjs: `${folder}ort-wasm-simd-threaded.mjs`, wasm: `${folder}ort-wasm-simd-threaded.wasm` };
     const [tokenizer, loaded] = await Promise.all([

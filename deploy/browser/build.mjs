@@ -7,20 +7,18 @@
  */
 
 import { createHash } from 'node:crypto';
-import { copyFileSync, existsSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { buildSync } from 'esbuild';
 import { checkRuntimeVersion, neededFiles, parseManifest } from './src/bundle.js';
 
 const here = dirname(fileURLToPath(import.meta.url));
+const RUNTIME_FOLDER = join(here, 'node_modules', 'onnxruntime-web');
 const MANIFEST = 'ryot_manifest.json';
-/** Files of npm packages, and what they are called in vendor/. */
-const VENDORED = {
-  'onnxruntime-web/dist/ort-wasm-simd-threaded.mjs': 'ort-wasm-simd-threaded.mjs',
-  'onnxruntime-web/dist/ort-wasm-simd-threaded.wasm': 'ort-wasm-simd-threaded.wasm',
-  '@huggingface/jinja/dist/index.js': 'jinja.js',
-};
+const RUNTIME = ['ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm'];
+const AS_THEY_ARE = ['index.html', 'style.css', 'app.webmanifest', 'icon.svg'];
 
 /** @param {string} message @returns {never} */
 function stop(message) {
@@ -28,36 +26,34 @@ function stop(message) {
   process.exit(2);
 }
 
-/** @param {string} folder */
-function addPage(folder) {
-  for (const name of readdirSync(join(here, 'src'))) copyFileSync(join(here, 'src', name), join(folder, name));
+/** Copy or bundle what the page is made of. @param {string} folder @param {Record<string, string>} define */
+function addPage(folder, define) {
+  for (const name of AS_THEY_ARE) copyFileSync(join(here, 'src', name), join(folder, name));
   mkdirSync(join(folder, 'vendor'), { recursive: true });
-  for (const [from, to] of Object.entries(VENDORED)) {
-    const source = join(here, 'node_modules', from);
-    if (!existsSync(source)) stop(`${from} is not installed; run 'npm ci' in ${here} first`);
-    copyFileSync(source, join(folder, 'vendor', to));
-  }
-  const { version } = JSON.parse(readFileSync(join(here, 'node_modules/onnxruntime-web/package.json'), 'utf8'));
-  writeFileSync(join(folder, 'vendor', 'versions.js'), `export const ORT_VERSION = '${version}';\n`);
-  return version;
-}
-
-/** Name the page's files, and the build by what is in them, for the service worker. @param {string} folder */
-function addFileList(folder) {
-  const names = ['vendor', '.'].flatMap(part => readdirSync(join(folder, part), { withFileTypes: true })
-    .filter(entry => entry.isFile() && !['sw.js', 'files.js'].includes(entry.name))
-    .map(entry => (part === '.' ? '' : `${part}/`) + entry.name)).sort();
+  for (const name of RUNTIME) copyFileSync(join(RUNTIME_FOLDER, 'dist', name), join(folder, 'vendor', name));
+  bundleScripts(folder, ['page.js', 'worker.js'], define);
+  // The service worker names every other file, and the build by what is in them.
+  const names = ['vendor/', ''].flatMap(part => readdirSync(join(folder, part), { withFileTypes: true })
+    .filter(entry => entry.isFile()).map(entry => part + entry.name)).sort();
   const hash = createHash('sha256');
   for (const name of names) hash.update(name).update(readFileSync(join(folder, name)));
-  writeFileSync(
-    join(folder, 'files.js'),
-    `export const BUILD = '${hash.digest('hex').slice(0, 16)}';\nexport const FILES = ${JSON.stringify(names, null, 1)};\n`);
+  bundleScripts(folder, ['sw.js'], {
+    BUILD: JSON.stringify(hash.digest('hex').slice(0, 16)), FILES: JSON.stringify(names),
+  });
+}
+
+/** Each script with all that it imports in one file: a start does not wait for one import after another. @param {string} folder @param {string[]} names @param {Record<string, string>} define */
+function bundleScripts(folder, names, define) {
+  buildSync({
+    absWorkingDir: here, entryPoints: names.map(name => `src/${name}`), outdir: folder, bundle: true, minifyWhitespace: true, format: 'iife',
+    target: 'es2023', charset: 'utf8', legalComments: 'none', logLevel: 'warning', define, supported: { 'dynamic-import': true },
+  });
 }
 
 /** @param {string} bundle @param {string} folder @param {string} runtimeVersion */
 function addBundle(bundle, folder, runtimeVersion) {
   const path = join(bundle, MANIFEST);
-  if (!existsSync(path)) stop(`${bundle}: not a bundle, it has no ${MANIFEST}`);
+  if (!existsSync(path)) throw new Error(`${bundle}: not a bundle, it has no ${MANIFEST}`);
   const text = readFileSync(path, 'utf8');
   const manifest = parseManifest(text);
   checkRuntimeVersion(runtimeVersion, manifest.onnxruntime_min);
@@ -67,25 +63,30 @@ function addBundle(bundle, folder, runtimeVersion) {
     const bytes = readFileSync(join(bundle, name));
     const found = createHash('sha256').update(bytes).digest('hex');
     if (found !== manifest.files[name].sha256) {
-      stop(`${name}: its sha256 is ${found.slice(0, 12)}…, the manifest says ${manifest.files[name].sha256.slice(0, 12)}…`);
+      throw new Error(`${name}: its sha256 is ${found.slice(0, 12)}…, the manifest says ${manifest.files[name].sha256.slice(0, 12)}…`);
     }
     writeFileSync(join(folder, name), bytes);
   }
 }
 
+if (!existsSync(RUNTIME_FOLDER)) stop(`onnxruntime-web is not installed; run 'npm ci' in ${here} first`);
 const { values, positionals } = parseArgs({ allowPositionals: true, options: { output: { type: 'string', short: 'o' } } });
 if (positionals.length !== 1) stop('expected one bundle: npm run build -- BUNDLE [-o FOLDER]');
 const output = values.output ?? join(here, 'dist');
-if (existsSync(output) && readdirSync(output).length && !existsSync(join(output, 'files.js'))) {
+if (existsSync(output) && readdirSync(output).length && !existsSync(join(output, 'sw.js'))) {
   stop(`${output}: holds something else than a page; name another folder with -o`);
 }
-rmSync(output, { recursive: true, force: true });
-mkdirSync(output, { recursive: true });
+const fresh = `${output.replace(/\/+$/, '')}.new-${process.pid}`;
 try {
-  const version = addPage(output);
-  addBundle(positionals[0], join(output, 'bundle'), version);
-  addFileList(output);
+  const { version } = JSON.parse(readFileSync(join(RUNTIME_FOLDER, 'package.json'), 'utf8'));
+  mkdirSync(fresh, { recursive: true });
+  addBundle(positionals[0], join(fresh, 'bundle'), version);
+  addPage(fresh, { RUNTIME_VERSION: JSON.stringify(version) });
+  // What was there is replaced by what is whole, or left as it is.
+  rmSync(output, { recursive: true, force: true });
+  renameSync(fresh, output);
 } catch (error) {
+  rmSync(fresh, { recursive: true, force: true });
   stop(error.message);
 }
 process.stdout.write(`${output}\n`);

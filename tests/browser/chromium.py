@@ -41,6 +41,13 @@ def build_page(bundle: Path, folder: Path) -> Path:
     return folder
 
 
+def bundle_modules(entry: Path, out: Path) -> None:
+    """A script with the modules of the page that it imports, as one file of a site."""
+    esbuild = PAGE / "node_modules" / ".bin" / "esbuild"
+    command = [esbuild, entry, "--bundle", "--format=esm", f"--outfile={out}", "--log-level=error"]
+    subprocess.run(command, check=True, cwd=PAGE)
+
+
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address at which `deploy/browser/serve.py` serves a folder."""

@@ -12,7 +12,7 @@ import pytest
 from tests.edge.tiny_bundle import write_bundle
 from tests.models.sources.conftest import llama_cpp_source as llama_cpp_source
 
-from .chromium import Browser, build_page, missing, served
+from .chromium import Browser, build_page, bundle_modules, missing, served
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +46,15 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def run_module(browser: Browser, address: str, site: Path) -> Run:
-    """Runs JavaScript with the page's modules, in the browser: `code` sees `load(module)` and the given values."""
+    """Runs JavaScript with the page's modules, in the browser: `code` sees `modules` and the given values."""
     (site / "empty.html").write_text("<!doctype html><title>empty</title>")
+    bundle_modules(Path(__file__).with_name("modules.js"), site / "modules.js")
 
     def run(code: str, **values: object) -> Any:
         if browser.evaluate("location.href") != f"{address}empty.html":
             browser.open(f"{address}empty.html")
         names, told = ", ".join(values), json.dumps(values)
-        load = f"const load = name => import(`{address}${{name}}`)"
+        load = f"const modules = await import('{address}modules.js')"
         return browser.evaluate(f"(async ({{{names}}}) => {{ {load}; {code} }})({told})")
 
     return run

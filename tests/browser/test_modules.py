@@ -52,7 +52,7 @@ TALKS = [
 def test_templates_are_rendered_as_jinja2_does(source: str, run_module: Run) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     code = """
-        const { ChatTemplate } = await load('chat.js');
+        const { ChatTemplate } = modules;
         const template = new ChatTemplate(source, tokens);
         return talks.map(talk => { try { return template.render(talk); } catch (error) { return error; } })
           .map(found => found instanceof Error ? {error: found.message} : found);
@@ -74,7 +74,7 @@ def test_tokens_are_chosen_as_python_chooses_them(run_module: Run) -> None:
     params = [dict(zip(("temperature", "topK", "topP", "minP"), values)) for values in grid]
     points = [0.0, *rng.random(6).tolist(), 0.999999]
     code = """
-        const { chooseToken } = await load('sampling.js');
+        const { chooseToken } = modules;
         return logits.map(row => params.map(p => points.map(at => chooseToken(Float32Array.from(row), p, at))));
     """
     found = run_module(code, logits=logits.tolist(), params=params, points=points)
@@ -129,7 +129,7 @@ def one_node_model(op: str, inputs: list[str], constants: dict[str, np.ndarray],
 
 
 EXPAND = """
-    const { expandMatrices } = await load('expand.js');
+    const { expandMatrices } = modules;
     const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
     const text = bytes => btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''));
     const { model: written, files } = expandMatrices(bytes(model), new Map([['model.onnx.data', bytes(data)]]));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import Tokenizer
 from tests.edge.tiny_bundle import golden_prompt, write_bundle, write_manifest
 
-from .chromium import Browser
+from .chromium import NODE, PAGE, Browser, missing
 from .test_modules import CHATML
 
 READY = "Boolean(window.ryot?.model || document.querySelector('.error'))"
@@ -250,7 +251,34 @@ def test_it_fits_a_phone(browser: Browser, address: str) -> None:
 
 
 def test_the_pages_own_files_name_no_other_host(site: Path) -> None:
-    ours = [p for p in site.iterdir() if p.suffix in (".js", ".html", ".css", ".webmanifest")]
-    assert len(ours) > 15
+    ours = [site / name for name in ("index.html", "page.js", "worker.js", "sw.js", "style.css", "app.webmanifest")]
     for path in ours:
         assert "http://" not in path.read_text() and "https://" not in path.read_text(), path
+
+
+def test_types_hold() -> None:
+    """TypeScript's own checker over the JSDoc types."""
+    if reason := missing():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [PAGE / "node_modules/.bin/tsc", "-p", "jsconfig.json"], cwd=PAGE, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_bundle_that_differs_is_not_built(tiny_path: Path, tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    folder = Path(shutil.copytree(tiny_path, tmp_path / "bundle"))
+    (folder / "tokenizer.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for arguments, message in (
+        ([folder, "-o", tmp_path / "new"], "tokenizer.json: its sha256 is"),
+        ([tmp_path, "-o", tmp_path / "new"], "not a bundle"),
+        ([tiny_path, "-o", tmp_path / "mine"], "holds something else than a page"),
+        ([], "expected one bundle"),
+    ):
+        done = subprocess.run([str(NODE), PAGE / "build.mjs", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("Error: ") and message in done.stderr
+    assert (tmp_path / "mine" / "thesis.txt").exists()

@@ -163,7 +163,7 @@ KINDS = {
 }
 
 ENCODE_AND_DECODE = """
-    const { Tokenizer } = await load('tokenizer.js');
+    const { Tokenizer } = modules;
     const tokenizer = new Tokenizer(await (await fetch(spec)).json(), config);
     return texts.map(text => {
       const ids = tokenizer.encode(text);
@@ -208,9 +208,7 @@ def test_tokens_that_only_the_config_names_are_added(run_module: Run, site: Path
 )
 def test_what_would_give_other_ids_is_refused(part: dict[str, object], name: str, run_module: Run) -> None:
     spec = json.loads(byte_level().to_str()) | part
-    code = (
-        "const { Tokenizer } = await load('tokenizer.js'); try { new Tokenizer(spec); } catch (e) { return e.message; }"
-    )
+    code = "const { Tokenizer } = modules; try { new Tokenizer(spec); } catch (e) { return e.message; }"
     message = run_module(code, spec=spec)
     assert name in message and "tokenizer.json" in message
 

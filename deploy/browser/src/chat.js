@@ -1,6 +1,6 @@
 /** A conversation: the checkpoint's chat template, and as many of the messages so far as the context holds. */
 
-import { Template } from './vendor/jinja.js';
+import { Template } from '@huggingface/jinja';
 import { ContextError } from './engine.js';
 
 /** @typedef {{role: string, content: string}} Message */

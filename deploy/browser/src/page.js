@@ -2,9 +2,9 @@
 
 /** @typedef {Record<string, any>} Told */
 
-// The largest part of a start is the runtime's code, so it is fetched and compiled before anything else is looked at.
+// The largest part of a start is the runtime's code, so it is fetched and compiled while the worker itself starts.
 const compiled = WebAssembly.compileStreaming(fetch('vendor/ort-wasm-simd-threaded.wasm')).catch(() => undefined);
-const worker = new Worker('worker.js', { type: 'module' });
+const worker = new Worker('worker.js');
 const options = new URLSearchParams(location.search);
 
 const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
@@ -20,13 +20,13 @@ let answer = null;
 
 worker.onmessage = (/** @type {MessageEvent<Told>} */ { data }) => handlers[data.type](data);
 worker.onerror = (/** @type {ErrorEvent} */ event) => showError(`the page's worker cannot start: ${event.message || 'see the browser’s console'}`);
-compiled.then(module => worker.postMessage({
+worker.postMessage({
   type: 'load',
   bundle: new URL(options.get('bundle') ?? 'bundle/', location.href).href,
   threads: Number(options.get('threads') ?? 0),
-  module,
-}));
-navigator.serviceWorker?.register('sw.js', { type: 'module' }).catch(() => {}); // without one there is no offline use
+});
+compiled.then(module => worker.postMessage({ type: 'code', module }));
+navigator.serviceWorker?.register('sw.js').catch(() => {}); // without one there is no offline use
 
 /** @type {Record<string, (event: Told) => void>} */
 const handlers = {

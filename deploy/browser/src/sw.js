@@ -6,8 +6,6 @@
  * which is what threads need.
  */
 
-import { BUILD, FILES } from './files.js';
-
 const CACHE = `ryot-page-${BUILD}`;
 const ISOLATION = {
   'Cross-Origin-Opener-Policy': 'same-origin',
@@ -19,6 +17,11 @@ const sw = /** @type {any} */ (self);
 
 sw.addEventListener('install', (/** @type {any} */ event) => {
   event.waitUntil(fill().then(() => sw.skipWaiting()));
+  // Where browsers know how, files come from the cache without this worker being started for them.
+  event.addRoutes?.(['', ...FILES].map(name => ({
+    condition: { urlPattern: { pathname: new URL(here + name).pathname, search: '' }, requestMethod: 'GET' },
+    source: { cacheName: CACHE },
+  }))).catch(() => {});
 });
 
 sw.addEventListener('activate', (/** @type {any} */ event) => {
@@ -27,13 +30,13 @@ sw.addEventListener('activate', (/** @type {any} */ event) => {
 
 sw.addEventListener('fetch', (/** @type {any} */ event) => {
   const url = new URL(event.request.url);
-  const name = url.href.startsWith(here) ? url.pathname.slice(new URL(here).pathname.length) || 'index.html' : '';
-  if (event.request.method === 'GET' && FILES.includes(name)) event.respondWith(answer(name));
+  const name = url.href.startsWith(here) ? url.pathname.slice(new URL(here).pathname.length) : null;
+  if (name !== null && event.request.method === 'GET' && ['', ...FILES].includes(name)) event.respondWith(fromCache(name));
 });
 
 async function fill() {
   const cache = await caches.open(CACHE);
-  await Promise.all(FILES.map(async name => {
+  await Promise.all(['', ...FILES].map(async name => {
     const response = await fetch(here + name, { cache: 'no-cache' });
     if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
     const headers = new Headers(response.headers);
@@ -48,7 +51,7 @@ async function forgetOthers() {
 }
 
 /** @param {string} name */
-async function answer(name) {
+async function fromCache(name) {
   const cache = await caches.open(CACHE);
   return await cache.match(here + name) ?? fetch(here + name);
 }

@@ -1,7 +1,8 @@
 /**
  * Inference off the page's own thread. The page sends requests, one at a time, and gets events:
  *
- *     {type: 'load', bundle, threads, module}     progress…, ready
+ *     {type: 'load', bundle, threads}             progress…, ready
+ *     {type: 'code', module}                      what `load` waits for: the runtime, compiled
  *     {type: 'generate', messages | prompt, …}    text…, done
  *     {type: 'verify'}                            verified
  *     {type: 'stop'}                              ends what is being generated
@@ -16,7 +17,6 @@ import { generate } from './generate.js';
 import { openRuntime } from './runtime.js';
 import { GREEDY } from './sampling.js';
 import { Tokenizer } from './tokenizer.js';
-import { ORT_VERSION } from './vendor/versions.js';
 
 /** Weights below this are read so fast that handing work to other threads costs more than it saves. */
 const THREADS_FROM_BYTES = 16e6;
@@ -31,22 +31,28 @@ let tokenizer;
 /** @type {import('./chat.js').ChatTemplate | null} */
 let template;
 let running = new AbortController();
+/** @type {(module: WebAssembly.Module | undefined) => void} */
+let giveCode;
+/** @type {Promise<WebAssembly.Module | undefined>} */
+const code = new Promise(resolve => {
+  giveCode = resolve;
+});
 
 /** @param {Record<string, any>} event */
 const send = event => postMessage(event);
 
 /** @type {Record<string, (request: any) => Promise<void>>} */
 const requests = {
-  async load({ bundle: folder, threads, module }) {
+  async load({ bundle: folder, threads }) {
     const began = performance.now();
     const bundle = await openBundle(folder);
     const { manifest } = bundle;
-    checkRuntimeVersion(ORT_VERSION, manifest.onnxruntime_min);
+    checkRuntimeVersion(RUNTIME_VERSION, manifest.onnxruntime_min);
     const weightBytes = Object.entries(manifest.files)
       .reduce((sum, [name, { bytes }]) => sum + (name.endsWith('.data') ? bytes : 0), 0);
     const wanted = threads || (weightBytes < THREADS_FROM_BYTES ? 1 : Math.ceil(navigator.hardwareConcurrency / 2));
     const usable = self.crossOriginIsolated ? Math.min(wanted, MAX_THREADS) : 1;
-    const opening = openRuntime(new URL('./vendor/', import.meta.url).href, usable, module);
+    const opening = code.then(module => openRuntime(new URL('./vendor/', self.location.href).href, usable, module));
     opening.catch(() => {}); // awaited below, behind the files
     let loaded = 0;
     const files = new Map(await Promise.all(neededFiles(manifest).map(async name => {
@@ -79,9 +85,14 @@ const requests = {
       memoryBytes: runtime.memoryBytes,
       files: neededFiles(manifest).length,
       readMs: read - began,
+      runtimeMs: opened - read,
       openMs: performance.now() - opened,
       loadMs: performance.now() - began,
     });
+  },
+
+  async code({ module }) {
+    giveCode(module);
   },
 
   async generate({ messages, prompt, sampling, maxNewTokens }) {

@@ -1,2 +1,0 @@
-export const BUILD: string;
-export const FILES: string[];

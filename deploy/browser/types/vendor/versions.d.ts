@@ -1,1 +1,0 @@
-export const ORT_VERSION: string;

@@ -31,7 +31,7 @@ from ryot.edge.bundle import Bundle, load_bundle
 from ryot.report.stats import ratio_interval
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the browser's leader is the tests'
-from tests.browser.chromium import CHROMIUM, Browser, build_page, missing, served
+from tests.browser.chromium import CHROMIUM, Browser, build_page, bundle_modules, missing, served
 
 PEER = "@huggingface/transformers@4.3.1"
 PEER_FILES = ("ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
@@ -49,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         site = build_page(options.bundles[0], Path(scratch) / "site")
         names = [_add_case(site, load_bundle(path), options) for path in options.bundles]
-        for source in SOURCES.iterdir():
-            shutil.copy(source, site)
+        for source in ("bench.html", "bench_page.js"):
+            shutil.copy(SOURCES / source, site)
+        bundle_modules(SOURCES / "bench_worker.js", site / "bench_worker.js")
         shutil.copytree(peer, site / "peer")
         visits = _measure(site, names, Path(scratch) / "profile", options)
     values = {**describe_setting(), "browser": _browser_version(), "peer": PEER, "visits": visits}

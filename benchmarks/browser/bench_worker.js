@@ -3,14 +3,20 @@
  * Both engines get the same ids, the same number of threads, no end of text, and greedy tokens.
  */
 
+import { neededFiles, openBundle } from '../../deploy/browser/src/bundle.js';
+import { openEngine } from '../../deploy/browser/src/engine.js';
+import { generate } from '../../deploy/browser/src/generate.js';
+import { openRuntime } from '../../deploy/browser/src/runtime.js';
+import { GREEDY } from '../../deploy/browser/src/sampling.js';
+import { Tokenizer } from '../../deploy/browser/src/tokenizer.js';
+
 const FIRST_TEXT = 'def ';
+const PEER = './peer/transformers.min.js';
 const now = () => performance.timeOrigin + performance.now();
 
 /** Engines by name: each opens from a folder and answers `complete(textOrIds, count)`. */
 const engines = {
   async ryot({ model, threads }) {
-    const [{ openBundle, neededFiles }, { openEngine }, { openRuntime }, { Tokenizer }, { generate }, { GREEDY }] =
-      await Promise.all(['bundle', 'engine', 'runtime', 'tokenizer', 'generate', 'sampling'].map(name => import(`./${name}.js`)));
     const opening = openRuntime(new URL('vendor/', self.location).href, threads);
     const bundle = await openBundle(new URL(`${model}/`, self.location).href);
     const files = new Map(await Promise.all(
@@ -29,7 +35,7 @@ const engines = {
   },
 
   async 'transformers.js'({ model, threads }) {
-    const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import('./peer/transformers.min.js');
+    const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import(PEER);
     env.allowRemoteModels = false;
     env.allowLocalModels = true;
     env.localModelPath = '/models/';

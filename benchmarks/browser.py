@@ -1,6 +1,7 @@
 """How fast is the page of `deploy/browser` beside transformers.js, on the same weights in the same browser?
 
-    python benchmarks/browser.py BUNDLE... [--rounds N] [--turns N] [--tokens N] [--prompt N] [--threads N] [--peer DIR]
+    python benchmarks/browser.py BUNDLE... [--rounds N] [--turns N] [--tokens N] [--prompt N] [--threads N]
+        [--stored] [--peer DIR]
 
 Each bundle is loaded by the page's own modules and, as its standard graph with the same data file, by transformers.js;
 both in a worker of one thread unless told otherwise, with the same prompts of ids. Every visit is a fresh page of one
@@ -36,7 +37,8 @@ from tests.browser.chromium import CHROMIUM, Browser, build_page, bundle_modules
 PEER = "@huggingface/transformers@4.3.1"
 PEER_FILES = ("ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 ENGINES = ("ryot", "transformers.js")
-PAGE_ENGINE = "page"
+#: The page's engine on quantized matrices as they are stored, which `expand.js` otherwise unpacks.
+STORED = "ryot-stored"
 SOURCES = Path(__file__).with_name("browser")
 MB = 1e6
 
@@ -60,7 +62,8 @@ def main() -> None:
 
 
 def _measure(site: Path, names: list[str], profile: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = [(name, engine) for name in names for engine in ENGINES]
+    engines = (*ENGINES, STORED) if options.stored else ENGINES
+    cases = [(name, engine) for name in names for engine in engines]
     visits = []
     with served(site) as url, Browser(profile) as browser:
         for number in range(-1, options.rounds):  # the first one fills the caches
@@ -169,7 +172,7 @@ def render(values: dict[str, Any]) -> str:
         start, peak = (statistics.median(v[key] for v in visits) for key in ("startMs", "peak_bytes"))
         ttft, token = (statistics.median(x for v in visits for x in v[key]) for key in ("ttftMs", "tokenMs"))
         row = [name, engine, f"{start:.0f}", f"{ttft:.1f}", f"{1000 / token:.1f}", f"{peak / MB:.0f}"]
-        if engine == "ryot":
+        if engine != "transformers.js":
             row += [_ratio(peers, visits, "tokenMs"), _ratio(visits, peers, "ttftMs"), _agreement(visits[0], peers[0])]
         else:
             row += ["1", "1", ""]
@@ -215,6 +218,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="tokens a prompt")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stored", action="store_true", help="also without unpacking quantized matrices")
     parser.add_argument("--peer", type=Path, default=Path("~/.cache/ryot/transformers-js").expanduser())
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()

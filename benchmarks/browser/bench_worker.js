@@ -16,13 +16,13 @@ const now = () => performance.timeOrigin + performance.now();
 
 /** Engines by name: each opens from a folder and answers `complete(textOrIds, count)`. */
 const engines = {
-  async ryot({ model, threads }) {
+  async ryot({ model, threads, expand = true }) {
     const opening = openRuntime(new URL('vendor/', self.location).href, threads);
     const bundle = await openBundle(new URL(`${model}/`, self.location).href);
     const files = new Map(await Promise.all(
       neededFiles(bundle.manifest).map(async name => [name, await bundle.read(name)])));
     const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(files.get('tokenizer.json'))), {});
-    const engine = await openEngine(await opening, { ...bundle.manifest, eos_token_ids: [] }, files);
+    const engine = await openEngine(await opening, { ...bundle.manifest, eos_token_ids: [] }, files, { expand });
     return async (prompt, count) => {
       engine.held = [];
       const times = [];
@@ -33,6 +33,8 @@ const engines = {
       return { tokens, ttftMs: prefillMs, tokenMs: decodeMs / Math.max(1, count - 1), firstAt: began + prefillMs };
     };
   },
+
+  'ryot-stored': options => engines.ryot({ ...options, expand: false }),
 
   async 'transformers.js'({ model, threads }) {
     const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import(PEER);

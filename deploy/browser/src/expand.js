@@ -95,6 +95,12 @@ function unpackBlocks({ N, K, bits, block_size: size }, codes, scales, zeros, fi
       const first = (n * blocks + block) * blockBytes, count = Math.min(size, K - block * size);
       if (bits === 8) {
         for (let k = 0; k < count; k++) out[at++] = values[codes[first + k]];
+      } else if (bits === 4 && count % 2 === 0) {
+        for (let byte = first, end = first + count / 2; byte < end; byte++) {
+          const pair = codes[byte];
+          out[at++] = values[pair & 15];
+          out[at++] = values[pair >> 4];
+        }
       } else {
         for (let k = 0; k < count; k++) {
           const bit = k * bits;

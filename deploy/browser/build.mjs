@@ -17,7 +17,11 @@ import { checkRuntimeVersion, neededFiles, parseManifest } from './src/bundle.js
 const here = dirname(fileURLToPath(import.meta.url));
 const RUNTIME_FOLDER = join(here, 'node_modules', 'onnxruntime-web');
 const MANIFEST = 'ryot_manifest.json';
-const RUNTIME = ['ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm'];
+/** The WebAssembly build, and the larger one that has WebGPU with the JavaScript that drives it. */
+const RUNTIME = [
+  'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm',
+  'ort.webgpu.bundle.min.mjs', 'ort-wasm-simd-threaded.asyncify.mjs', 'ort-wasm-simd-threaded.asyncify.wasm',
+];
 const AS_THEY_ARE = ['index.html', 'style.css', 'app.webmanifest', 'icon.svg'];
 
 /** @param {string} message @returns {never} */

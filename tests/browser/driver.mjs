@@ -14,8 +14,11 @@ const require = createRequire(new URL('../../deploy/browser/package.json', impor
 const { chromium } = require('playwright-core');
 
 const FLAGS = [
-  '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+  '--no-sandbox', '--disable-quic', '--no-first-run', '--disable-background-networking',
   '--disable-component-update', '--disable-sync',
+  // WebGPU computed in software: slow, and its own implementation of what the graphs need.
+  '--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan', '--use-vulkan=swiftshader',
+  '--disable-vulkan-surface',
 ];
 const [profile, executablePath] = process.argv.slice(2);
 const context = await chromium.launchPersistentContext(profile, {

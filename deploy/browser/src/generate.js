@@ -3,7 +3,7 @@
 import { ContextError } from './engine.js';
 import { Sampler } from './sampling.js';
 
-/** @typedef {import('./engine.js').Engine} Engine */
+/** @typedef {import('./engine.js').Engine | import('./gpu-engine.js').GpuEngine} Engine */
 /** @typedef {import('./tokenizer.js').Tokenizer} Tokenizer */
 /** `eos`: the model ended the text; `length`: as many tokens as asked for, or as fit; `stopped`: the reader had enough. */
 /** @typedef {'eos' | 'length' | 'stopped'} FinishReason */
@@ -33,7 +33,8 @@ export async function generate(engine, tokenizer, ids, { sampling, maxNewTokens,
   /** @type {number[]} */
   const tokens = [];
   const began = performance.now();
-  const sharedTokens = engine.prefillShared(ids);
+  engine.readsLogits = !sampler.greedy;
+  const sharedTokens = await engine.prefillShared(ids);
   const prefilled = performance.now();
   /** @type {FinishReason} */
   let finishReason = 'length';
@@ -56,7 +57,7 @@ export async function generate(engine, tokenizer, ids, { sampling, maxNewTokens,
       }
       paused = performance.now();
     }
-    engine.step();
+    await engine.step();
   }
   const rest = stream.finish();
   if (rest) onText(rest);

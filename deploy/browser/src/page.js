@@ -24,6 +24,7 @@ worker.postMessage({
   type: 'load',
   bundle: new URL(options.get('bundle') ?? 'bundle/', location.href).href,
   threads: Number(options.get('threads') ?? 0),
+  device: options.get('device') ?? undefined,
 });
 compiled.then(module => worker.postMessage({ type: 'code', module }));
 navigator.serviceWorker?.register('sw.js').catch(() => {}); // without one there is no offline use
@@ -167,7 +168,9 @@ function showFacts() {
     Model: `${model.name}, ${model.precision}, context ${model.context}`,
     Files: `${model.files}, ${megabytes(model.sizeBytes)}, each as its sha256 in the manifest`,
     Loaded: `in ${milliseconds(model.loadMs)}, ${model.fetchedBytes ? `${megabytes(model.fetchedBytes)} fetched` : 'nothing fetched'}`,
-    Threads: `${model.threads}${isolated ? '' : ' (the page is not cross-origin isolated)'}`,
+    Computed: model.device === 'WebGPU' ? 'by WebGPU'
+      : `by WebAssembly, ${model.threads} thread${model.threads > 1 ? 's' : ''}${isolated ? '' : ' (not cross-origin isolated)'}`,
+    ...model.gpuProblem && { Note: model.gpuProblem },
   };
   $('facts').replaceChildren(...Object.entries(facts).flatMap(([name, value]) => {
     const term = document.createElement('dt'), detail = document.createElement('dd');
@@ -179,7 +182,7 @@ function showFacts() {
 
 /** @param {number} bytes */
 function showMemory(bytes) {
-  const parts = [`Runtime memory ${megabytes(bytes)}`, navigator.onLine ? 'Nothing that is typed here leaves this device.' : 'Offline'];
+  const parts = [`${model?.device === 'WebGPU' ? 'Keys and values' : 'Runtime memory'} ${megabytes(bytes)}`, navigator.onLine ? 'Nothing that is typed here leaves this device.' : 'Offline'];
   $('figures').replaceChildren(...parts.map(text => Object.assign(document.createElement('span'), { textContent: text })));
 }
 

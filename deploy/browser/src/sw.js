@@ -12,13 +12,16 @@ const ISOLATION = {
   'Cross-Origin-Embedder-Policy': 'require-corp',
   'Cross-Origin-Resource-Policy': 'same-origin',
 };
+/** Large and for few browsers: kept once it was asked for. @param {string} name */
+const isLate = name => /webgpu|asyncify/.test(name);
+const EARLY = ['', ...FILES.filter(name => !isLate(name))];
 const here = new URL('./', self.location.href).href;
 const sw = /** @type {any} */ (self);
 
 sw.addEventListener('install', (/** @type {any} */ event) => {
   event.waitUntil(fill().then(() => sw.skipWaiting()));
   // Where browsers know how, files come from the cache without this worker being started for them.
-  event.addRoutes?.(['', ...FILES].map(name => ({
+  event.addRoutes?.(EARLY.map(name => ({
     condition: { urlPattern: { pathname: new URL(here + name).pathname, search: '' }, requestMethod: 'GET' },
     source: { cacheName: CACHE },
   }))).catch(() => {});
@@ -36,13 +39,16 @@ sw.addEventListener('fetch', (/** @type {any} */ event) => {
 
 async function fill() {
   const cache = await caches.open(CACHE);
-  await Promise.all(['', ...FILES].map(async name => {
-    const response = await fetch(here + name, { cache: 'no-cache' });
-    if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
-    const headers = new Headers(response.headers);
-    for (const [key, value] of Object.entries(ISOLATION)) headers.set(key, value);
-    await cache.put(here + name, new Response(response.body, { headers }));
-  }));
+  await Promise.all(EARLY.map(name => keep(cache, name)));
+}
+
+/** @param {Cache} cache @param {string} name */
+async function keep(cache, name) {
+  const response = await fetch(here + name, { cache: 'no-cache' });
+  if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
+  const headers = new Headers(response.headers);
+  for (const [key, value] of Object.entries(ISOLATION)) headers.set(key, value);
+  await cache.put(here + name, new Response(response.body, { headers }));
 }
 
 async function forgetOthers() {
@@ -53,5 +59,6 @@ async function forgetOthers() {
 /** @param {string} name */
 async function fromCache(name) {
   const cache = await caches.open(CACHE);
+  if (isLate(name) && !await cache.match(here + name)) await keep(cache, name).catch(() => {});
   return await cache.match(here + name) ?? fetch(here + name);
 }

@@ -22,6 +22,7 @@ from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template
 from ryot.edge.tokenizer_config import read_tokenizer_config
+from ryot.edge.trust import UNLISTED
 from ryot.errors import ExportError
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
@@ -179,7 +180,7 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": edge_bundle.hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (edge_bundle.MANIFEST_NAME, edge_bundle.RECORD_NAME)
+        if path.is_file() and path.relative_to(folder).as_posix() not in UNLISTED
     }
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 

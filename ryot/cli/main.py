@@ -35,6 +35,8 @@ COMMANDS = {
     "verify": ("verify", "Check a bundle's or archive's signature, files and golden tokens"),
     "pack": ("pack", "Pack a bundle into one file"),
     "unpack": ("unpack", "Unpack such a file, whole and verified or not at all"),
+    "push": ("push", "Put a bundle onto devices, verify and measure it there"),
+    "fleet": ("fleet", "Show what devices run, and take them back to the version before"),
     "tune": ("tune", "Time kernels and weight formats on this machine"),
     "targets": ("targets", "List the limits that artifacts are judged by"),
     "runs": ("runs", "List, show and remove run folders"),

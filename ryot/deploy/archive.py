@@ -1,9 +1,9 @@
-"""A bundle as one file: `.tar.zst`, byte for byte the same for the same bundle, and unpacked with nothing taken on trust.
+"""A bundle as one file: `.tar.zst`, the same bytes for the same bundle, and unpacked with nothing taken on trust.
 
 The manifest comes first, so that unpacking knows every other file's name, size and hash before it meets it: what is not
-listed, comes twice, is longer or shorter, or is no plain file ends it, whatever the archive says of itself. Headers must be
-the very bytes that packing writes. A skippable frame at the end, which other programs pass over, holds the sha256 of all
-before it. Reproducible for one version of libzstd.
+listed, comes twice, is longer or shorter, or is no plain file ends it, whatever the archive says of itself. Headers
+must be the very bytes that packing writes. A skippable frame at the end, which other programs pass over, holds the
+sha256 of all before it. Reproducible for one version of libzstd.
 """
 
 from __future__ import annotations

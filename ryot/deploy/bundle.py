@@ -10,7 +10,7 @@ import ast
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,12 @@ def write_checkpoint_files(checkpoint: Checkpoint, folder: Path) -> None:
 @functools.cache
 def runtime_modules() -> tuple[Path, ...]:
     """Files of `ryot.edge` and of every module of ours that they import, relative to the package's parent."""
-    pending = [p.relative_to(PACKAGE.parent) for p in sorted((PACKAGE / "edge").glob("*.py"))]
+    return find_modules([p.relative_to(PACKAGE.parent) for p in (PACKAGE / "edge").glob("*.py")])
+
+
+def find_modules(first: Iterable[Path]) -> tuple[Path, ...]:
+    """The modules of ours in `first` and all that they import; sorted, relative to the package's parent."""
+    pending = sorted(first)
     found: set[Path] = set()
     while pending:
         path = pending.pop()

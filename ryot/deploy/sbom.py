@@ -1,8 +1,8 @@
 """The bill of materials that every bundle carries: `sbom.cdx.json`, CycloneDX 1.6.
 
-It names the model, its data, the code in `runtime/` and the packages that a device installs. Like the bundle it is the same
-for the same inputs: no time, no random serial number. Packages have the range of versions that `requirements.txt` asks for;
-which ones a device has is in its record.
+It names the model, its data, the code in `runtime/` and the packages that a device installs. Like the bundle it is the
+same for the same inputs: no time, no random serial number. Packages have the range of versions that `requirements.txt`
+asks for; which ones a device has is in its record.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Signs bundles with Ed25519 (the `cryptography` package); devices verify with `ryot.edge.trust`, which needs none.
 
-A private key is a PEM file in PKCS 8, as `openssl genpkey -algorithm ed25519` writes it too, under a passphrase if wanted.
+A private key is a PEM file in PKCS 8, as `openssl genpkey -algorithm ed25519` writes it too; it may have a passphrase.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ryot.errors import ConfigError
 
 
 def make_key(path: Path, passphrase: str = "") -> PublicKey:
-    """Write a new private key, readable by its owner alone, to a file that is not there yet; returns its public half."""
+    """Write a new private key, readable by its owner alone, to a file that is not there yet; its public half."""
     key = Ed25519PrivateKey.generate()
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:

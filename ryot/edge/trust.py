@@ -1,7 +1,7 @@
-"""Whose bundles a device takes: the signature beside a manifest, the keys that are trusted, and those that are not any more.
+"""Whose bundles a device takes: the signature beside a manifest, and the keys that are trusted or not any more.
 
-`ryot_signature.json` signs the sha256 of the manifest, which holds every other file's, and that of `record.json`. A file
-of trusted keys has one key a line:
+`ryot_signature.json` signs the sha256 of the manifest, which holds every other file's, and that of `record.json`. A
+file of trusted keys has one key a line:
 
     trusted ed25519:BASE64 whose it is
     revoked ed25519:BASE64 why
@@ -105,7 +105,7 @@ def signed_message(folder: Path) -> bytes:
 
 
 def read_signatures(folder: Path) -> list[Signature]:
-    """The signatures beside a manifest, none where there is no file of them. Raises `BundleError` for a malformed one."""
+    """The signatures beside a manifest, none where there is no file of them; `BundleError` for a malformed one."""
     path = folder / SIGNATURE_NAME
     try:
         content = path.read_bytes()
@@ -149,7 +149,7 @@ def check_signatures(folder: Path, keys: TrustedKeys | None) -> PublicKey | None
     for one in signatures:
         if not verify_signature(one.key.data, message, one.signature):
             raise BundleError(
-                f"bundle {folder}: its signature by {_named(one.key)} does not fit its {MANIFEST_NAME} and {RECORD_NAME}",
+                f"bundle {folder}: its signature by {_named(one.key)} does not fit {MANIFEST_NAME} and {RECORD_NAME}",
                 hint="something was changed after it was signed: " + SIGN_HINT,
             )
     if keys is None:

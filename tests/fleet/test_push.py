@@ -70,6 +70,7 @@ def test_an_update_sends_what_changed_and_a_rollback_returns(
     assert not list((root / "incoming").iterdir())
 
 
+@pytest.mark.slow
 def test_a_version_with_other_golden_tokens_never_becomes_current(
     version_1: Path, push: Push, root: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_version_with_other_golden_tokens_never_becomes_current(
     assert run_current(root).stdout.startswith("tiny-0: ")
 
 
+@pytest.mark.slow
 def test_a_version_that_fails_behind_the_switch_is_taken_back(
     version_1: Path, version_2: Path, push: Push, root: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def test_a_version_that_fails_behind_the_switch_is_taken_back(
     assert Root(root).read_state().pending is None
 
 
+@pytest.mark.slow
 def test_a_missed_target_leaves_the_version_before(
     version_1: Path, version_2: Path, push: Push, root: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_missed_target_leaves_the_version_before(
     assert push(version_2, host={"target": (str(target),)}, rounds=1, even_if_missed=True).outcome == "switched"
 
 
+@pytest.mark.slow
 def test_a_half_copied_attempt_is_gone_on_with(version_1: Path, push: Push, root: Path) -> None:
     data = (version_1 / "model.onnx.data").read_bytes()
     digest = json.loads((version_1 / "ryot_manifest.json").read_text())["files"]["model.onnx.data"]["sha256"]
@@ -123,6 +127,7 @@ def test_a_half_copied_attempt_is_gone_on_with(version_1: Path, push: Push, root
     assert result.sent_bytes < whole - len(data) + 2000
 
 
+@pytest.mark.slow
 def test_what_an_earlier_attempt_left_damaged_is_sent_anew(version_1: Path, push: Push, root: Path) -> None:
     data = (version_1 / "model.onnx.data").read_bytes()
     digest = json.loads((version_1 / "ryot_manifest.json").read_text())["files"]["model.onnx.data"]["sha256"]
@@ -133,6 +138,7 @@ def test_what_an_earlier_attempt_left_damaged_is_sent_anew(version_1: Path, push
     assert run_current(root).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_bit_that_flipped_on_the_device_is_put_right_by_pushing_again(
     version_1: Path, push: Push, root: Path
 ) -> None:
@@ -164,6 +170,7 @@ def test_a_device_with_keys_takes_only_what_they_signed(
     assert run_current(root).returncode == 0
 
 
+@pytest.mark.slow
 def test_two_pushes_at_once_are_one_and_a_refusal(version_1: Path, version_2: Path, push: Push, root: Path) -> None:
     results = []
     threads = [
@@ -180,6 +187,7 @@ def test_two_pushes_at_once_are_one_and_a_refusal(version_1: Path, version_2: Pa
     assert run_current(root).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_host_that_is_down_stops_no_other(version_1: Path, sshd: Sshd, tmp_path: Path) -> None:
     config = tmp_path / "config"
     down = "Host down\n  HostName 127.0.0.1\n  Port 1\n"

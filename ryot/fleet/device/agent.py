@@ -84,7 +84,7 @@ class Agent:
             tell=self.tell,
         )
         self.tell("comparing golden tokens")
-        golden = checks.check_golden([python, "-B", str(bundle.path / "run.py")], "the new version")
+        golden = checks.check_golden([python, "-B", "-s", str(bundle.path / "run.py")], "the new version")
         release = Release(
             id=identify(request["bundle"], python),
             bundle=request["bundle"],

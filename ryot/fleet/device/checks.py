@@ -47,7 +47,7 @@ def measure(python: str, bundle: Path, spec: Mapping[str, Any], rounds: int) -> 
     """The environment and the raw results of a measurement by the bundle's own runtime."""
     asked = json.dumps({"spec": dict(spec), "rounds": rounds})
     limit = CHECK_TIMEOUT_S + rounds * float(spec.get("timeout_s", 120.0))
-    done = _run([python, "-B", "-c", _MEASURE, str(bundle)], limit, text=asked)
+    done = _run([python, "-B", "-s", "-c", _MEASURE, str(bundle)], limit, text=asked)
     if done.returncode:
         raise FleetError(f"it cannot be measured: {_error_of(done)}")
     values = json.loads(done.stdout)

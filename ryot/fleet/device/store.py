@@ -2,6 +2,7 @@
 
 current -> releases/ID     what runs; the one link is renamed into place, which is the switch
 releases/ID/run            starts that release: its Python, its bundle
+releases/ID/bundle         its bundle, for a server that has a Python of its own
 bundles/ID/                a bundle, byte for byte as it was made; files that two have in common are hard links
 environments/ID/           a virtual environment, named after what it was made from
 incoming/SHA256[.part]     files that came, or are on their way
@@ -282,9 +283,11 @@ class Root:
         stage.mkdir()
         stage.chmod(0o755)
         program = self.bundle(release.bundle) / "run.py"
-        script = f'#!/bin/sh\nexec {shlex.quote(release.python)} -B {shlex.quote(str(program))} "$@"\n'
+        # Without a home Python itself asks libc for one, and libc opens a socket to a name service.
+        script = f'#!/bin/sh\nexport HOME="${{HOME:-/nonexistent}}"\nexec {shlex.quote(release.python)} -B -s {shlex.quote(str(program))} "$@"\n'
         (stage / "run").write_text(script)
         (stage / "run").chmod(0o755)
+        (stage / "bundle").symlink_to(Path("..", "..", "bundles", release.bundle))
         sync_tree(stage)
         stage.rename(target)
         sync(target.parent)

@@ -284,7 +284,8 @@ class Root:
         stage.chmod(0o755)
         program = self.bundle(release.bundle) / "run.py"
         # Without a home Python itself asks libc for one, and libc opens a socket to a name service.
-        script = f'#!/bin/sh\nexport HOME="${{HOME:-/nonexistent}}"\nexec {shlex.quote(release.python)} -B -s {shlex.quote(str(program))} "$@"\n'
+        words = f'{shlex.quote(release.python)} -B -s {shlex.quote(str(program))} "$@"'
+        script = f'#!/bin/sh\nexport HOME="${{HOME:-/nonexistent}}"\nexec {words}\n'
         (stage / "run").write_text(script)
         (stage / "run").chmod(0o755)
         (stage / "bundle").symlink_to(Path("..", "..", "bundles", release.bundle))

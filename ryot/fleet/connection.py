@@ -7,7 +7,9 @@ keys must be known, and a password cannot be given.
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +36,50 @@ _LINES_BEFORE_FACTS = 200
 
 class ConnectionLost(FleetError):
     """The link went while something was under way, or something came damaged; trying again may do."""
+
+
+class Links:
+    """The ssh processes of one command, so that all of them can be ended when it is."""
+
+    def __init__(self) -> None:
+        self._lock, self._processes = threading.Lock(), set[subprocess.Popen[bytes]]()
+        self.stopped = False
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """A process away from the terminal's signals. Raises `FleetError`."""
+        with self._lock:
+            if self.stopped:
+                raise FleetError("interrupted")
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
+                )
+            except FileNotFoundError as error:
+                raise FleetError("ssh is not installed here", hint="install OpenSSH's client") from error
+            self._processes.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait a moment for a process whose stdin was closed, and forget it."""
+        try:
+            process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with self._lock:
+            self._processes.discard(process)
+
+    def stop(self) -> None:
+        """End all; whoever waits for one of them gets an error, and no new one comes."""
+        with self._lock:
+            self.stopped = True
+            for process in self._processes:
+                process.kill()
 
 
 class Piece(NamedTuple):
@@ -104,22 +150,12 @@ class Connection:
 
 
 @contextlib.contextmanager
-def connect(host: Host, ssh_config: Path | None, tell: Callable[[str], None]) -> Iterator[Connection]:
+def connect(host: Host, ssh_config: Path | None, links: Links, tell: Callable[[str], None]) -> Iterator[Connection]:
     """A connection whose device has said what it is. Raises `FleetError` when it cannot be reached."""
     config = [] if ssh_config is None else ["-F", str(ssh_config)]
     command = ["ssh", *config, *_OPTIONS, "-T", "--", host.destination]
     command.append(remote_command(host.root, host.python, len(build_program())))
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
-    except FileNotFoundError as error:
-        raise FleetError("ssh is not installed here", hint="install OpenSSH's client") from error
+    process = links.start(command)
     assert process.stdin is not None and process.stdout is not None
     try:
         wire = Wire(process.stdout.fileno(), process.stdin.fileno(), SILENCE_S)
@@ -127,11 +163,7 @@ def connect(host: Host, ssh_config: Path | None, tell: Callable[[str], None]) ->
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        try:
-            process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        links.end(process)
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
@@ -182,4 +214,6 @@ def _complaint(process: subprocess.Popen[bytes]) -> str:
         process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         process.kill()
-    return process.stderr.read().decode("utf-8", "replace").strip()
+    # A shared connection's own process may hold the other end open for as long as it lives.
+    os.set_blocking(process.stderr.fileno(), False)
+    return (process.stderr.read() or b"").decode("utf-8", "replace").strip()

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ryot.deploy.remeasure import effort, limits_under
 from ryot.edge.bundle import Bundle, hash_file
 from ryot.edge.protocol import MeasureResult
 from ryot.edge.trust import UNLISTED, TrustedKeys, check_whole
 from ryot.errors import EXIT_FAILED, EXIT_OK, EXIT_TARGET_MISSED, FleetError, RyotError
-from ryot.fleet.connection import Connection, ConnectionLost, Piece, connect
+from ryot.fleet.connection import Connection, ConnectionLost, Links, Piece, connect
 from ryot.fleet.device.store import identify
 from ryot.fleet.facts import check_device, check_disk
 from ryot.fleet.inventory import Host
@@ -35,6 +35,7 @@ _UNPACKED = 5
 #: The measurement that only says whether a version works: one process, a moment.
 _BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
+R = TypeVar("R")
 Tell = Callable[[str, str], None]
 """Hears a host's name and what happens there."""
 
@@ -105,15 +106,28 @@ def push_all(
     parcel: Parcel, hosts: Sequence[Host], options: PushOptions, *, jobs: int, scratch: Path, tell: Tell
 ) -> list[PushResult]:
     """Push to all hosts, `jobs` at once; what goes wrong on one stops no other."""
+    wheels = _WheelShelf(scratch, options.wheels)
+    return for_each(hosts, jobs, lambda host, links: _push_safely(parcel, host, options, wheels, links, tell))
+
+
+def for_each(hosts: Sequence[Host], jobs: int, do: Callable[[Host, Links], R]) -> list[R]:
+    """What `do` gives for each host, `jobs` at once; an interrupt ends all connections."""
+    links = Links()
     with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(jobs, len(hosts)))) as pool:
-        wheels = _WheelShelf(scratch, options.wheels)
-        return list(pool.map(lambda host: _push_safely(parcel, host, options, wheels, tell), hosts))
+        try:
+            return list(pool.map(lambda host: do(host, links), hosts))
+        except BaseException:
+            links.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _push_safely(parcel: Parcel, host: Host, options: PushOptions, wheels: _WheelShelf, tell: Tell) -> PushResult:
+def _push_safely(
+    parcel: Parcel, host: Host, options: PushOptions, wheels: _WheelShelf, links: Links, tell: Tell
+) -> PushResult:
     result, begin = PushResult(host=host.name), time.monotonic()
     try:
-        _push(parcel, host, options, wheels, result, lambda what: tell(host.name, what))
+        _push(parcel, host, options, wheels, links, result, lambda what: tell(host.name, what))
     except (RyotError, OSError) as error:
         result.outcome, result.reason, result.hint = "failed", str(error), getattr(error, "hint", None)
         tell(host.name, f"failed: {error}")
@@ -126,6 +140,7 @@ def _push(
     host: Host,
     options: PushOptions,
     wheels: _WheelShelf,
+    links: Links,
     result: PushResult,
     tell: Callable[[str], None],
 ) -> None:
@@ -134,13 +149,13 @@ def _push(
     while True:
         reached = False
         try:
-            with connect(host, options.ssh_config, tell) as device:
+            with connect(host, options.ssh_config, links, tell) as device:
                 reached = True
                 return _push_once(parcel, host, options, wheels, result, device, session, tell)
         except ConnectionLost as error:
             pause = next(pauses, None)
             # A device that was never reached is not there; one that was may come back.
-            if pause is None or (not reached and result.sent_bytes == 0):
+            if pause is None or links.stopped or (not reached and result.sent_bytes == 0):
                 raise
             tell(f"{error}; trying again in {pause:g} s")
             time.sleep(pause)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ryot.errors import RyotError
-from ryot.fleet.connection import Connection, connect
+from ryot.fleet.connection import Connection, Links, connect
 from ryot.fleet.inventory import Host
-from ryot.fleet.push import whoami
+from ryot.fleet.push import for_each, whoami
 
 
 class HostStatus(NamedTuple):
@@ -55,14 +54,13 @@ def _each(
     jobs: int,
     tell: Tell,
 ) -> list[HostStatus]:
-    def one(host: Host) -> HostStatus:
+    def one(host: Host, links: Links) -> HostStatus:
         try:
-            with connect(host, ssh_config, lambda what: tell(host.name, what)) as device:
+            with connect(host, ssh_config, links, lambda what: tell(host.name, what)) as device:
                 if not device.facts.python:
                     return HostStatus(host.name, {}, "it has no Python 3.11 or later")
                 return HostStatus(host.name, ask(host, device))
         except (RyotError, OSError) as error:
             return HostStatus(host.name, {}, str(error), getattr(error, "hint", None))
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(jobs, len(hosts)))) as pool:
-        return list(pool.map(one, hosts))
+    return for_each(hosts, jobs, one)

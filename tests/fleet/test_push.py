@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -233,3 +235,44 @@ def test_a_host_that_takes_no_key_is_not_asked_for_a_password(version_1: Path, s
 def test_a_name_that_is_no_host_is_refused(version_1: Path, name: str) -> None:
     done = ryot("push", version_1, "--", name)
     assert done.returncode == 2 and "name: got" in done.stderr
+
+
+def test_jump_hosts_and_shared_connections_are_the_users_own(
+    version_1: Path, sshd: Sshd, push: Push, root: Path, tmp_path: Path
+) -> None:
+    jump = sshd.client_settings().replace("Host host", "Host jump")
+    behind = sshd.client_settings() + f"  ProxyCommand ssh -F {tmp_path}/config -W %h:%p jump\n"
+    shared = "  ControlMaster auto\n  ControlPath /tmp/ryot-%C\n  ControlPersist 20\n"
+    config = tmp_path / "config"
+    config.write_text(jump + behind + shared)
+    try:
+        assert push(version_1, ssh_config=config).outcome == "switched"
+        check = subprocess.run(
+            ["ssh", "-F", config, "-O", "check", "host"], capture_output=True, text=True, check=False
+        )
+        assert "Master running" in check.stderr
+        status = ryot("fleet", "status", "host", "--ssh-config", config, "--root", root, "--format", "json")
+        assert json.loads(status.stdout)["hosts"][0]["answer"]["current"]["name"] == "tiny-0"
+    finally:
+        subprocess.run(["ssh", "-F", config, "-O", "exit", "host"], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_pushes_and_leaves_the_device_as_it_was(
+    version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path
+) -> None:
+    push(version_1)
+    words = ["push", version_2, "host", "--ssh-config", sshd.config, "--root", root, "--python", sys.executable]
+    desk = subprocess.Popen(
+        [sys.executable, "-c", "from ryot.cli.main import run; run()", *map(str, words)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert desk.stderr is not None
+    for line in desk.stderr:
+        if "measuring" in line:
+            break
+    desk.send_signal(signal.SIGINT)
+    rest = desk.stderr.read()
+    assert desk.wait(timeout=10) == 130, rest
+    assert run_current(root).stdout.startswith("tiny-0: ")
+    assert push(version_2).outcome == "switched"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import select
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any, NoReturn
 
 from ryot.edge.trust import parse_trusted_keys
 from ryot.errors import FleetError, RyotError
-from ryot.fleet.device import checks
+from ryot.fleet.device import checks, processes
 from ryot.fleet.device.environment import find_python
 from ryot.fleet.device.store import DamagedFile, Release, Root, State, identify, write_whole
 from ryot.fleet.device.wire import Wire, WireError
@@ -33,6 +36,8 @@ class Agent:
 
     def __init__(self, root: Root, tell: Callable[[str], None]):
         self._root, self.tell = root, tell
+        self.switching = threading.Lock()
+        """Held from a switch to its proof, which have to be seen through."""
 
     def recover(self) -> None:
         """Prove, or take back, a switch that nobody lived to see proved."""
@@ -40,7 +45,8 @@ class Agent:
         if state.pending is not None:
             self.tell("proving a switch that was interrupted")
             try:
-                self._root.write_state(self._prove(state))
+                with self.switching:
+                    self._root.write_state(self._prove(state))
             except FleetError as error:
                 self.tell(f"took back a switch that was interrupted: {error}")
 
@@ -134,10 +140,11 @@ class Agent:
             "health_wait_s": request.get("health_wait_s", 0.0),
         }
         state = state._replace(pending=pending)
-        self._root.write_state(state)
         self.tell("switching")
-        self._root.point_current(release_id)
-        self._root.remove_unused(self._prove(state), KEEP)
+        with self.switching:
+            self._root.write_state(state)
+            self._root.point_current(release_id)
+            self._root.remove_unused(self._prove(state), KEEP)
 
     def _prove(self, state: State) -> State:
         """The state with the pending switch confirmed; if it cannot be, it is taken back and `FleetError` raised."""
@@ -168,8 +175,12 @@ def serve() -> None:
     try:
         try:
             _serve(wire, wire.receive())
+        except WireError:
+            raise
         except (RyotError, OSError) as error:
             wire.send(describe_error(error))
+        except Exception as error:  # the outermost edge: a bug here is to be told there, and not tried again
+            wire.send({"error": f"{type(error).__name__}: {error}", "hint": "a fault of ryot's own"})
     except WireError:
         return
 
@@ -177,6 +188,7 @@ def serve() -> None:
 def _serve(wire: Wire, request: dict[str, Any]) -> None:
     root = Root(Path(request["root"]).expanduser().absolute())
     agent = Agent(root, lambda what: wire.send({"progress": what}))
+    threading.Thread(target=_end_with_desk, args=(agent.switching,), daemon=True).start()
     if request["op"] == "look":
         if not root.path.is_dir():
             raise FleetError(f"{root.path}: nothing was pushed there")
@@ -208,6 +220,16 @@ def _answer_all(
             wire.send({})
         else:
             wire.send(operations[request["op"]](request))
+
+
+def _end_with_desk(switching: threading.Lock) -> None:
+    """End this program, and what it runs, as soon as the desk is gone, but not in the middle of a switch."""
+    poll = select.poll()
+    poll.register(0, 0)  # the end of the connection is told unasked
+    poll.poll()
+    with switching:
+        processes.end_all()
+        os._exit(1)
 
 
 @contextlib.contextmanager

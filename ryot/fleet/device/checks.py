@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ryot.errors import FleetError
+from ryot.fleet.device.processes import error_of, run
 
 #: Loading a gigabyte from an SD card takes a minute.
 CHECK_TIMEOUT_S = 900
@@ -37,9 +35,9 @@ json.dump({"environment": environment, "results": [r.to_mapping() for r in resul
 
 def check_golden(command: list[str], what: str) -> str:
     """What `run.py --verify` says. Raises `FleetError` when it refuses, with its reason."""
-    done = _run([*command, "--verify"], CHECK_TIMEOUT_S)
+    done = run([*command, "--verify"], timeout_s=CHECK_TIMEOUT_S)
     if done.returncode:
-        raise FleetError(f"{what} does not verify: {_error_of(done)}")
+        raise FleetError(f"{what} does not verify: {error_of(done)}")
     return done.stdout.strip()
 
 
@@ -47,9 +45,9 @@ def measure(python: str, bundle: Path, spec: Mapping[str, Any], rounds: int) -> 
     """The environment and the raw results of a measurement by the bundle's own runtime."""
     asked = json.dumps({"spec": dict(spec), "rounds": rounds})
     limit = CHECK_TIMEOUT_S + rounds * float(spec.get("timeout_s", 120.0))
-    done = _run([python, "-B", "-s", "-c", _MEASURE, str(bundle)], limit, text=asked)
+    done = run([python, "-B", "-s", "-c", _MEASURE, str(bundle)], timeout_s=limit, text=asked)
     if done.returncode:
-        raise FleetError(f"it cannot be measured: {_error_of(done)}")
+        raise FleetError(f"it cannot be measured: {error_of(done)}")
     values = json.loads(done.stdout)
     assert isinstance(values, dict)
     return values
@@ -71,38 +69,9 @@ def run_owner_command(command: str, what: str, wait_s: float = 0.0) -> None:
     """Run a command of the owner's; with `wait_s` again and again until it succeeds. Raises `FleetError`."""
     deadline = time.monotonic() + wait_s
     while True:
-        done = _run(["/bin/sh", "-c", command], 60.0)
+        done = run(["/bin/sh", "-c", command], timeout_s=60.0)
         if done.returncode == 0:
             return
         if time.monotonic() >= deadline:
-            raise FleetError(f"the {what} command ended with code {done.returncode}: {_error_of(done)}")
+            raise FleetError(f"the {what} command ended with code {done.returncode}: {error_of(done)}")
         time.sleep(0.5)
-
-
-def _run(command: list[str], timeout_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command; what it started is gone with it when it takes too long."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SSH_"))}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        cwd="/",
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(text, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return subprocess.CompletedProcess(command, -9, "", f"it took longer than {timeout_s:g} s")
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def _error_of(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith("hint:")]
-    if lines:
-        return lines[-1].removeprefix("Error: ")
-    return f"killed by signal {-done.returncode}" if done.returncode < 0 else f"it ended with code {done.returncode}"

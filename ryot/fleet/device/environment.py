@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from ryot.errors import FleetError
+from ryot.fleet.device.processes import error_of, run
 from ryot.fleet.device.store import Root, identify, sync
 
 #: Prints what an interpreter has of the packages that it is given.
@@ -46,8 +46,8 @@ def find_python(
     if target.exists() and not _lacking(own, wanted):
         return own
     shutil.rmtree(target, ignore_errors=True)
-    stage = target.with_name(f".{target.name}")
-    shutil.rmtree(stage, ignore_errors=True)
+    # pip may outlive a push that was killed: what it goes on to write must not be in the way of the next one.
+    stage = target.with_name(f".{target.name}-{os.getpid()}")
     if wheels:
         tell(f"making an environment from {len(wheels)} wheels")
         _run([python, "-I", "-m", "venv", "--without-pip", str(stage)])
@@ -62,7 +62,7 @@ def find_python(
         _run(
             [*pip, "--only-binary=:all:", "-r", str(stage / "requirements.txt")],
             hint="push with --offline, which takes the wheels along",
-            cwd=stage,
+            cwd=str(stage),
         )
     os.sync()
     stage.rename(target)
@@ -106,9 +106,7 @@ def _lacking(python: str, wanted: Sequence[str]) -> list[str]:
     """The requirements that an interpreter does not meet; all of them when it cannot be run."""
     names = [_split(line)[0] for line in wanted]
     try:
-        done = subprocess.run(
-            [python, "-I", "-c", _ASK, *names], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = run([python, "-I", "-c", _ASK, *names], timeout_s=60)
     except OSError:
         return list(wanted)
     versions = done.stdout.split()
@@ -154,21 +152,13 @@ def _numbers(version: str) -> list[int]:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run(command, timeout_s=60)
     if done.returncode:
-        raise FleetError(f"{command[0]} cannot be run: {_last_line(done.stderr)}")
+        raise FleetError(f"{command[0]} cannot be run: {error_of(done)}")
     return done.stdout.strip()
 
 
-def _run(command: list[str], *, hint: str | None = None, cwd: Path | None = None) -> None:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False, cwd=cwd
-    )
+def _run(command: list[str], *, hint: str | None = None, cwd: str = "/") -> None:
+    done = run(command, timeout_s=_PIP_TIMEOUT_S, cwd=cwd)
     if done.returncode:
-        said = _last_line(done.stderr) or _last_line(done.stdout)
-        raise FleetError(f"{Path(command[0]).name} {' '.join(command[2:5])}: {said}", hint=hint)
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip() and not line.startswith("hint:")]
-    return lines[-1] if lines else "it said nothing"
+        raise FleetError(f"{Path(command[0]).name} {' '.join(command[2:5])}: {error_of(done)}", hint=hint)

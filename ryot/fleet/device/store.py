@@ -346,9 +346,9 @@ def write_whole(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Put the names in a folder on disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems know no fsync of a folder
             os.fsync(handle)
@@ -357,11 +357,13 @@ def sync(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Open a tree to all and put it on disk; files that came were put there when they did."""
+    """Open a tree to all and put all of it on disk."""
     for path in (*folder.rglob("*"), folder):
+        if path.is_symlink():
+            continue
         if path.is_dir():
             path.chmod(0o755)
-            sync(path)
+        sync(path)
 
 
 def _json_or_empty(content: bytes) -> dict[str, Any]:

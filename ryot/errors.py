@@ -10,6 +10,7 @@ RyotError                 1  something failed
 │   └── ContextError      1  more tokens were asked for than the context holds
 ├── MeasureError          1  a measurement could not be taken
 ├── ClusterError          1  Ray cannot be started, reached or used
+├── FleetError            1  a device cannot be reached, or does not take or run what was pushed
 ├── TargetMissed          3  a target was missed, or the measurement cannot tell
 ├── QualityError          4  a gate failed: no artifact is left to package, or one asked for by name breached
 │   └── OracleError       4  another implementation computes other logits from the same checkpoint
@@ -80,6 +81,10 @@ class MeasureError(RyotError):
 
 class ClusterError(RyotError):
     """Ray cannot be started, reached or used."""
+
+
+class FleetError(RyotError):
+    """A device cannot be reached, or does not take or run what was pushed."""
 
 
 class TargetMissed(RyotError):

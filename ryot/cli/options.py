@@ -89,6 +89,22 @@ def data_option(function: F) -> F:
     )(function)
 
 
+def host_options(function: F) -> F:
+    """HOST..., `--fleet`, `--ssh-config`, `--root` and `--jobs`: which devices, and how they are reached."""
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    for decorate in (
+        click.argument("hosts", nargs=-1, metavar="[HOST...]"),
+        click.option("--fleet", metavar="FILE", type=file, help="Devices, in TOML; all of them when no host is named"),
+        click.option("--ssh-config", metavar="FILE", type=file, help="ssh's configuration  [default: ssh's own]"),
+        click.option("--root", metavar="DIR", help="Folder there  [default: ~/.local/share/ryot]"),
+        click.option(
+            "--jobs", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Hosts at once"
+        ),
+    )[::-1]:
+        function = decorate(function)
+    return function
+
+
 def cache_dir() -> Path:
     """Folder for what runs share: RYOT_CACHE_DIR, by default ~/.cache/ryot; it is there and can be written to.
 

@@ -24,6 +24,7 @@ from ryot.deploy.oracle import NO_ORACLE, OracleResult
 from ryot.deploy.precisions import build_graphs, pair_matrices, serialize, split_pair
 from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
+from ryot.deploy.sbom import SBOM_NAME, build_sbom
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
@@ -133,6 +134,7 @@ def build_artifact(
             load_bundle(stage, verify=False), weights, artifact, origin.prompts, rounding_error=scores.rounding_error
         )
         (stage / "README.md").write_text(render_card(values), encoding="utf-8")
+        bundle.write_json(stage / SBOM_NAME, build_sbom(stage, values))
         bundle.write_manifest(stage, {**values, "golden": golden, "tolerance": tolerance})
     log.info("%s: exported to %s", precision, target)
     return target

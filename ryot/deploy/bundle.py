@@ -10,7 +10,7 @@ import ast
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME
 from ryot.edge.chat import has_chat_template
 from ryot.edge.tokenizer_config import read_tokenizer_config
+from ryot.edge.trust import UNLISTED
 from ryot.errors import ExportError
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
@@ -81,7 +82,12 @@ def write_checkpoint_files(checkpoint: Checkpoint, folder: Path) -> None:
 @functools.cache
 def runtime_modules() -> tuple[Path, ...]:
     """Files of `ryot.edge` and of every module of ours that they import, relative to the package's parent."""
-    pending = [p.relative_to(PACKAGE.parent) for p in sorted((PACKAGE / "edge").glob("*.py"))]
+    return find_modules([p.relative_to(PACKAGE.parent) for p in (PACKAGE / "edge").glob("*.py")])
+
+
+def find_modules(first: Iterable[Path]) -> tuple[Path, ...]:
+    """The modules of ours in `first` and all that they import; sorted, relative to the package's parent."""
+    pending = sorted(first)
     found: set[Path] = set()
     while pending:
         path = pending.pop()
@@ -179,7 +185,7 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": edge_bundle.hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (edge_bundle.MANIFEST_NAME, edge_bundle.RECORD_NAME)
+        if path.is_file() and path.relative_to(folder).as_posix() not in UNLISTED
     }
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 

@@ -27,8 +27,8 @@ LARGE_SPEC: dict[str, Any] = {"min_runs": 5, "timeout_s": 900.0}
 
 
 def threads_under(targets: Sequence[Target]) -> int:
-    """Threads of a measurement that several targets share: the fewest of any."""
-    return min(t.threads for t in targets)
+    """Threads of a measurement that several targets share: the fewest of any, and 1 without a target."""
+    return min((t.threads for t in targets), default=1)
 
 
 def effort(bundles: Iterable[Bundle], *, quick: bool) -> dict[str, Any]:
@@ -40,16 +40,22 @@ def effort(bundles: Iterable[Bundle], *, quick: bool) -> dict[str, Any]:
 def spec_under(targets: Sequence[Target], bundle: Bundle, *, cores: int | None = None, **overrides: Any) -> MeasureSpec:
     """The measurement of a bundle under the limits of `targets`, on `cores` cores (as many as this process may use).
 
-    Several targets share one measurement: the fewest threads of any, and the largest memory limit, which an artifact
-    has to outgrow to fail them all; smaller limits are compared with the peak.
+    Several targets share one measurement: see `limits_under`.
+    """
+    return build_spec(bundle, **limits_under(targets, cores or len(os.sched_getaffinity(0))), **overrides)
+
+
+def limits_under(targets: Sequence[Target], cores: int) -> dict[str, Any]:
+    """`threads` and `memory_limit_bytes` of a measurement that several targets share, on so many cores.
+
+    The fewest threads of any, and the largest memory limit, which an artifact has to outgrow to fail them all; smaller
+    limits are compared with the peak.
     """
     limits = [t.memory_limit_bytes for t in targets if t.memory_limit_bytes]
-    return build_spec(
-        bundle,
-        threads=min(cores or len(os.sched_getaffinity(0)), threads_under(targets)),
-        memory_limit_bytes=max(limits) if limits else None,
-        **overrides,
-    )
+    return {
+        "threads": min(cores, threads_under(targets)),
+        "memory_limit_bytes": max(limits) if limits else None,
+    }
 
 
 def find_artifacts(path: Path) -> list[ExportedArtifact]:

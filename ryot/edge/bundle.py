@@ -134,7 +134,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     Raises `BundleError` for a missing, truncated or changed file, a malformed manifest or a newer schema.
     """
     root = Path(path)
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root)
     try:
         bundle = _build(root, manifest, verified=verify)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -145,6 +145,16 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         if verify:
             _check_hash(root, name, entry)
     return bundle
+
+
+def check_inside(name: str) -> None:
+    """Raise `ValueError` unless `name` is the one way to write the path of a file inside a bundle.
+
+    A name that climbs out of the folder would make a check read, and a copy write, somewhere else.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"files: {name!r} is not a path inside the bundle")
 
 
 def check_onnxruntime(installed: str, required: str) -> None:
@@ -184,7 +194,8 @@ def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest in a folder, of which nothing but the schema is checked. Raises `BundleError`."""
     path = root / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -201,9 +212,16 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     if manifest["schema"] > SCHEMA:
         raise BundleError(
             f"{path}: schema {manifest['schema']} is newer than {SCHEMA}, the newest that this ryot reads",
-            hint="use the bundle's own run.py, or a newer ryot",
+            hint=f"upgrade ryot here{_writer(manifest)}, or use the bundle's own run.py, which brings its own",
         )
     return manifest
+
+
+def _writer(manifest: Mapping[str, Any]) -> str:
+    """` to 1.2.3 or later`, the version that wrote a manifest, where it says so."""
+    provenance = manifest.get("provenance")
+    version = provenance.get("ryot_version") if isinstance(provenance, dict) else None
+    return f" to {version} or later" if isinstance(version, str) else ""
 
 
 def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle:
@@ -215,9 +233,7 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
         for name, f in manifest["files"].items()
     }
     for name in files:
-        # A name that climbs out of the folder would make the check read, and a copy write, somewhere else.
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise ValueError(f"files: {name!r} is not a path inside the bundle")
+        check_inside(name)
     graphs = {role: manifest["graphs"][role] for role in GRAPH_ROLES}
     for role, name in graphs.items():
         if name not in files:

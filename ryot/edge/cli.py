@@ -120,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="fresh processes that --bench measures; default: 3"
     )
+    parser.add_argument(
+        "--trusted-keys", type=Path, metavar="FILE", help="what --verify asks a signature of: lines of 'trusted KEY'"
+    )
     parser.add_argument("--json", action="store_true", help="print the raw results of --bench as JSON")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -128,12 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(bundle_path: Path, options: argparse.Namespace) -> int:
     if options.threads < 1:
         raise ConfigError(f"--threads: got {options.threads}, expected a whole number above 0")
-    bundle = load_bundle(bundle_path)
-    if options.bench:
-        return _bench(bundle, options)
     if options.verify:
-        return _verify(bundle, options.threads, options.engine)
-    return _generate(bundle, options)
+        return _verify(bundle_path, options)
+    bundle = load_bundle(bundle_path)
+    return _bench(bundle, options) if options.bench else _generate(bundle, options)
 
 
 def _read_prompt(given: str) -> str:
@@ -222,14 +223,19 @@ def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | No
     return [best.completion.text]
 
 
-def _verify(bundle: Bundle, threads: int, engine: str) -> int:
+def _verify(bundle_path: Path, options: argparse.Namespace) -> int:
+    from ryot.edge.trust import check_whole, load_trusted_keys
+
+    keys = None if options.trusted_keys is None else load_trusted_keys(options.trusted_keys)
+    bundle, signer = check_whole(bundle_path, keys)
     from ryot.edge.engines import open_engine
     from ryot.edge.generate import check_golden
 
-    compared = check_golden(open_engine(bundle, threads=threads, engine=engine))
+    compared = check_golden(open_engine(bundle, threads=options.threads, engine=options.engine))
     total = sum(len(golden.tokens) for golden in bundle.golden)
     sys.stdout.write(f"{bundle.name}: {len(bundle.files)} files as in the manifest, ")
-    sys.stdout.write(f"{compared} of {total} golden tokens compared and equal\n")
+    sys.stdout.write(f"{compared} of {total} golden tokens compared and equal")
+    sys.stdout.write(f", signed by {signer}\n" if signer else "\n")
     return EXIT_OK
 
 

@@ -34,11 +34,16 @@ def describe_cpu() -> dict[str, Any]:
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
         "model": info.get("model name") or info.get("Model") or platform.processor() or platform.machine(),
-        "isa": sorted(name for flag, name in _ISA.items() if flag in flags),
+        "isa": isa_names(flags),
         "cores": len(os.sched_getaffinity(0)),
         "caches": _caches(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def isa_names(flags: Collection[str]) -> list[str]:
+    """Sorted names of the instruction sets that decide about kernels, from the kernel's flags."""
+    return sorted(name for flag, name in _ISA.items() if flag in flags)
 
 
 def sums_int8_exactly(isa: Collection[str]) -> bool:

@@ -25,7 +25,9 @@ def artifact_columns(report: Report) -> list[Column]:
     def training(name: str, header: str, get: Callable[[VariantRow], Cell], **options: Any) -> Column:
         return Column(name, header, tuple(None if v is None else get(v) for v in trainings), **options)
 
+    several = any(r.device for r in rows)
     columns = [
+        *([column("device", "device", lambda r: r.device, needed=True, first=True)] if several else []),
         column("variant", "variant", lambda r: r.variant, needed=True, first=True),
         column("seed", "seed", lambda r: str(r.seed), first=True),
         column("precision", "precision", lambda r: r.precision, needed=True, first=True),
@@ -69,8 +71,10 @@ def limit_columns(report: Report) -> list[Column]:
         kept = list(report.verdicts)
     several_seeds = len({v.seed for v in kept}) > 1
     names = tuple(f"{v.variant} {v.precision}" + (f" seed {v.seed}" if several_seeds else "") for v in kept)
+    devices = tuple(v.device for v in kept)
     return [
         Column("artifact", "artifact", names),
+        *([Column("device", "device", devices, needed=True)] if any(devices) else []),
         Column("target", "target", tuple(v.target for v in kept), needed=True),
         Column("limit", "limit", tuple(limit_text(v) for v in kept), needed=True),
         Column("value", "value [98 %]", tuple(value_text(v) for v in kept), needed=True),

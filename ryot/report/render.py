@@ -78,7 +78,7 @@ def footnotes(report: Report) -> list[str]:
 def artifact_blocks(columns: Sequence[Column], width: int) -> list[str]:
     """The main table as one block, or as several below each other where one would be wider than `width`."""
     shown = varying_columns(columns)
-    keys = [c for c in shown if c.name in ("variant", "seed", "precision")]
+    keys = [c for c in shown if c.name in ("device", "variant", "seed", "precision")]
     rest = [c for c in shown if c not in keys]
     blocks = []
     waiting = sorted(rest, key=lambda c: (not c.name.startswith("verdict"), not c.first, rest.index(c)))

@@ -63,10 +63,12 @@ class ExportedArtifact:
     """Why a gate did not; empty when all did."""
     path: str = ""
     """Its bundle folder, relative to the run folder."""
+    device: str = ""
+    """The device that it was pushed to and measured on; empty for the machine of the report."""
 
     @property
     def id(self) -> ArtifactId:
-        return ArtifactId(self.variant, self.seed, self.precision)
+        return ArtifactId(self.variant, self.seed, self.precision, self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,10 +180,11 @@ class Verdict:
     cause: Cause = Cause.LIMIT
     note: str = ""
     """The same and more, for people."""
+    device: str = ""
 
     @property
     def id(self) -> ArtifactId:
-        return ArtifactId(self.variant, self.seed, self.precision)
+        return ArtifactId(self.variant, self.seed, self.precision, self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,6 +241,8 @@ class Report:
     baseline: str = ""
     """The artifact that the ratios are against, by name."""
     machine: Mapping[str, Any] = field(default_factory=dict)
+    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What `machine` is, of each device that rows are of."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     """name, sha256, train_tokens, val_tokens, test_tokens; tokenizer_sha256 and vocab_size where known."""
     plan: Mapping[str, Any] = field(default_factory=dict)

@@ -67,6 +67,7 @@ def _judge(row: ArtifactRow, target: Target, key: str, machine: Mapping[str, Any
         verdict=word,
         cause=cause,
         note=note,
+        device=row.device,
     )
 
 

@@ -1,0 +1,153 @@
+"""A bundle on the device: read-only, as another user, without network, home or a right umask; and from a stick."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ryot.deploy.archive import pack_bundle, unpack_archive
+from ryot.errors import FleetError
+from ryot.fleet.device.environment import unpack_wheel
+from ryot.fleet.device.store import Release, Root
+from ryot.fleet.kit import INSTALL_NAME, PROGRAM_NAME, write_kit
+from ryot.fleet.program import build_program, write_program
+from tests.edge.test_telemetry import trace_calls
+from tests.fleet.conftest import plain_environment, ryot
+
+
+def test_the_program_for_devices_needs_the_standard_library_alone(tmp_path: Path) -> None:
+    write_program(tmp_path / "device.pyz")
+    assert (tmp_path / "device.pyz").read_bytes() == build_program()
+    assert len(build_program()) < 60_000
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import ryot.fleet.device.agent, ryot.fleet.device.main
+print(*sorted({m.split(".")[0] for m in sys.modules} - set(sys.stdlib_module_names) - {"__main__"}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, tmp_path / "device.pyz"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["ryot"]
+
+
+def test_a_release_runs_read_only_as_another_user_without_home_or_network(version_1: Path, tmp_path: Path) -> None:
+    """Written under umask 077, then run as `nobody` under strace: no socket is opened, no file written."""
+    root = Root(tmp_path / "device")
+    release = Release("r", "b", "tiny-0", "fp32", sys.executable, "", 0.0, {})
+    old = os.umask(0o077)
+    try:
+        root.make()
+        unpack_archive(pack_bundle(version_1, tmp_path / "a.tar.zst"), root.bundle("b"))
+        root.build_release(release)
+    finally:
+        os.umask(old)
+    for path in root.bundle("b").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+    log = tmp_path / "log"
+    log.mkdir(mode=0o777)
+    log.chmod(0o777)
+    program = [*trace_calls(log / "calls"), root.release("r") / "run"]
+    if os.geteuid() == 0 and can_nobody_read(root.bundle("b")):
+        program = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *program]
+    for arguments in (["--verify"], ["--prompt", "def ", "--max-new-tokens", "3"]):
+        done = subprocess.run(
+            [*map(str, program), *arguments],
+            env=plain_environment(), capture_output=True, text=True, check=False, umask=0o077, cwd="/",
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = (log / "calls").read_text(errors="replace").splitlines()
+        assert any("libonnxruntime" in line or "onnxruntime_pybind11_state" in line for line in lines)
+        assert not [line for line in lines if re.search(r"\b(socket|connect|sendto|sendmsg)\(", line)]
+        writing = r"O_WRONLY|O_RDWR|O_CREAT|\b(mkdir|rename|unlink|link|symlink|truncate|chmod)(at|at2)?\("
+        assert not [line for line in lines if re.search(writing, line) and not re.search(r'"/(dev|proc)/', line)]
+
+
+def can_nobody_read(path: Path) -> bool:
+    """Opens the way to `path` (pytest's own folders are private); whether `nobody` then gets at it and this Python."""
+    for parent in path.parents:
+        if parent.name.startswith("pytest"):
+            parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+    test = f"test -r {path}/run.py && {sys.executable} -c 'import onnxruntime'"
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", test]
+    return bool(shutil.which("setpriv")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["../evil.py", "/tmp/evil.py", "a/../../evil.py", "..\\evil.py"])
+def test_a_wheel_stays_where_it_is_unpacked(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.whl", "w") as wheel:
+        wheel.writestr(name, "x")
+    with pytest.raises(FleetError, match="a wheel holds the path"):
+        unpack_wheel(tmp_path / "bad.whl", "bad.whl", tmp_path / "library")
+    assert not (tmp_path / "library").exists()
+
+
+def test_a_wheel_is_unpacked_as_pip_would(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "good.whl", "w") as wheel:
+        wheel.writestr("good/__init__.py", "x = 1\n")
+        wheel.writestr("good-1.data/platlib/good/more.py", "y = 2\n")
+        wheel.writestr("good-1.data/scripts/run", "#!python\n")
+        wheel.writestr("good-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: good\nVersion: 1\n")
+    unpack_wheel(tmp_path / "good.whl", "good.whl", tmp_path / "library")
+    done = subprocess.run(
+        [sys.executable, "-c", "import good.more, importlib.metadata as m; print(m.version('good'))"],
+        env={"PYTHONPATH": str(tmp_path / "library")}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "1\n"
+    assert not list((tmp_path / "library").rglob("run"))
+
+
+@pytest.mark.slow
+def test_a_kit_installs_on_a_device_without_network_and_goes_back(
+    version_1: Path, version_2: Path, owner_key: Path, tmp_path: Path
+) -> None:
+    """With real wheels from pip's index, into an environment that has nothing else."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    kits = []
+    for number, bundle in enumerate((version_1, version_2)):
+        kit = tmp_path / f"kit{number}"
+        wheels = () if number == 0 else ("--wheels", tmp_path / "kit0" / "wheels")
+        made = ryot("pack", bundle, "--kit", kit, "--machine", os.uname().machine, "--python", python, *wheels)
+        if number == 0 and "no wheels for" in made.stderr:
+            pytest.skip(f"no package index can be reached: {made.stderr}")
+        assert made.returncode == 0, made.stderr
+        assert {path.name for path in kit.iterdir()} == {"bundle", "wheels", PROGRAM_NAME, INSTALL_NAME}
+        kits.append(kit)
+    root = tmp_path / "device"
+    # No network: a namespace of its own has none; without the right to make one, an index that is not there.
+    alone = ["unshare", "--net"] if os.geteuid() == 0 and shutil.which("unshare") else []
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": getattr(sys, "_base_executable", sys.executable)}
+    environment["PIP_INDEX_URL"] = "http://127.0.0.1:1/"
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        words = [*alone, *map(str, command)]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, umask=0o077, check=False)
+
+    refused = run("sh", kits[0] / INSTALL_NAME, "--root", root, "--trusted-keys", owner_key.parent / "trusted")
+    assert refused.returncode == 1 and "is not signed" in refused.stderr
+    shutil.rmtree(root)
+    first = run("sh", kits[0] / INSTALL_NAME, "--root", root)
+    assert first.returncode == 0, first.stderr
+    assert "making an environment from" in first.stderr and "runs: tiny-0 fp32" in first.stdout
+    second = run("sh", kits[1] / INSTALL_NAME, "--root", root)
+    assert second.returncode == 0, second.stderr
+    assert "runs: tiny-second fp32" in second.stdout and "before: tiny-0" in second.stdout
+    assert run(root / "current" / "run", "--verify").returncode == 0
+    python_there = environment["PYTHON"]
+    back = run(python_there, "-I", kits[1] / PROGRAM_NAME, "--root", root, "rollback")
+    assert "runs: tiny-0 fp32" in back.stdout
+    status = run(python_there, "-I", kits[1] / PROGRAM_NAME, "--root", root, "status")
+    assert "24 of 24 golden tokens" in status.stdout
+
+
+def test_a_kit_is_for_devices_that_there_are(version_1: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="got armv7l and Python"):
+        write_kit(version_1, tmp_path / "kit", machine="armv7l", python="3.11", wheels=None)

@@ -1,0 +1,180 @@
+"""Links that are cut and processes that are killed while a bundle is pushed, updated and rolled back."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ryot.fleet.device.store import Root
+from ryot.fleet.inventory import Host
+from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
+from tests.fleet.conftest import Push, rewrite_manifest, run_current
+from tests.fleet.sshd import Sshd, descendants, is_sshd_there
+
+pytestmark = pytest.mark.slow
+
+LAB = "ryotpush"
+
+
+class Link:
+    """A host of its own behind a link that can be cut: a network namespace with an sshd in it."""
+
+    def __init__(self, folder: Path):
+        self.name = f"{LAB}{os.getpid()}"
+        self.inner, self.outer = f"ri{os.getpid() % 100000}", f"ro{os.getpid() % 100000}"
+        third = os.getpid() % 250
+        ip("netns", "add", self.name)
+        try:
+            ip("link", "add", self.outer, "type", "veth", "peer", "name", self.inner, "netns", self.name)
+            ip("addr", "add", f"10.79.{third}.1/30", "dev", self.outer)
+            ip("link", "set", self.outer, "up")
+            ip("-n", self.name, "addr", "add", f"10.79.{third}.2/30", "dev", self.inner)
+            ip("-n", self.name, "link", "set", self.inner, "up")
+            ip("-n", self.name, "link", "set", "lo", "up")
+            self.sshd = Sshd(folder, address=f"10.79.{third}.2", before=("ip", "netns", "exec", self.name))
+        except BaseException:
+            ip("netns", "del", self.name)
+            raise
+
+    def cut(self) -> None:
+        ip("link", "set", self.outer, "down")
+
+    def heal(self) -> None:
+        ip("link", "set", self.outer, "up")
+
+    def close(self) -> None:
+        self.sshd.close()
+        ip("netns", "del", self.name)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    if not is_sshd_there():
+        pytest.skip("OpenSSH's server is not installed")
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and the ip command")
+    probe = f"{LAB}-probe"
+    if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    ip("netns", "del", probe)
+    folder = Path(tempfile.mkdtemp(prefix="ryotlink"))
+    link = Link(folder)
+    yield link
+    link.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def heavy(version_1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a file that takes some time to send."""
+    folder = Path(shutil.copytree(version_1, tmp_path_factory.mktemp("heavy") / "bundle"))
+    (folder / "ballast.bin").write_bytes(random.Random(0).randbytes(96_000_000))
+    return rewrite_manifest(folder, name="heavy")
+
+
+def test_a_cut_link_is_noticed_and_the_push_goes_on_where_it_was(
+    link: Link, heavy: Path, root: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    results: list[PushResult] = []
+    host = Host(name="host", root=str(root), python=sys.executable)
+    options = PushOptions(rounds=0, ssh_config=link.sshd.config)
+    pushing = threading.Thread(
+        target=lambda: results.extend(
+            push_all(
+                prepare(heavy, None), [host], options, jobs=1, scratch=tmp_path, tell=lambda _, what: said.append(what)
+            )
+        )
+    )
+    pushing.start()
+    arrived = 0
+    while arrived < 8_000_000 and pushing.is_alive():
+        arrived = max((p.stat().st_size for p in root.glob("incoming/*.part")), default=0)
+    link.cut()
+    assert pushing.is_alive()
+    while not any("trying again" in line for line in said):
+        assert pushing.is_alive(), results
+        time.sleep(0.1)
+    link.heal()
+    pushing.join(timeout=120)
+    [result] = results
+    assert (result.outcome, result.reason) == ("switched", "")
+    resumed = [line for line in said if "came before" in line]
+    assert resumed and float(resumed[0].split(", ")[1].split()[0]) >= 8.0
+    assert run_current(root).stdout.startswith("heavy: ")
+
+
+def test_a_device_whose_desk_vanished_takes_the_next_push(link: Link, heavy: Path, root: Path, tmp_path: Path) -> None:
+    """Its sshd, and so the program on it, hear nothing of the cut link; the same push must get through all the same."""
+    host = Host(name="host", root=str(root), python=sys.executable)
+    options = PushOptions(rounds=0, ssh_config=link.sshd.config)
+    parcel = prepare(heavy, None)
+
+    def lose_the_link(_: str, what: str) -> None:
+        if what == "verifying":
+            link.cut()
+            threading.Timer(18.0, link.heal).start()
+
+    [result] = push_all(parcel, [host], options, jobs=1, scratch=tmp_path, tell=lose_the_link)
+    assert result.outcome == "switched", result.reason
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_the_device_runs_a_whole_version(
+    version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path, seed: int
+) -> None:
+    """`benchmarks/fleet.py` does the same 50 times and more."""
+    rng = random.Random(seed)
+    push(version_1)
+    names = {"tiny-0", "tiny-second"}
+    for number in range(4):
+        action = rng.choice(["push", "push", "rollback"])
+        bundle = (version_2, version_1)[number % 2]
+        where = ["--ssh-config", str(sshd.config), "--root", str(root)]
+        command = ["push", str(bundle), "host", "--rounds", "0", "--python", sys.executable, *where]
+        if action == "rollback":
+            command = ["fleet", "rollback", "host", *where]
+        desk = subprocess.Popen(
+            [sys.executable, "-c", "from ryot.cli.main import run; run()", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # The desk itself takes a second to start.
+        delay = 0.8 + rng.random() * 2.5
+        deadline = time.monotonic() + delay
+        while time.monotonic() < deadline and desk.poll() is None:
+            time.sleep(0.01)
+        victims = sshd.sessions() if rng.random() < 0.6 else [*descendants(desk.pid), desk.pid]
+        for pid in victims:
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+        done = run_current(root)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split(":")[0] in names
+        desk.wait(timeout=120)
+    last = push(version_1)
+    assert last.outcome in ("switched", "unchanged"), last.reason
+    assert run_current(root).stdout.startswith("tiny-0: ")
+    state = Root(root).read_state()
+    assert state.pending is None and Root(root).current_id() in state.good
+    left = [p.name for name in ("bundles", "releases", "environments") for p in (root / name).iterdir()]
+    assert not [name for name in left if name.startswith(".")], left
+    assert json.loads((root / "state.json").read_text())["schema"] == 1

@@ -21,8 +21,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    left_out = shutil.ignore_patterns("__pycache__", "results", "node_modules")
     for folder in ("ryot", "deploy", "cluster", "benchmarks"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "node_modules"))
+        shutil.copytree(ROOT / folder, source / folder, ignore=left_out)
     out = source / "dist"
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source]
     built = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, check=False)

@@ -161,10 +161,10 @@ def find_model(source: str, where: str) -> FoundModel:
     return FoundModel(source=found, sha256=checkpoint.sha256, spec=read_spec(checkpoint.config, checkpoint.where))
 
 
-def resolve_sources(recipe: dict[str, Any], where: str) -> None:
+def resolve_sources(recipe: dict[str, Any], init_source: str | None, where: str) -> None:
     """Look at the sources that a merged recipe names, and write what was found into it.
 
-    The shape of a model comes from `[init]`, or its vocabulary from whatever brings the tokenizer. Raises as
+    `init_source` is what `[init]` starts from, whatever it says itself. The shape of a model comes from `[init]`, or its vocabulary from whatever brings the tokenizer. Raises as
     `find_model` does, and `ConfigError` for tables that contradict each other.
     """
     if "lora" in recipe and "init" not in recipe:
@@ -180,10 +180,17 @@ def resolve_sources(recipe: dict[str, Any], where: str) -> None:
         values = recipe.get(table)
         if values is None:
             continue
+        values = dict(values)
         name = "from" if "from" in values else key
-        if not isinstance(values.get(name), str):
-            raise ConfigError(f"{where}: {table}.{'from' if key == 'source' else key} is missing")
-        models[table] = model = find_model(values.pop(name), f"{where}: {table}")
+        source = values.pop(name, None)
+        if table == "init":
+            source = init_source or source
+        if not isinstance(source, str) or not source:
+            raise ConfigError(
+                f"{where}: {table}.{'from' if key == 'source' else key} is missing",
+                hint="give the model with --init SOURCE, or in a copy of the recipe" if table == "init" else None,
+            )
+        models[table] = model = find_model(source, f"{where}: {table}")
         recipe[table] = {**values, key: model.source, "sha256": model.sha256}
     if init := models.get("init"):
         recipe["model"] = _model_of(bounded_spec(init.spec, recipe["init"].get("context") or None))

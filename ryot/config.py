@@ -233,6 +233,7 @@ class VariantConfig:
         for name in ("init", "distill", "rounding"):
             chosen = getattr(self, name) is not None
             _require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
+        _require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
         # Both would change how the table of a checkpoint is used.
         for name, plain in (("normalize_embedding", False), ("alternate_final_norm", False), ("final_norm_init", 1.0)):
             value = getattr(self.train, name)
@@ -311,8 +312,10 @@ def find_named(folder: str, name: str) -> Path:
     return path
 
 
-def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> VariantConfig:
+def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, init: str | None = None) -> VariantConfig:
     """The recipe `variant` at the size `preset`; `tokens` overrides its budget.
+
+    `init` is the model that a recipe with `[init]` starts from, also where it names another.
 
     Both are names or paths; `NAME+PART` is the recipe with that optimization, `NAME+all` with all of them. Raises
     `ConfigError` naming file, key and rule.
@@ -346,7 +349,7 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
     if "init" in merged:
         _require(not own, f"{where}: model", sorted(own), "nothing with [init]: the checkpoint says it")
     _apply_shape(merged["model"], merged["train"], merged.pop("shape"), size.get("model", {}), where)
-    resolve_sources(merged, where)
+    resolve_sources(merged, init, where)
     if tokens is not None:
         merged["train"]["tokens"] = tokens
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)

@@ -62,7 +62,7 @@ def load_arrays(
             _check_shape(name, part.shape, (rows, *shape[1:]), where)
             _check_finite(name, part, where)
             parts.append(part)
-        yield entry.name, _read(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
+        yield entry.name, read_layout(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def check_copies(
@@ -82,7 +82,7 @@ def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str
     """The tensors under Hugging Face's names, packed matrices taken apart; a tied head is left out."""
     tensors: dict[str, FloatArray] = {}
     for entry in maps:
-        array = _write(spec, entry.layout, arrays[entry.name])
+        array = write_layout(spec, entry.layout, arrays[entry.name])
         starts = np.cumsum(entry.rows)[:-1].tolist() if entry.rows else []
         parts = np.split(array, starts) if entry.rows else [array]
         tensors |= {name: np.ascontiguousarray(part) for name, part in zip(entry.tensors, parts)}
@@ -101,7 +101,8 @@ def check_names(
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
 
 
-def _read(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+def read_layout(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    """Our array from a tensor as it is stored."""
     match layout:
         case "rows":
             return array
@@ -114,7 +115,8 @@ def _read(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
             return np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(array.shape)
 
 
-def _write(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+def write_layout(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    """A tensor as it is stored from our array."""
     match layout:
         case "rows":
             return array

@@ -39,6 +39,15 @@ class PackReport:
     lengths: tuple[int, int, int, int]
     """Tokens of a document: the shortest, the median, the 95th of 100, the longest."""
 
+    def check_batch(self, batch_size: int, length: int) -> None:
+        """Raise `DataError` when these sequences are less than one batch."""
+        if self.sequences < batch_size:
+            raise DataError(
+                f"data: the training split fills {self.sequences} sequences of {length} tokens, expected at least a "
+                f"batch of {batch_size}",
+                hint="give more records, or a smaller train.batch_size or train.sequence_length",
+            )
+
     @property
     def text(self) -> str:
         """The report in a line."""
@@ -94,12 +103,7 @@ class PackedBatches:
 
     def __init__(self, dataset: Dataset, *, length: int, batch_size: int, seed: int):
         self._sequences = PackedSequences(dataset, "train", length)
-        if len(self._sequences) < batch_size:
-            raise DataError(
-                f"data: the training split fills {len(self._sequences)} sequences of {length} tokens, expected at "
-                f"least a batch of {batch_size}",
-                hint="give more records, or a smaller train.batch_size or train.sequence_length",
-            )
+        self._sequences.report.check_batch(batch_size, length)
         self._batch_size, self._seed = batch_size, seed
         self._epoch = -1
         self._order = np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""The text side of a model that a training takes over: tokenizer, token ids, chat template, and the files they are in."""
+"""The text side of a model that a training takes over: tokenizer, token ids, chat template, and their files."""
 
 from __future__ import annotations
 

@@ -76,9 +76,7 @@ def test_a_copy_goes_where_the_first_one_goes(tmp_path: Path, caplog: pytest.Log
     assert corpus.has_moved_copies
     half = len(corpus.documents) // 2
     assert corpus.num_copies == half
-    assert (
-        [d.own_split for d in corpus.documents[:half]] == list(corpus.splits[:half]) == list(corpus.splits[half:])
-    )
+    assert [d.own_split for d in corpus.documents[:half]] == list(corpus.splits[:half]) == list(corpus.splits[half:])
     assert [r.getMessage() for r in caplog.records] == [
         f"data: {half} of {2 * half} documents are copies of others; each goes into the split of the first one"
     ]

@@ -164,8 +164,9 @@ def find_model(source: str, where: str) -> FoundModel:
 def resolve_sources(recipe: dict[str, Any], init_source: str | None, where: str) -> None:
     """Look at the sources that a merged recipe names, and write what was found into it.
 
-    `init_source` is what `[init]` starts from, whatever it says itself. The shape of a model comes from `[init]`, or its vocabulary from whatever brings the tokenizer. Raises as
-    `find_model` does, and `ConfigError` for tables that contradict each other.
+    `init_source` is what `[init]` starts from, whatever it says itself. The shape of a model comes from `[init]`, or
+    its vocabulary from whatever brings the tokenizer. Raises as `find_model` does, and `ConfigError` for tables that
+    contradict each other.
     """
     if "lora" in recipe and "init" not in recipe:
         raise ConfigError(f"{where}: lora adapts a model that exists", hint="add [init] with from = SOURCE")

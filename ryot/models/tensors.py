@@ -7,7 +7,7 @@ Each array comes from one tensor or from several stacked by rows, after a change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,15 +78,28 @@ def check_copies(
             )
 
 
-def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """The tensors under Hugging Face's names, packed matrices taken apart; a tied head is left out."""
-    tensors: dict[str, FloatArray] = {}
+def hf_shapes(spec: DecoderSpec, maps: Iterable[TensorMap]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `hf_tensors` gives, in its order."""
+    shapes = parameter_shapes(spec)
+    found: dict[str, tuple[int, ...]] = {}
     for entry in maps:
-        array = write_layout(spec, entry.layout, arrays[entry.name])
+        shape = shapes[entry.name][::-1] if entry.layout == "transposed" else shapes[entry.name]
+        found |= {name: (rows, *shape[1:]) for name, rows in zip(entry.tensors, entry.rows or shape[:1])}
+    return found
+
+
+def hf_tensors(
+    spec: DecoderSpec, maps: Iterable[TensorMap], load: Callable[[str], FloatArray]
+) -> Iterator[tuple[str, FloatArray]]:
+    """The tensors under Hugging Face's names, one by one, packed matrices taken apart; a tied head is left out.
+
+    `load` gives an array by our name.
+    """
+    for entry in maps:
+        array = write_layout(spec, entry.layout, load(entry.name))
         starts = np.cumsum(entry.rows)[:-1].tolist() if entry.rows else []
-        parts = np.split(array, starts) if entry.rows else [array]
-        tensors |= {name: np.ascontiguousarray(part) for name, part in zip(entry.tensors, parts)}
-    return tensors
+        for name, part in zip(entry.tensors, np.split(array, starts) if entry.rows else [array]):
+            yield name, np.ascontiguousarray(part)
 
 
 def check_names(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from ryot.config import Attention
 from ryot.errors import CheckpointError
 from ryot.models.arrays import read_arrays
 from ryot.models.registry import read_spec, tensor_maps, write_config
+from ryot.models.sources.safetensors_file import write_float32
 from ryot.models.spec import DecoderSpec
-from ryot.models.tensors import FloatArray, hf_tensors
+from ryot.models.tensors import FloatArray, hf_shapes, hf_tensors
 from ryot.models.token_ids import TokenIds
 from ryot.train.dataset import Dataset
 from ryot.train.model import Decoder, RotaryTables
@@ -75,22 +76,31 @@ def save_checkpoint(
     training_tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a checkpoint under a tokenizer of our own, as `write_checkpoint` does; returns its digest."""
-    files = model_files(spec, state, Text.own(tokenizer_json))
-    return write_checkpoint(directory, files, training, training_tensors)
+    model = Weights(spec, lambda name: state[name])
+    return write_checkpoint(directory, model_files(spec, Text.own(tokenizer_json)), model, training, training_tensors)
 
 
-def model_files(spec: DecoderSpec, state: Mapping[str, Tensor], text: Text) -> dict[str, bytes]:
-    """The files of a whole model by name; `state` is `Decoder.state_dict()`."""
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of a whole model, made one by one when they are written."""
+
+    spec: DecoderSpec
+    load: Callable[[str], Tensor]
+    """A parameter by its name in `Decoder.state_dict()`."""
+
+    def write(self, path: Path) -> None:
+        """Write them under Hugging Face's names."""
+        maps = tensor_maps(self.spec)
+        arrays = hf_tensors(self.spec, maps, lambda name: self.load(name).detach().cpu().numpy())
+        write_float32(path, hf_shapes(self.spec, maps), arrays)
+
+
+def model_files(spec: DecoderSpec, text: Text) -> dict[str, bytes]:
+    """The files of a whole model by name, without its weights."""
     ids = text.token_ids
     eos: int | list[int] | None = list(ids.eos) if len(ids.eos) > 1 else next(iter(ids.eos), None)
     token_ids = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
-    arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    weights = {name: torch.from_numpy(array) for name, array in hf_tensors(spec, tensor_maps(spec), arrays).items()}
-    files = {
-        "config.json": _json({**write_config(spec), **token_ids, "dtype": "float32"}),
-        **text.files,
-        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
-    }
+    files = {"config.json": _json({**write_config(spec), **token_ids, "dtype": "float32"}), **text.files}
     if text.is_own:
         files["generation_config.json"] = _json({"eos_token_id": eos, "bos_token_id": ids.bos, "do_sample": False})
         files["tokenizer_config.json"] = _json(tokenizer_config(spec.max_seq_len))
@@ -100,6 +110,7 @@ def model_files(spec: DecoderSpec, state: Mapping[str, Tensor], text: Text) -> d
 def write_checkpoint(
     directory: Path,
     files: Mapping[str, bytes],
+    weights: Weights | None,
     training: Mapping[str, Any] | None,
     training_tensors: Mapping[str, Tensor] | None,
 ) -> str:
@@ -112,15 +123,21 @@ def write_checkpoint(
     files = dict(files)
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
-        files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
     try:
         with atomic_folder(directory) as draft:
             for name, data in files.items():
                 path = draft / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
+            if weights is not None:
+                weights.write(draft / _WEIGHTS)
+            if training is not None:
+                kept = {name: tensor.contiguous() for name, tensor in (training_tensors or {}).items()}
+                safetensors.torch.save_file(kept, draft / _STATE_TENSORS)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {directory}: cannot be written ({error})") from error
     return checkpoint_digest(directory)
 
 
@@ -129,7 +146,8 @@ def checkpoint_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,10 +141,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
-def merged_state(model: Decoder) -> dict[str, Tensor]:
-    """The decoder's parameters with every adapter merged into its matrix; one merged matrix is made at a time."""
-    state = {name: p for name, p in model.state_dict().items() if ".lora_" not in name}
-    return state | {f"{name}.weight": module.merged_weight() for name, module in adapters(model)}
+def merged_state(model: Decoder) -> dict[str, Callable[[], Tensor]]:
+    """The decoder's parameters, each made when it is asked for: with its adapters merged into it."""
+
+    def as_it_is(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
+
+    state = {name: as_it_is(p) for name, p in model.state_dict().items() if ".lora_" not in name}
+    return state | {f"{name}.weight": module.merged_weight for name, module in adapters(model)}
 
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:

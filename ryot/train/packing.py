@@ -88,7 +88,8 @@ class PackedSequences:
             for number, (start, end) in enumerate(self._rows[row]):
                 here = slice(at, at + end - start - 1)
                 inputs[b, here] = self._tokens[start : end - 1]
-                targets[b, here] = np.where(self._learned[start + 1 : end], self._tokens[start + 1 : end], IGNORED)
+                following = self._tokens[start + 1 : end].astype(np.int64)
+                targets[b, here] = np.where(self._learned[start + 1 : end], following, IGNORED)
                 documents[b, here] = number
                 at = here.stop
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(documents)

@@ -23,7 +23,7 @@ from ryot.models.blocks import block_size_for
 from ryot.models.registry import tensor_maps
 from ryot.models.sources.rounded import ROUNDING_NAME
 from ryot.models.spec import DecoderSpec, parameter_shapes
-from ryot.train.checkpoint import Text, load_decoder_arrays, model_files, write_checkpoint
+from ryot.train.checkpoint import Text, Weights, load_decoder_arrays, model_files, write_checkpoint
 from ryot.train.dataset import Dataset
 from ryot.train.lora import ADAPTER_WEIGHTS, adapter_files, load_adapter_tensors, merged_state
 from ryot.train.model import Decoder
@@ -50,8 +50,9 @@ def save_training(
     if variant.lora is not None and not done:
         assert variant.init is not None
         files = {**adapter_files(model, variant.lora, variant.init.source), **text.files}
-        return write_checkpoint(directory, files, training, training_tensors)
-    files = model_files(model.spec, merged_state(model) | {_TABLE: model.table_VE.detach()}, text)
+        return write_checkpoint(directory, files, None, training, training_tensors)
+    state = merged_state(model) | {_TABLE: lambda: model.table_VE}
+    files = model_files(model.spec, text)
     if variant.lora is None:
         training_tensors = {**training_tensors, _TABLE: model.embedding.weight.detach()}
     elif variant.lora.keep_adapter:
@@ -61,7 +62,8 @@ def save_training(
     if variant.rounding is not None and done:
         formats = json.dumps(rounded_formats(model.spec, variant.rounding), indent=1)
         files[ROUNDING_NAME] = f"{formats}\n".encode()
-    return write_checkpoint(directory, files, training, training_tensors)
+    weights = Weights(model.spec, lambda name: state[name]())
+    return write_checkpoint(directory, files, weights, training, training_tensors)
 
 
 def load_trained(model: Decoder, variant: VariantConfig, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ryot.adaptation import (
+    ADAPTATION,
+    DistillConfig,
+    InitConfig,
+    LoraConfig,
+    RoundingConfig,
+    TokenizerConfig,
+    resolve_sources,
+)
 from ryot.errors import ConfigError
 from ryot.mapping import build_from_mapping as build_from_mapping
 from ryot.mapping import check_known as check_known
@@ -41,6 +50,8 @@ GraphAttention = Literal["flash", "full"]
 PARTS = "optimizations"
 
 _SECTIONS = ("model", "train", "kernels", "shape")
+#: Sections that say what becomes of a model that exists; absent unless a recipe has them.
+_ADAPTED = tuple(ADAPTATION)
 
 #: What a recipe's `[shape]` says, and the field that it makes: `width` is a share of the preset's `dim`, `ff_ratio` of
 #: the recipe's own, `elastic` a list of such shares.
@@ -63,8 +74,12 @@ class ModelConfig(Sizes):
 
     architecture: str
     """A family that recipes train: `ryot.models.families`, those with a `trained_spec`."""
+    structure: DecoderSpec | None = None
+    """What the decoder of a checkpoint is made of, of any family; None: the family's usual structure."""
 
     def __post_init__(self) -> None:
+        if self.structure is not None:
+            return
         for name in ("dim", "num_heads", "num_kv_heads"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
@@ -73,7 +88,7 @@ class ModelConfig(Sizes):
     @property
     def spec(self) -> DecoderSpec:
         """What the decoder is made of."""
-        return trained_spec(self.architecture, self)
+        return self.structure or trained_spec(self.architecture, self)
 
     @property
     def num_parameters(self) -> int:
@@ -88,7 +103,9 @@ class TrainConfig:
     tokens: int
     """Budget in training tokens; the schedule ends with it."""
     batch_size: int
-    """Sequences of `max_seq_len` tokens in one optimizer step."""
+    """Sequences in one optimizer step."""
+    sequence_length: int = 0
+    """Tokens of a sequence; 0: `max_seq_len`, the whole context."""
     learning_rate: float
     """Peak rate of the matrices inside the layers."""
     embedding_learning_rate: float
@@ -130,6 +147,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+        _require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "a whole number not below 0")
         for name in (
             "learning_rate",
             "embedding_learning_rate",
@@ -191,8 +209,19 @@ class VariantConfig:
     model: ModelConfig
     train: TrainConfig
     kernels: KernelPlan
+    init: InitConfig | None = None
+    lora: LoraConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    distill: DistillConfig | None = None
+    rounding: RoundingConfig | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.sequence_length <= self.model.max_seq_len,
+            "sequence_length",
+            self.train.sequence_length,
+            f"at most the context of {self.model.max_seq_len} tokens ({self.name})",
+        )
         _require(
             self.num_steps > self.warmup_steps,
             "tokens",
@@ -201,6 +230,40 @@ class VariantConfig:
         )
         for width in self.train.elastic_widths:
             narrow_spec(self.model.spec, width)
+        for name in ("init", "distill", "rounding"):
+            chosen = getattr(self, name) is not None
+            _require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
+        _require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
+        # Both would change how the table of a checkpoint is used.
+        for name, plain in (("normalize_embedding", False), ("alternate_final_norm", False), ("final_norm_init", 1.0)):
+            value = getattr(self.train, name)
+            _require(self.init is None or value == plain, f"train.{name}", value, f"{plain} with [init]")
+
+    @property
+    def text_source(self) -> str | None:
+        """The checkpoint whose tokenizer is used; None for one that is learned from the corpus."""
+        if self.init is not None:
+            return self.init.source
+        if self.distill is not None:
+            return self.distill.teacher
+        return None if self.tokenizer is None else self.tokenizer.source
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every model that the recipe names and its sha256, by where it is found."""
+        found = {}
+        if self.init is not None:
+            found[self.init.source] = self.init.sha256
+        if self.tokenizer is not None:
+            found[self.tokenizer.source] = self.tokenizer.sha256
+        if self.distill is not None:
+            found[self.distill.teacher] = self.distill.sha256
+        return found
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.train.sequence_length or self.model.max_seq_len
 
     @property
     def warmup_steps(self) -> int:
@@ -210,7 +273,7 @@ class VariantConfig:
     @property
     def step_tokens(self) -> int:
         """Training tokens in one optimizer step."""
-        return self.train.batch_size * self.model.max_seq_len
+        return self.train.batch_size * self.sequence_length
 
     @property
     def num_steps(self) -> int:
@@ -249,8 +312,10 @@ def find_named(folder: str, name: str) -> Path:
     return path
 
 
-def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> VariantConfig:
+def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, init: str | None = None) -> VariantConfig:
     """The recipe `variant` at the size `preset`; `tokens` overrides its budget.
+
+    `init` is the model that a recipe with `[init]` starts from, also where it names another.
 
     Both are names or paths; `NAME+PART` is the recipe with that optimization, `NAME+all` with all of them. Raises
     `ConfigError` naming file, key and rule.
@@ -264,19 +329,27 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None) -> 
     check_known(size, ("summary", "model", "train"), str(preset_path))
     merged: dict[str, Any] = {section: dict(size.get(section, {})) for section in _SECTIONS}
     outer: dict[str, Any] = {"summary": "", "tune": False}
+    own: set[str] = set()
     for path in paths:
         values = load_toml(path)
-        check_known(values, (*outer, *_SECTIONS, "from_dim", "preset"), str(path))
+        check_known(values, (*outer, *_SECTIONS, *_ADAPTED, "from_dim", "preset"), str(path))
         outer |= {k: values[k] for k in outer if k in values}
         for layer in (values, *_overrides(values, size, preset_path.stem, path)):
+            own |= {*layer.get("model", {}), *layer.get("shape", {})}
             for section in _SECTIONS:
                 merged[section] |= layer.get(section, {})
+            for section in _ADAPTED:
+                if section in layer:
+                    merged[section] = {**merged.get(section, {}), **layer[section]}
             # A figure that is given stands above one that is worked out.
             for key, size_of in _SHAPE.items():
                 if size_of in layer.get("model", {}):
                     merged["shape"].pop(key, None)
     where = f"variant {name} at {preset_path.stem}"
+    if "init" in merged:
+        _require(not own, f"{where}: model", sorted(own), "nothing with [init]: the checkpoint says it")
     _apply_shape(merged["model"], merged["train"], merged.pop("shape"), size.get("model", {}), where)
+    resolve_sources(merged, init, where)
     if tokens is not None:
         merged["train"]["tokens"] = tokens
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)
@@ -291,11 +364,11 @@ def _overrides(
     for key in by_width:
         _require(str(key).isdigit(), f"{path}: from_dim", key, "a width, as in [from_dim.512.train]")
     for width in sorted(by_width, key=int):
-        check_known(by_width[width], _SECTIONS, f"{path}: from_dim.{width}")
+        check_known(by_width[width], (*_SECTIONS, *_ADAPTED), f"{path}: from_dim.{width}")
         if int(width) <= dim:
             yield by_width[width]
     special = values.get("preset", {}).get(preset, {})
-    check_known(special, _SECTIONS, f"{path}: preset.{preset}")
+    check_known(special, (*_SECTIONS, *_ADAPTED), f"{path}: preset.{preset}")
     yield special
 
 

@@ -27,6 +27,11 @@ def formerly(name: str | None = None, *, values: Mapping[Any, Any] | None = None
     return {_FORMERLY: name, _FORMER_VALUES: values or {}}
 
 
+def also_called(name: str) -> dict[str, Any]:
+    """Metadata of a field that people write as `name`, a word that Python keeps for itself."""
+    return formerly(name)
+
+
 def to_mapping(config: Any, *, keep_none: bool = False) -> dict[str, Any]:
     """The dataclass as nested plain values; fields that are None are left out unless kept (TOML has no null)."""
 

@@ -18,6 +18,7 @@ SLICE_S = 1.0
 @click.command("train", context_settings=HELP)
 @click.option("--variant", metavar="NAME", default="optimized", show_default=True, help="Recipe: a name or a file")
 @preset_option
+@click.option("--init", metavar="SOURCE", help="Model that a recipe with [init] starts from: folder, .gguf, org/name")
 @data_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of weights and data order")
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N", help="Training budget  [default: the recipe's]")
@@ -32,6 +33,7 @@ SLICE_S = 1.0
 def command(
     variant: str,
     preset: str,
+    init: str | None,
     data: tuple[str, ...],
     seed: int,
     tokens: int | None,
@@ -54,7 +56,7 @@ def command(
     from ryot.errors import Interrupted, RyotError
     from ryot.run.signals import StopSignals
 
-    recipe = resolve_variant(variant, preset, tokens=tokens)
+    recipe = resolve_variant(variant, preset, tokens=tokens, init=init)
     if device == "cuda":
         import torch
 
@@ -64,15 +66,17 @@ def command(
             raise ConfigError("device: got 'cuda', but torch sees no CUDA device here", hint="use --device cpu")
     recipe = replace(recipe, kernels=replace(recipe.kernels, device=device, threads=threads))
 
+    from ryot.deploy.teacher import open_teacher
     from ryot.optimize.kernels import choose_kernels, format_decision
+    from ryot.run.variant_data import prepare_variant
     from ryot.train.corpus import load_corpus
-    from ryot.train.dataset import prepare_dataset
     from ryot.train.loop import Trainer, TrainJob
 
     cache = cache_dir()
     with Progress() as show:
-        dataset, _ = prepare_dataset(load_corpus(data), recipe.model.vocab_size, cache, on_progress=show.tell_data)
-    dataset.check_sequences(recipe.model.max_seq_len, recipe.train.batch_size)
+        dataset, _ = prepare_variant(
+            recipe, load_corpus(data), cache, on_progress=show.tell_data, on_report=show.tell_data
+        )
     plan = recipe.kernels
     if not no_tune:
         decision = choose_kernels(recipe, dataset, cache, threads=threads)
@@ -80,7 +84,8 @@ def command(
         if decision.candidates:
             click.echo(format_decision(recipe.name, decision), err=True)
     job = TrainJob(variant=recipe, seed=seed, dataset_dir=str(dataset.path))
-    trainer = Trainer.resume(job, plan, resume) if resume else Trainer(job, plan)
+    teacher = open_teacher(recipe, cache)
+    trainer = Trainer.resume(job, plan, resume, teacher) if resume else Trainer(job, plan, teacher)
     if output.exists():
         output.rmdir()
     kept: Path | None = None

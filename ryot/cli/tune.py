@@ -42,14 +42,11 @@ def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what
         if what != "inference":
             from ryot.optimize.kernels import choose_kernels
             from ryot.optimize.kernels import format_decision as format_training
+            from ryot.run.variant_data import prepare_variant
             from ryot.train.corpus import load_corpus
-            from ryot.train.dataset import prepare_dataset
 
             with Progress() as show:
-                dataset, _ = prepare_dataset(
-                    load_corpus(data), recipe.model.vocab_size, cache, on_progress=show.tell_data
-                )
-            dataset.check_sequences(recipe.model.max_seq_len, recipe.train.batch_size)
+                dataset, _ = prepare_variant(recipe, load_corpus(data), cache, on_progress=show.tell_data)
             training = choose_kernels(recipe, dataset, found, threads=threads)
             decisions["training"] = dataclasses.asdict(training)
             if fmt == "table":

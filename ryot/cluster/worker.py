@@ -19,6 +19,7 @@ from ryot import scratch
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.config import replace
+from ryot.deploy.teacher import open_teacher
 from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
 from ryot.run.folder import WORKER_LOG
@@ -132,7 +133,10 @@ class TrainWorker:
             join_group(group, kernels, own_address())
             self._grouped = True
         kind = ShardedTrainer if group else Trainer
-        trainer = kind.resume(job, kernels, resume) if resume else kind(job, kernels)
+        # Beside the shards where those of the driver are seen; what a teacher said is then said to all seeds.
+        cache = Path(attempt.training.dataset_dir).parents[1] if dataset is None else self._fresh_cache()
+        teacher = open_teacher(job.variant, cache)
+        trainer = kind.resume(job, kernels, resume, teacher) if resume else kind(job, kernels, teacher)
         self._trainer, self._attempt = trainer, attempt
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
         log.info("resuming from step %d of %d", trainer.step, trainer.num_steps)
@@ -186,6 +190,10 @@ class TrainWorker:
             shutil.rmtree(target)
         self._saved_step, self._saved_at = trainer.step, time.monotonic()
         return Saved(trainer.step, str(path), sha256, packed)
+
+    def _fresh_cache(self) -> Path:
+        assert self._scratch is not None
+        return self._scratch / "cache"
 
     def _fresh_scratch(self) -> Path:
         self._remove_scratch()

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.deploy.settings import BLOCK_SIZES
+from ryot.models.blocks import ByteArray, block_scales, block_size_for, encode_blocks, split_blocks
 from ryot.models.tensors import FloatArray
-
-ByteArray = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +123,6 @@ class OffsetBlockMatrix:
 Matrix = FloatMatrix | DynamicMatrix | BlockMatrix | OffsetBlockMatrix
 
 
-def block_size_for(num_inputs: int, wanted: int) -> int:
-    """The largest block size up to `wanted` that divides `num_inputs`; `wanted` itself when none does.
-
-    A block that does not divide is padded, which costs bytes and time.
-    """
-    fitting = [b for b in BLOCK_SIZES if b <= wanted and num_inputs % b == 0]
-    return max(fitting, default=wanted)
-
-
 def quantize_dynamic(values_NK: FloatArray, *, bits: int) -> DynamicMatrix:
     """Round to nearest, symmetric for each output feature.
 
@@ -145,32 +134,6 @@ def quantize_dynamic(values_NK: FloatArray, *, bits: int) -> DynamicMatrix:
     scales_N = np.where(scales_N == 0, np.float32(1), scales_N).astype(np.float32)
     codes = np.clip(np.rint(values_NK / scales_N[:, None]), -limit, limit).astype(np.int8)
     return DynamicMatrix(codes, scales_N)
-
-
-def split_blocks(values_NK: FloatArray, block_size: int) -> FloatArray:
-    """[N, K] as [N, C, E], zeros after the end."""
-    N, K = values_NK.shape
-    C = -(-K // block_size)
-    padded = np.pad(values_NK, ((0, 0), (0, C * block_size - K))) if K % block_size else values_NK
-    return padded.reshape(N, C, block_size)
-
-
-def block_scales(blocks: FloatArray, bits: int) -> FloatArray:
-    """One scale for each block (the last axis). At 4 bits the value of largest size gets the code -8 exactly."""
-    zero = 1 << (bits - 1)
-    if bits == 8:
-        scales = np.abs(blocks).max(axis=-1) / np.float32(zero - 1)
-    else:
-        index = np.abs(blocks).argmax(axis=-1, keepdims=True)
-        scales = np.take_along_axis(blocks, index, axis=-1)[..., 0] / np.float32(-zero)
-    return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
-
-
-def encode_blocks(blocks: FloatArray, scales: FloatArray, bits: int) -> ByteArray:
-    """Codes nearest to `blocks` under the given scales."""
-    zero = 1 << (bits - 1)
-    codes: ByteArray = np.clip(np.rint(blocks / scales[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
-    return codes
 
 
 def _pack_pairs(codes: ByteArray) -> ByteArray:

@@ -10,10 +10,11 @@ import onnx
 from ryot.config import PRECISIONS, GraphAttention, unknown
 from ryot.deploy.datafile import DataFile
 from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
-from ryot.deploy.matrices import Matrix, block_size_for, quantize_blocks, quantize_dynamic
+from ryot.deploy.matrices import Matrix, quantize_blocks, quantize_dynamic
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.errors import ConfigError
+from ryot.models.blocks import block_size_for
 
 STANDARD_GRAPH = "model.onnx"
 

@@ -28,7 +28,7 @@ from ryot.config import replace
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
-from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix, block_size_for
+from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix
 from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
@@ -38,6 +38,7 @@ from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
+from ryot.models.blocks import block_size_for
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 from ryot.config import GraphAttention
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.errors import ConfigError
+from ryot.models.blocks import BLOCK_SIZES
 
-#: Block sizes that MatMulNBits and GatherBlockQuantized have kernels for.
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 KVDtype = Literal["float32", "int8"]
 
 

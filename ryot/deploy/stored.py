@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from ryot.deploy.gptq import round_by_search
-from ryot.deploy.matrices import BlockMatrix, ByteArray, OffsetBlockMatrix
-from ryot.deploy.settings import BLOCK_SIZES
+from ryot.deploy.matrices import BlockMatrix, OffsetBlockMatrix
+from ryot.models.blocks import BLOCK_SIZES, ByteArray
 from ryot.models.registry import tensor_maps
 from ryot.models.sources.checkpoint import Checkpoint, QuantBlocks
 from ryot.models.spec import DecoderSpec

@@ -7,7 +7,7 @@ Each array comes from one tensor or from several stacked by rows, after a change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,7 @@ def load_arrays(
             _check_shape(name, part.shape, (rows, *shape[1:]), where)
             _check_finite(name, part, where)
             parts.append(part)
-        yield entry.name, _read(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
+        yield entry.name, read_layout(spec, entry.layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def check_copies(
@@ -78,15 +78,28 @@ def check_copies(
             )
 
 
-def hf_tensors(spec: DecoderSpec, maps: Iterable[TensorMap], arrays: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """The tensors under Hugging Face's names, packed matrices taken apart; a tied head is left out."""
-    tensors: dict[str, FloatArray] = {}
+def hf_shapes(spec: DecoderSpec, maps: Iterable[TensorMap]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `hf_tensors` gives, in its order."""
+    shapes = parameter_shapes(spec)
+    found: dict[str, tuple[int, ...]] = {}
     for entry in maps:
-        array = _write(spec, entry.layout, arrays[entry.name])
+        shape = shapes[entry.name][::-1] if entry.layout == "transposed" else shapes[entry.name]
+        found |= {name: (rows, *shape[1:]) for name, rows in zip(entry.tensors, entry.rows or shape[:1])}
+    return found
+
+
+def hf_tensors(
+    spec: DecoderSpec, maps: Iterable[TensorMap], load: Callable[[str], FloatArray]
+) -> Iterator[tuple[str, FloatArray]]:
+    """The tensors under Hugging Face's names, one by one, packed matrices taken apart; a tied head is left out.
+
+    `load` gives an array by our name.
+    """
+    for entry in maps:
+        array = write_layout(spec, entry.layout, load(entry.name))
         starts = np.cumsum(entry.rows)[:-1].tolist() if entry.rows else []
-        parts = np.split(array, starts) if entry.rows else [array]
-        tensors |= {name: np.ascontiguousarray(part) for name, part in zip(entry.tensors, parts)}
-    return tensors
+        for name, part in zip(entry.tensors, np.split(array, starts) if entry.rows else [array]):
+            yield name, np.ascontiguousarray(part)
 
 
 def check_names(
@@ -101,7 +114,8 @@ def check_names(
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing")
 
 
-def _read(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+def read_layout(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    """Our array from a tensor as it is stored."""
     match layout:
         case "rows":
             return array
@@ -114,7 +128,8 @@ def _read(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
             return np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(array.shape)
 
 
-def _write(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+def write_layout(spec: DecoderSpec, layout: Layout, array: FloatArray) -> FloatArray:
+    """A tensor as it is stored from our array."""
     match layout:
         case "rows":
             return array

@@ -24,9 +24,11 @@ import torch
 from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, replace, to_mapping
 from ryot.decisions import recall
 from ryot.edge.machine import describe_cpu
+from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
-from ryot.train.loop import TrainStep
+from ryot.train.loop import TrainStep, build_batches
 from ryot.train.optimizer import schedule_factor
+from ryot.train.packing import PackedBatches
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def _describe(plan: KernelPlan) -> str:
 class _FixedRun:
     """The first steps of the training itself under one plan, taken one at a time."""
 
-    def __init__(self, variant: VariantConfig, plan: KernelPlan, batches: Batches):
+    def __init__(self, variant: VariantConfig, plan: KernelPlan, batches: Batches | PackedBatches):
         torch.manual_seed(0)
         self.plan, self._variant, self._batches = plan, variant, batches
         self._take_step = TrainStep(variant, plan)
@@ -120,7 +122,7 @@ class _FixedRun:
         begin = time.perf_counter()
         at = len(self.losses)
         factor = schedule_factor(self._variant.train, at, self._variant.num_steps)
-        loss, _ = self._take_step(*self._batches.batch(at), factor)
+        loss, _ = self._take_step.take(Batch(*self._batches.batch(at)), factor, 0)
         self.times.append(time.perf_counter() - begin)
         self.losses.append(loss)
 
@@ -136,7 +138,7 @@ class _FixedRun:
 def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: Mapping[str, Any]) -> KernelDecision:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(start.threads)
-    batches = Batches(dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=0)
+    batches = build_batches(dataset, variant, 0)
     reference = _run_all([_FixedRun(variant, KernelPlan(threads=start.threads, device=start.device), batches)])[0]
     best, tried = start, []
     try:

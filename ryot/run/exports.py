@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ryot
 from ryot.config import digest
@@ -25,8 +25,8 @@ from ryot.train.dataset import Dataset
 class Exporter:
     """Takes trainings as they end, in one thread; `artifacts` and `times` are complete when the last one has."""
 
-    def __init__(self, context: RunContext, plan: RunPlan, dataset: Dataset):
-        self.context, self.plan, self.dataset = context, plan, dataset
+    def __init__(self, context: RunContext, plan: RunPlan, datasets: Mapping[str, Dataset]):
+        self.context, self.plan, self.datasets = context, plan, datasets
         self.max_bpb_ratio = loosest_bpb_ratio(plan)
         self.artifacts: list[ExportedArtifact] = []
         self.times: list[StageTime] = []
@@ -72,7 +72,9 @@ class Exporter:
             config=to_mapping(variant),
         )
         try:
-            exported = export_variant(open_folder(result.checkpoint), root, precisions, self.dataset, options=options)
+            exported = export_variant(
+                open_folder(result.checkpoint), root, precisions, self.datasets[variant.name], options=options
+            )
         except QualityError as error:
             return record.refuse(precisions, error)
         return record.accept(exported, self.max_bpb_ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from ryot.models.spec import DecoderSpec
 from ryot.run.context import RunContext
 from ryot.run.plan import RunPlan
 from ryot.run.sources import ImportConfig
-from ryot.train.corpus import Corpus, load_corpus
-from ryot.train.dataset import Dataset, prepare_dataset
+from ryot.run.variant_data import prepare_variant
+from ryot.train.corpus import load_corpus
+from ryot.train.dataset import Dataset
 
 #: Disk that a model's artifacts and its bundle take at most, in float32 weights.
 _DISK_PER_MODEL = 3
@@ -43,17 +44,17 @@ class RunInputs:
 
     corpus_name: str
     corpus_sha256: str
-    dataset: Dataset | None
-    """The corpus as shards; None where nothing is trained."""
+    datasets: Mapping[str, Dataset]
+    """The corpus as shards for each variant that is trained; those of one tokenizer share them."""
     models: tuple[ImportedModel, ...]
 
     def corpus_facts(self) -> dict[str, Any]:
         """What the report says about the text."""
         facts: dict[str, Any] = {"name": self.corpus_name, "sha256": self.corpus_sha256}
-        if self.dataset is not None:
-            facts |= {f"{split}_tokens": count for split, count in self.dataset.num_tokens.items()}
-            facts["vocab_size"] = self.dataset.vocab_size
-            facts["tokenizer_sha256"] = hash_file(self.dataset.path / TOKENIZER_NAME)
+        if dataset := next(iter(self.datasets.values()), None):
+            facts |= {f"{split}_tokens": count for split, count in dataset.num_tokens.items()}
+            facts["vocab_size"] = dataset.vocab_size
+            facts["tokenizer_sha256"] = hash_file(dataset.path / TOKENIZER_NAME)
         return facts
 
 
@@ -81,27 +82,23 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
                 ImportedModel(config=config, source=_pin(checkpoint, config), sha256=checkpoint.sha256, spec=spec)
             )
         details = [corpus.name]
-        dataset = None
+        datasets: dict[str, Dataset] = {}
+        found = []
+        for variant in plan.variants:
+            datasets[variant.name], cached = prepare_variant(
+                variant, corpus, context.settings.cache_dir, on_progress=tell, on_report=details.append
+            )
+            found.append(cached)
         if plan.variants:
-            dataset, cached = _prepare_shards(context, plan, corpus, tell)
-            note.status = "cached" if cached and not models else "end"
-            details = [dataset.name, f"{dataset.num_tokens['train'] / 1e6:.2f} M training tokens"]
+            note.status = "cached" if all(found) and not models else "end"
+            tokens = dict.fromkeys(d.num_tokens["train"] for d in datasets.values())
+            details.insert(1, f"{', '.join(f'{t / 1e6:.2f}' for t in tokens)} M training tokens")
         if corpus.num_copies:
             details.append(f"{corpus.num_copies} of {len(corpus.documents)} documents are copies")
         details += [f"{m.config.name} of {m.spec.num_parameters / 1e6:.1f} M parameters" for m in models]
         note.detail = ", ".join(details)
     _check_unchanged(context, corpus.sha256)
-    return RunInputs(corpus_name=corpus.name, corpus_sha256=corpus.sha256, dataset=dataset, models=tuple(models))
-
-
-def _prepare_shards(
-    context: RunContext, plan: RunPlan, corpus: Corpus, tell: Callable[[str], None]
-) -> tuple[Dataset, bool]:
-    vocab_size = plan.variants[0].model.vocab_size
-    dataset, cached = prepare_dataset(corpus, vocab_size, context.settings.cache_dir, on_progress=tell)
-    for variant in plan.variants:
-        dataset.check_sequences(variant.model.max_seq_len, variant.train.batch_size)
-    return dataset, cached
+    return RunInputs(corpus_name=corpus.name, corpus_sha256=corpus.sha256, datasets=datasets, models=tuple(models))
 
 
 def _pin(checkpoint: Checkpoint, config: ImportConfig) -> str:

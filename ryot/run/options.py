@@ -58,6 +58,11 @@ class RunOptions:
         "with a config.json, .gguf files, org/name[@revision] of the Hugging Face hub",
         metavar="LIST",
     )
+    init: str = option(
+        "",
+        "Model that recipes with [init] (finetune, lora) start from: a folder, a .gguf file, or org/name[@revision]",
+        metavar="SOURCE",
+    )
     context: int = option(
         0,
         "Tokens that prompt and answer of a model among --variants may have together  [default: as many as it has]",

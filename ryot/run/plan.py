@@ -82,7 +82,10 @@ def resolve_plan(options: RunOptions) -> RunPlan:
     """The plan that `options` come to. Raises `ConfigError` for anything in it that does not exist or fit."""
     named = ablation_variants() if options.ablate else options.variants
     chosen, imports = split_variants(named, options.context)
-    variants = [resolve_variant(name, options.preset) for name in chosen]
+    init = options.init or None
+    variants = [resolve_variant(name, options.preset, init=init) for name in chosen]
+    if init and all(v.init is None for v in variants):
+        raise ConfigError("init: none of the variants starts from a model", hint="add finetune or lora to --variants")
     names = [v.name for v in variants]
     if len(set(names)) < len(names):
         raise ConfigError(f"variants: {', '.join(names)} names one twice")
@@ -90,7 +93,7 @@ def resolve_plan(options: RunOptions) -> RunPlan:
         variants = _scale_budgets(variants, chosen, options)
     elif options.tokens:
         raise ConfigError("tokens: is the budget of a recipe, but --variants names none")
-    sizes = {v.model.vocab_size for v in variants}
+    sizes = {v.model.vocab_size for v in variants if v.text_source is None}
     if len(sizes) > 1:
         raise ConfigError(f"variants: vocab_size differs ({sorted(sizes)}); one run has one tokenizer")
     return RunPlan(
@@ -112,7 +115,8 @@ def _scale_budgets(variants: list[VariantConfig], chosen: Sequence[str], options
     if share == 1.0:
         return variants
     budgets = [int(v.train.tokens * share) for v in variants]
-    return [resolve_variant(name, options.preset, tokens=budget) for name, budget in zip(chosen, budgets)]
+    init = options.init or None
+    return [resolve_variant(name, options.preset, tokens=budget, init=init) for name, budget in zip(chosen, budgets)]
 
 
 def plan_to_toml(plan: RunPlan) -> str:

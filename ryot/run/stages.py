@@ -44,8 +44,7 @@ def tune_variants(context: RunContext, plan: RunPlan, inputs: RunInputs) -> RunP
             if not (may_tune and variant.tune):
                 kernels[variant.name] = replace(variant.kernels, threads=options.threads)
                 continue
-            assert inputs.dataset is not None
-            training = context.executor.tune(variant, inputs.dataset, cache_dir, threads=options.threads)
+            training = context.executor.tune(variant, inputs.datasets[variant.name], cache_dir, threads=options.threads)
             export = choose_inference(variant.model.spec, cache_dir)
             kernels[variant.name] = training.plan
             inference[variant.name] = export.settings
@@ -90,15 +89,14 @@ def train_and_export(
     A variant is exported as soon as it has ended, while others still train. Raises `TrainingError` when none has, and
     no model can stand in for them.
     """
-    dataset = inputs.dataset
-    if dataset is None:
+    if not inputs.datasets:
         return [], []
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(context.settings.cache_dir / "inductor"))
     trainings = [
         plan_training(
             variant,
             seed,
-            Path(dataset.path),
+            Path(inputs.datasets[variant.name].path),
             plan.kernels[variant.name],
             workers=plan.options.workers_per_variant,
         )
@@ -107,7 +105,7 @@ def train_and_export(
     ]
     if not all(context.journal.has_ended(t.key, t.digest) for t in trainings):
         _open_executor(context, plan, inputs)
-    exporter = Exporter(context, plan, dataset)
+    exporter = Exporter(context, plan, inputs.datasets)
     with context.stage("train"):
         results = context.executor.train(
             trainings,
@@ -127,8 +125,7 @@ def _open_executor(context: RunContext, plan: RunPlan, inputs: RunInputs) -> Non
     if context.executor.is_open:
         return
     folders = [context.folder.path.absolute()]
-    if inputs.dataset is not None:
-        folders.append(Path(inputs.dataset.path))
+    folders += dict.fromkeys(Path(dataset.path) for dataset in inputs.datasets.values())
     needed = Requirements(
         threads=plan.options.threads,
         workers=plan.options.workers_per_variant if plan.variants else 1,

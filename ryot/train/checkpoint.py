@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,47 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ryot.atomic import atomic_folder
+from ryot.config import Attention
 from ryot.errors import CheckpointError
 from ryot.models.arrays import read_arrays
 from ryot.models.registry import read_spec, tensor_maps, write_config
+from ryot.models.sources.safetensors_file import write_float32
 from ryot.models.spec import DecoderSpec
-from ryot.models.tensors import FloatArray, hf_tensors
+from ryot.models.tensors import FloatArray, hf_shapes, hf_tensors
+from ryot.models.token_ids import TokenIds
+from ryot.train.dataset import Dataset
 from ryot.train.model import Decoder, RotaryTables
-from ryot.train.tokenizer import END_OF_TEXT_ID, tokenizer_config
+from ryot.train.source_text import OWN_IDS
+from ryot.train.tokenizer import tokenizer_config
 
 SCHEMA = 1
 _WEIGHTS = "model.safetensors"
 _STATE = "training/state.json"
 _STATE_TENSORS = "training/state.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """What a checkpoint says about its text."""
+
+    token_ids: TokenIds
+    files: Mapping[str, bytes]
+    """The tokenizer's, by name; of a tokenizer that was learned here `tokenizer.json` alone."""
+    is_own: bool
+    """Whether it was learned here."""
+
+    @classmethod
+    def own(cls, tokenizer_json: bytes) -> Text:
+        """Of a tokenizer that was learned here."""
+        return cls(token_ids=OWN_IDS, files={"tokenizer.json": tokenizer_json}, is_own=True)
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Text:
+        """Of the tokenizer that a dataset was made with."""
+        if not dataset.text_files:
+            return cls.own((dataset.path / "tokenizer.json").read_bytes())
+        files = {name: (dataset.path / name).read_bytes() for name in dataset.text_files}
+        return cls(token_ids=dataset.token_ids, files=files, is_own=False)
 
 
 def save_checkpoint(
@@ -45,36 +75,69 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     training_tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
+    """Write a checkpoint under a tokenizer of our own, as `write_checkpoint` does; returns its digest."""
+    model = Weights(spec, lambda name: state[name])
+    return write_checkpoint(directory, model_files(spec, Text.own(tokenizer_json)), model, training, training_tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of a whole model, made one by one when they are written."""
+
+    spec: DecoderSpec
+    load: Callable[[str], Tensor]
+    """A parameter by its name in `Decoder.state_dict()`."""
+
+    def write(self, path: Path) -> None:
+        """Write them under Hugging Face's names."""
+        maps = tensor_maps(self.spec)
+        arrays = hf_tensors(self.spec, maps, lambda name: self.load(name).detach().cpu().numpy())
+        write_float32(path, hf_shapes(self.spec, maps), arrays)
+
+
+def model_files(spec: DecoderSpec, text: Text) -> dict[str, bytes]:
+    """The files of a whole model by name, without its weights."""
+    ids = text.token_ids
+    eos: int | list[int] | None = list(ids.eos) if len(ids.eos) > 1 else next(iter(ids.eos), None)
+    token_ids = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
+    files = {"config.json": _json({**write_config(spec), **token_ids, "dtype": "float32"}), **text.files}
+    if text.is_own:
+        files["generation_config.json"] = _json({"eos_token_id": eos, "bos_token_id": ids.bos, "do_sample": False})
+        files["tokenizer_config.json"] = _json(tokenizer_config(spec.max_seq_len))
+    return files
+
+
+def write_checkpoint(
+    directory: Path,
+    files: Mapping[str, bytes],
+    weights: Weights | None,
+    training: Mapping[str, Any] | None,
+    training_tensors: Mapping[str, Tensor] | None,
+) -> str:
     """Write a checkpoint that appears under `directory` only when all of it is on disk; returns its digest.
 
-    `state` is `Decoder.state_dict()`. Raises `CheckpointError` when it cannot be written (a disk that is full,
-    read-only or gone) or exists already.
+    Raises `CheckpointError` when it cannot be written (a disk that is full, read-only or gone) or exists already.
     """
     if directory.exists():
         raise CheckpointError(f"checkpoint {directory}: exists already; checkpoints are never overwritten")
-    token_ids = {f"{name}_token_id": END_OF_TEXT_ID for name in ("bos", "eos", "pad")}
-    arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    weights = {name: torch.from_numpy(array) for name, array in hf_tensors(spec, tensor_maps(spec), arrays).items()}
-    files: dict[str, bytes] = {
-        "config.json": _json({**write_config(spec), **token_ids, "dtype": "float32"}),
-        "generation_config.json": _json(
-            {"eos_token_id": END_OF_TEXT_ID, "bos_token_id": END_OF_TEXT_ID, "do_sample": False}
-        ),
-        "tokenizer.json": tokenizer_json,
-        "tokenizer_config.json": _json(tokenizer_config(spec.max_seq_len)),
-        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
-    }
+    files = dict(files)
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
-        files[_STATE_TENSORS] = safetensors.torch.save({k: v.contiguous() for k, v in (training_tensors or {}).items()})
     try:
         with atomic_folder(directory) as draft:
             for name, data in files.items():
                 path = draft / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
+            if weights is not None:
+                weights.write(draft / _WEIGHTS)
+            if training is not None:
+                kept = {name: tensor.contiguous() for name, tensor in (training_tensors or {}).items()}
+                safetensors.torch.save_file(kept, draft / _STATE_TENSORS)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {directory}: cannot be written ({error})") from error
     return checkpoint_digest(directory)
 
 
@@ -83,7 +146,8 @@ def checkpoint_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -135,10 +199,10 @@ def load_model(directory: Path) -> Decoder:
     return build_decoder(spec, load_decoder_arrays(directory, spec))
 
 
-def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray]) -> Decoder:
+def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray], attention: Attention = "sdpa") -> Decoder:
     """A torch decoder over these arrays, which it shares and does not copy, in evaluation mode."""
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec, attention)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     model.rotary = RotaryTables(spec)
     return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ryot.errors import DataError
+from ryot.train.records import Record, has_answer, question_text, record_text
 from ryot.train.text_files import find_files, read_documents, show_path
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,23 @@ class Document:
 
     name: str
     text: str
+    """Of a record all of it, as JSON: what it is hashed and compared by."""
+    record: Record | None = None
+    """Of a row of prompt and completion, or of messages."""
 
     @property
-    def split_by_name(self) -> str:
-        """`train`, `val` or `test`, by a hash of the name.
+    def content(self) -> str | Record:
+        """What is learned from."""
+        return self.text if self.record is None else self.record
+
+    @property
+    def own_split(self) -> str:
+        """`train`, `val` or `test`, by a hash of a text's name, or of what a record asks: a question is in one split.
 
         Of the usual hashes, BLAKE2s splits the default corpus nearest to 92/4/4 in bytes: 92.2/4.0/3.8.
         """
-        bucket = int.from_bytes(hashlib.blake2s(self.name.encode()).digest()[:4]) % 100
+        key = self.name if self.record is None else question_text(self.record)
+        bucket = int.from_bytes(hashlib.blake2s(key.encode()).digest()[:4]) % 100
         return SPLITS[sum(bucket >= bound for bound in _BOUNDS)]
 
 
@@ -61,12 +71,12 @@ class Corpus:
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
-        """The split of each document: by its name, or of a copy where the first document with its text is.
+        """The split of each document: its own, or of a copy where the first document with its text is.
 
         A text that is in training under one name and in validation or test under another would be scored from memory.
         """
         first: dict[str, str] = {}
-        return tuple(first.setdefault(d.text, d.split_by_name) for d in self.documents)
+        return tuple(first.setdefault(d.text, d.own_split) for d in self.documents)
 
     @cached_property
     def num_copies(self) -> int:
@@ -75,8 +85,17 @@ class Corpus:
 
     @property
     def has_moved_copies(self) -> bool:
-        """Whether a copy is in another split than its name says."""
-        return any(split != d.split_by_name for split, d in zip(self.splits, self.documents))
+        """Whether a copy is in another split than its own."""
+        return any(split != d.own_split for split, d in zip(self.splits, self.documents))
+
+    @property
+    def has_records(self) -> bool:
+        """Whether any document is a record."""
+        return any(d.record is not None for d in self.documents)
+
+    def split(self, name: str) -> list[Document]:
+        """The documents of one split, in order."""
+        return [d for d, of in zip(self.documents, self.splits) if of == name]
 
     def texts(self, split: str) -> list[str]:
         """The texts of one split, in order."""
@@ -86,23 +105,32 @@ class Corpus:
 def load_corpus(paths: Sequence[str] = ()) -> Corpus:
     """The user's files, folders and globs, or the standard library's source when there are none.
 
-    A `.jsonl` file holds one document a line, in its `text` field; `.gz` and `.zst` files are unpacked. Hidden files
-    are passed over. Raises `ConfigError` for a path that does not exist, `DataError` for text that cannot be used.
+    A `.jsonl` file holds one document a line, a `.parquet` file one a row: a `text`, a `prompt` with its `completion`,
+    or the `messages` of a chat; `.gz` and `.zst` files are unpacked. Hidden files are passed over. Raises `ConfigError`
+    for a path that does not exist, `DataError` for text that cannot be used.
     """
     if not paths:
         return _standard_library()
-    documents = [
-        Document(name, text)
-        for path in paths
-        for found, file in find_files(path)
-        for name, text in read_documents(found, file)
-        if text and not text.isspace()
-    ]
+    documents = []
+    empty: list[str] = []
+    for path in paths:
+        for found, file in find_files(path):
+            for name, content in read_documents(found, file):
+                if isinstance(content, str):
+                    if content and not content.isspace():
+                        documents.append(Document(name, content))
+                elif has_answer(content):
+                    documents.append(Document(name, record_text(content), content))
+                else:
+                    empty.append(name)
+    if empty:
+        log.warning("data: %d records have no answer and are left out, the first is %s", len(empty), empty[0])
     if not documents:
-        raise DataError(f"data: {', '.join(map(show_path, paths))} holds no text")
+        what = "no record with an answer" if empty else "no text"
+        raise DataError(f"data: {', '.join(map(show_path, paths))} holds {what}")
     documents.sort(key=lambda d: (d.name, d.text))
     if len({d.text for d in documents}) < _FEW_DOCUMENTS:
-        documents = [block for d in documents for block in cut_document(d)]
+        documents = [block for d in documents for block in ([d] if d.record else cut_document(d))]
     corpus = Corpus(name=", ".join(show_path(Path(p).name) for p in paths), documents=tuple(documents))
     if corpus.num_copies:
         log.warning(

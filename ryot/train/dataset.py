@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,13 +18,18 @@ from torch import Tensor
 from ryot.atomic import atomic_folder
 from ryot.config import digest
 from ryot.errors import DataError
-from ryot.train.corpus import SPLITS, Corpus
+from ryot.models.token_ids import TokenIds
+from ryot.train.corpus import SPLITS, Corpus, Document
 from ryot.train.encoding import encode_stream, tell_progress
+from ryot.train.records import RecordEncoder, plain_texts
+from ryot.train.source_text import OWN_IDS, SourceText, load_foreign_tokenizer
 from ryot.train.tokenizer import END_OF_TEXT_ID, TOKENIZER_RECIPE, byte_lengths, train_tokenizer
 
 log = logging.getLogger(__name__)
 
 _SCHEMA = 2
+#: Of how records are encoded.
+_RECORDS_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,33 @@ class Dataset:
     vocab_size: int
     num_tokens: dict[str, int]
     """Tokens of each split."""
+    token_ids: TokenIds = OWN_IDS
+    text_files: tuple[str, ...] = ()
+    """The files of the checkpoint that the tokenizer is taken from; empty for one that was learned here."""
+    has_records: bool = False
+    """Whether documents are kept apart, with what is learned of each: `SPLIT.learned` and `SPLIT.starts`."""
+    unusual: dict[str, int] = field(default_factory=dict)
+    """What was met while records were encoded, with counts."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with."""
+        if self.text_files:
+            return load_foreign_tokenizer(self.path)
         return Tokenizer.from_file(str(self.path / "tokenizer.json"))
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each token stands for, int64 [V]."""
-        return byte_lengths(self.tokenizer)
+        return byte_lengths(self.tokenizer, self.token_ids.separator if self.text_files else None)
+
+    def learned(self, split: str) -> np.ndarray:
+        """Of records: whether each token of a split is learned, memory-mapped."""
+        return np.memmap(self.path / f"{split}.learned", dtype=np.bool_, mode="r")
+
+    def starts(self, split: str) -> np.ndarray:
+        """Of records: where each document of a split begins, and at last its end, int64."""
+        return np.fromfile(self.path / f"{split}.starts", dtype="<i8")
 
     def tokens(self, split: str) -> np.ndarray:
         """The memory-mapped ids of a split, one after the other."""
@@ -118,13 +141,17 @@ class Batches:
         """Inputs and targets of a step, int64 [B, T] each."""
         epoch, index = divmod(step, self._per_epoch)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._num_sequences)
+            self._epoch, self._order = epoch, epoch_order(self._seed, epoch, self._num_sequences)
         chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         window = torch.from_numpy(
             self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
         )
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch visits `count` sequences."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def spread_windows(tokens: np.ndarray, count: int, length: int, name: str) -> np.ndarray:
@@ -160,6 +187,10 @@ def load_dataset(path: Path) -> Dataset:
         corpus_sha256=meta["corpus_sha256"],
         vocab_size=meta["vocab_size"],
         num_tokens=meta["num_tokens"],
+        token_ids=TokenIds(ids["bos"], tuple(ids["eos"]), ids["pad"]) if (ids := meta.get("token_ids")) else OWN_IDS,
+        text_files=tuple(meta.get("text_files", ())),
+        has_records=meta.get("has_records", False),
+        unusual=meta.get("unusual", {}),
     )
     for split, count in dataset.num_tokens.items():
         shard, expected = path / f"{split}.bin", count * _token_dtype(dataset.vocab_size).itemsize
@@ -173,22 +204,30 @@ def load_dataset(path: Path) -> Dataset:
 
 
 def prepare_dataset(
-    corpus: Corpus, vocab_size: int, cache_dir: Path, *, on_progress: Callable[[str], None] = log.info
+    corpus: Corpus,
+    vocab_size: int,
+    cache_dir: Path,
+    *,
+    text: SourceText | None = None,
+    on_progress: Callable[[str], None] = log.info,
 ) -> tuple[Dataset, bool]:
     """The encoded corpus, made now or found in the cache; the flag says which (True: found).
 
-    The folder appears under its final name only when it is complete. `on_progress` is told every few seconds how far
-    it is.
+    Without the `text` of a model a tokenizer of `vocab_size` is learned; with one, `vocab_size` is the model's. The
+    folder appears under its final name only when it is complete. `on_progress` is told every few seconds how far it is.
     """
-    # Shards of a corpus without moved copies are those of earlier versions.
-    splits = ["copies go where the first one goes"] if corpus.has_moved_copies else []
-    key = digest(_SCHEMA, TOKENIZER_RECIPE, corpus.name, corpus.sha256, vocab_size, *splits)[:16]
+    # Shards of a corpus without moved copies, and of texts under a tokenizer of our own, are those of earlier versions.
+    more: list[object] = ["copies go where the first one goes"] if corpus.has_moved_copies else []
+    if corpus.has_records:
+        more.append(f"records {_RECORDS_SCHEMA}")
+    if text is not None:
+        more.append(text.sha256)
+    key = digest(_SCHEMA, TOKENIZER_RECIPE, corpus.name, corpus.sha256, vocab_size, *more)[:16]
     path = cache_dir / "datasets" / key
     if path.exists():
         return load_dataset(path), True
-    texts = {split: corpus.texts(split) for split in SPLITS}
-    for split, parts in texts.items():
-        if not parts:
+    for split in SPLITS:
+        if not corpus.texts(split):
             size = sum(len(d.text) for d in corpus.documents)
             copies = f", {corpus.num_copies} of its {len(corpus.documents)} documents are copies"
             raise DataError(
@@ -196,17 +235,28 @@ def prepare_dataset(
                 f"too few for a {split} split",
                 hint="give more text with --data",
             )
-    tokenizer = train_tokenizer(tell_progress(texts["train"], "learning a vocabulary", on_progress), vocab_size)
+    if text is None:
+        texts = [words for d in corpus.split("train") for words in plain_texts(d.content)]
+        tokenizer = train_tokenizer(tell_progress(texts, "learning a vocabulary", on_progress), vocab_size)
+        text = SourceText(tokenizer=tokenizer, token_ids=OWN_IDS, template=None, files={}, where="a tokenizer of ours")
     dtype = _token_dtype(vocab_size)
+    encoder = RecordEncoder(text)
     try:
         with atomic_folder(path) as partial:
-            tokenizer.save(str(partial / "tokenizer.json"))
+            for name, data in text.files.items():
+                (partial / name).write_bytes(data)
+            if not text.files:
+                text.tokenizer.save(str(partial / "tokenizer.json"))
             num_tokens = {}
-            for split, parts in texts.items():
-                stream = tell_progress(parts, f"encoding the {split} split", on_progress)
+            for split in SPLITS:
+                documents = corpus.split(split)
                 with (partial / f"{split}.bin").open("wb") as shard:
-                    for ids in encode_stream(tokenizer, stream, END_OF_TEXT_ID):
-                        ids.astype(dtype).tofile(shard)
+                    if corpus.has_records:
+                        _write_records(partial, split, shard, documents, encoder, dtype)
+                    else:
+                        stream = tell_progress([d.text for d in documents], f"encoding the {split} split", on_progress)
+                        for ids in encode_stream(text.tokenizer, stream, text.token_ids.separator):
+                            ids.astype(dtype).tofile(shard)
                     num_tokens[split] = shard.tell() // dtype.itemsize
             meta = {
                 "schema": _SCHEMA,
@@ -214,6 +264,10 @@ def prepare_dataset(
                 "corpus_sha256": corpus.sha256,
                 "vocab_size": vocab_size,
                 "num_tokens": num_tokens,
+                "token_ids": text.token_ids._asdict(),
+                "text_files": sorted(text.files),
+                "has_records": corpus.has_records,
+                "unusual": encoder.unusual,
             }
             (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     except OSError as error:
@@ -224,3 +278,17 @@ def prepare_dataset(
                 hint="make room there, or set RYOT_CACHE_DIR to another folder",
             ) from error
     return load_dataset(path), False
+
+
+def _write_records(
+    folder: Path, split: str, shard: BinaryIO, documents: Sequence[Document], encoder: RecordEncoder, dtype: np.dtype
+) -> None:
+    """Write the shard of a split, what is learned of it, and where its documents begin."""
+    starts = np.zeros(len(documents) + 1, "<i8")
+    with (folder / f"{split}.learned").open("wb") as file:
+        for i, document in enumerate(documents):
+            ids, learned = encoder.encode(document.content, f"data: {document.name}")
+            ids.astype(dtype).tofile(shard)
+            learned.tofile(file)
+            starts[i + 1] = starts[i] + len(ids)
+    starts.tofile(folder / f"{split}.starts")

@@ -52,7 +52,8 @@ class _RMSNorm(torch.autograd.Function):
         if weight is None:
             d_weight, along = None, product.sum(dim=-1)
         else:
-            d_weight, along = product.sum(0), product @ weight
+            # A frozen weight, beside adapters, has no gradient.
+            d_weight, along = product.sum(0) if ctx.needs_input_grad[1] else None, product @ weight
             d_out = d_out * weight
         along = along.mul_(-1 / width).view_as(scale)
         dx = torch.addcmul(d_out, normed, along).mul_(scale)

@@ -24,22 +24,24 @@ from torch import Tensor
 from ryot.config import KernelPlan, VariantConfig, to_mapping
 from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
-from ryot.train.checkpoint import load_decoder_arrays, load_training_state, save_checkpoint
+from ryot.train.batch import Batch
+from ryot.train.checkpoint import load_training_state
 from ryot.train.dataset import Batches, Dataset, load_dataset
 from ryot.train.elastic import NarrowModel
-from ryot.train.evaluate import FULL_WINDOWS, QUICK_WINDOWS, evaluate
+from ryot.train.evaluate import evaluate, window_counts
 from ryot.train.gates import check_step
-from ryot.train.loss import cross_entropy
-from ryot.train.model import Decoder
+from ryot.train.initial import build_initial
+from ryot.train.loss import SoftTargets, cross_entropy
 from ryot.train.optimizer import build_optimizer, schedule_factor
+from ryot.train.packing import PackedBatches
+from ryot.train.rounding import WeightRounding
+from ryot.train.saving import load_trained, save_training
 from ryot.train.sensors import read_frequency_mhz, read_temperature_c
+from ryot.train.teaching import Teacher
 
 #: How often a run reports: step events and losses on the way, both spread evenly over its steps.
 STEP_EVENTS = 100
 EVALS_ON_THE_WAY = 8
-
-#: The parameter that a checkpoint stores as it is used, and `training/` as it is trained.
-_TABLE = "embedding.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,23 +65,41 @@ class TrainStep:
     def __init__(self, variant: VariantConfig, plan: KernelPlan):
         self.variant, self.plan = variant, plan
         train = variant.train
-        self.model = model = Decoder(variant.model.spec, plan.attention).to(plan.device).train()
-        model.start_final_norm(train.final_norm_init, alternate=train.alternate_final_norm)
+        self.model = model = build_initial(variant, plan.attention).to(plan.device)
+        if variant.init is None:
+            model.start_final_norm(train.final_norm_init, alternate=train.alternate_final_norm)
         model.checkpoint_activations = train.checkpoint_activations
         model.normalize_embedding = train.normalize_embedding
         self.optimizer = build_optimizer(model, train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
         self._narrow = [NarrowModel(model, width, plan.attention) for width in train.elastic_widths]
         self.scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
-        self._parameters = list(model.parameters())
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._rounding = WeightRounding(model, variant.rounding) if variant.rounding else None
 
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean loss in nats per token, under the plan's autocast."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss in nats per learned token, under the plan's autocast."""
         with self._cast():
             table_VE = self.model.table_VE
-            h_BTD, _ = self._trunk(inputs_BT, table_VE)
-            head_VE = self.model.head_weight_VE(table_VE)
-            return cross_entropy(h_BTD.flatten(0, 1), head_VE, targets_BT.flatten(), self.plan.loss_chunk)
+            more = {} if batch.documents_BT is None else {"documents_BT": batch.documents_BT}
+            h_BTD, _ = self._trunk(batch.inputs_BT, table_VE, **more)
+            h_RD, targets_R, soft = h_BTD.flatten(0, 1), batch.targets_BT.flatten(), None
+            if batch.taught_ids_BTS is not None and batch.taught_BTS is not None:
+                assert self.variant.distill is not None
+                taught = batch.taught_ids_BTS.flatten(0, 1), batch.taught_BTS.flatten(0, 1)
+                soft = SoftTargets(*taught, self.variant.distill.weight)
+            if batch.documents_BT is not None:
+                # Logits are the dearest rows of a large vocabulary: only those that are learned from are made.
+                kept_R = (targets_R >= 0).nonzero()[:, 0]
+                h_RD, targets_R, soft = h_RD[kept_R], targets_R[kept_R], soft and soft.rows(kept_R)
+            return cross_entropy(h_RD, self.model.head_weight_VE(table_VE), targets_R, self.plan.loss_chunk, soft)
+
+    def rounded(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Within the block the weights are those that step `step` computes with: rounded in the last phase."""
+        if self._rounding is None or self.variant.rounding is None:
+            return contextlib.nullcontext()
+        begins = (1 - self.variant.rounding.share) * self.variant.num_steps
+        return self._rounding.applied() if step >= begins else contextlib.nullcontext()
 
     def narrow_loss(self, narrow: NarrowModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The same of a narrower model inside this one."""
@@ -90,28 +110,36 @@ class TrainStep:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
         return torch.autocast(self.plan.device, dtype=dtype) if dtype else contextlib.nullcontext()
 
-    def warm_up(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+    def warm_up(self, inputs_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None = None) -> float:
         """Run forward and backward once, without a step, so that all compiling is done; returns the seconds it took."""
         begin = time.perf_counter()
-        for x, y in self._micro_batches(inputs_BT, targets_BT)[:1]:
-            self.loss(x, y).backward()
+        for micro in self._micro_batches(Batch(inputs_BT, targets_BT, documents_BT))[:1]:
+            self.loss(micro).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, lr_factor: float, step: int = 0) -> tuple[float, float]:
+        """Take one step on whole sequences of text, as `take` does."""
+        return self.take(Batch(inputs_BT, targets_BT), lr_factor, step)
+
+    def take(self, batch: Batch, lr_factor: float, step: int) -> tuple[float, float]:
         """Take one step; returns its loss (at full width) and its gradient norm before clipping.
 
-        `step`, the step's number, says which of the narrower models has its turn.
+        `step`, the step's number, says which of the narrower models has its turn, and whether weights are rounded.
         """
-        micro = self._micro_batches(inputs_BT, targets_BT)
+        micro, learned = self._micro_batches(batch), batch.num_learned
         total = 0.0
-        for x, y in micro:
-            loss = self.loss(x, y) / len(micro)
-            self.scaler.scale(loss).backward()
-            total += loss.item()
-            if self._narrow:
-                narrow = self._narrow[step % len(self._narrow)]
-                self.scaler.scale(self.narrow_loss(narrow, x, y) / len(micro)).backward()
+        with self.rounded(step):
+            for part in micro:
+                # The mean is over what the whole batch has to learn, wherever it stands.
+                share = 1 / len(micro) if learned is None else (part.num_learned or 0) * self.num_shares / learned
+                loss = self.loss(part) * share
+                self.scaler.scale(loss).backward()
+                total += loss.item()
+                if self._narrow:
+                    narrow = self._narrow[step % len(self._narrow)]
+                    of_narrow = self.narrow_loss(narrow, part.inputs_BT, part.targets_BT) * share
+                    self.scaler.scale(of_narrow).backward()
         total = self._combine(total)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.max_grad_norm).item()
@@ -128,16 +156,28 @@ class TrainStep:
         """The loss of the whole batch; `ryot.train.parallel` also makes the gradients those of the whole batch here."""
         return loss
 
-    def _micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-        n = self.variant.train.gradient_accumulation_steps
-        device = self.plan.device
-        return [(x.to(device), y.to(device)) for x, y in zip(inputs_BT.chunk(n), targets_BT.chunk(n))]
+    @property
+    def num_shares(self) -> int:
+        """Processes that a batch is shared between."""
+        return 1
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        parts = batch.chunk(self.variant.train.gradient_accumulation_steps)
+        return [part.to(self.plan.device) for part in parts]
+
+
+def build_batches(dataset: Dataset, variant: VariantConfig, seed: int) -> Batches | PackedBatches:
+    """The batches of a training: stretches of text, or packed records. Raises `DataError` where there are too few."""
+    kind = PackedBatches if dataset.has_records else Batches
+    return kind(dataset, length=variant.sequence_length, batch_size=variant.train.batch_size, seed=seed)
 
 
 class Trainer:
     """A training in progress. Make it new, or go on from a checkpoint with `resume`."""
 
-    def __init__(self, job: TrainJob, plan: KernelPlan):
+    def __init__(self, job: TrainJob, plan: KernelPlan, teacher: Teacher | None = None):
+        """`teacher` gives the probabilities that a recipe with `[distill]` learns from."""
+        assert (teacher is not None) == (job.variant.distill is not None)
         torch.set_num_threads(plan.threads)
         torch.manual_seed(job.seed)
         self.job, self.plan = job, plan
@@ -145,10 +185,10 @@ class Trainer:
         self.dataset: Dataset = load_dataset(Path(job.dataset_dir))
         self._take_step = self._build_step()
         self.model = self._take_step.model
-        self._batches = Batches(
-            self.dataset, length=variant.model.max_seq_len, batch_size=variant.train.batch_size, seed=job.seed
-        )
+        self._teacher = teacher
+        self._batches = build_batches(self.dataset, variant, job.seed)
         self.num_steps = variant.num_steps
+        self._quick_windows, self._full_windows = window_counts(variant)
         self.step = 0
         self.train_wall_s = 0.0
         self.compile_s = 0.0
@@ -162,14 +202,14 @@ class Trainer:
         return TrainStep(self.job.variant, self.plan)
 
     @classmethod
-    def resume(cls, job: TrainJob, plan: KernelPlan, checkpoint: Path) -> Trainer:
+    def resume(cls, job: TrainJob, plan: KernelPlan, checkpoint: Path, teacher: Teacher | None = None) -> Trainer:
         """A training that goes on after the last step of `checkpoint`.
 
         Raises `CheckpointError` when the checkpoint was made with another recipe, seed, corpus or kernel plan, with
         the first difference.
         """
         state, tensors = load_training_state(checkpoint)
-        trainer = cls(job, plan)
+        trainer = cls(job, plan, teacher)
         was, now = _flatten(state["identity"]), _flatten(trainer._identity())
         for name in now | was:
             if was.get(name) != now.get(name):
@@ -177,9 +217,7 @@ class Trainer:
                     f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
                     hint="resume with the options of the first run, or start a new run",
                 )
-        arrays = load_decoder_arrays(checkpoint, job.variant.model.spec)
-        model_state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        trainer.model.load_state_dict({**model_state, _TABLE: tensors[_TABLE]})
+        load_trained(trainer.model, job.variant, checkpoint, tensors)
         trainer._load_optimizer(tensors)
         trainer.step = state["step"]
         trainer.train_wall_s, trainer.compile_s = state["train_wall_s"], state["compile_s"]
@@ -206,7 +244,7 @@ class Trainer:
         """
         events: list[Event] = []
         if self.step == 0:
-            events.append(self.evaluate("val", QUICK_WINDOWS))
+            events.append(self.evaluate("val", self._quick_windows))
         if not self._compiled:
             self.compile_s += self._take_step.warm_up(*self._batches.batch(self.step))
             self._compiled = True
@@ -218,17 +256,18 @@ class Trainer:
                 if self._due(STEP_EVENTS):
                     events.append(self._step_event())
                 if not self.done and self._due(EVALS_ON_THE_WAY):
-                    events.append(self.evaluate("val", QUICK_WINDOWS))
+                    events.append(self.evaluate("val", self._quick_windows))
                 if time.perf_counter() - begin >= max_seconds:
                     break
         if self.done and self.step > 0:
-            events += [self.evaluate("val", FULL_WINDOWS), self.evaluate("test", FULL_WINDOWS)]
+            events += [self.evaluate("val", self._full_windows), self.evaluate("test", self._full_windows)]
         return events
 
     def evaluate(self, split: str, windows: int) -> EvalEvent:
         """The held-out loss now, as an event."""
         begin = time.perf_counter()
-        held_out = evaluate(self.model, self.dataset, split, windows)
+        with self._take_step.rounded(self.step):
+            held_out = evaluate(self.model, self.dataset, split, windows, length=self.job.variant.sequence_length)
         return EvalEvent(
             variant=self.job.variant.name,
             seed=self.job.seed,
@@ -246,28 +285,27 @@ class Trainer:
         optimizer = {
             f"optimizer.{name}.{key}": value
             for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
             for key, value in self._take_step.optimizer.state[parameter].items()
         }
-        return save_checkpoint(
-            directory,
-            spec=self.job.variant.model.spec,
-            state={**self.model.state_dict(), _TABLE: self.model.table_VE.detach()},
-            tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
-            training={
-                "step": self.step,
-                "train_wall_s": self.train_wall_s,
-                "compile_s": self.compile_s,
-                "grad_norm_max": self.grad_norm_max,
-                "first_loss": self._first_loss,
-                "scaler": self._take_step.scaler.state_dict(),
-                "identity": self._identity(),
-            },
-            training_tensors={
-                **optimizer,
-                _TABLE: self.model.embedding.weight.detach(),
-                "torch_rng": torch.get_rng_state(),
-            },
-        )
+        with self._take_step.rounded(self.step if self.done else -1):
+            return save_training(
+                directory,
+                self.model,
+                self.job.variant,
+                self.dataset,
+                done=self.done,
+                training={
+                    "step": self.step,
+                    "train_wall_s": self.train_wall_s,
+                    "compile_s": self.compile_s,
+                    "grad_norm_max": self.grad_norm_max,
+                    "first_loss": self._first_loss,
+                    "scaler": self._take_step.scaler.state_dict(),
+                    "identity": self._identity(),
+                },
+                training_tensors={**optimizer, "torch_rng": torch.get_rng_state()},
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be gone on from."""
@@ -281,6 +319,8 @@ class Trainer:
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state = self._take_step.optimizer.state
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             prefix = f"optimizer.{name}."
             state[parameter] = {
                 key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
@@ -293,8 +333,10 @@ class Trainer:
         begin = time.perf_counter()
         factor = schedule_factor(self.job.variant.train, self.step, self.num_steps)
         try:
-            inputs, targets = self._batches.batch(self.step)
-            loss, norm = self._take_step(inputs, targets, factor, self.step)
+            batch = Batch(*self._batches.batch(self.step))
+            if self._teacher is not None:
+                batch = self._teacher.teach(batch)
+            loss, norm = self._take_step.take(batch, factor, self.step)
         except (MemoryError, OSError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

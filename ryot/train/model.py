@@ -63,6 +63,33 @@ def causal_mask(T: int, P: int, window: int, x: Tensor) -> Tensor:
     return torch.zeros((T, P + T), dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.inf)
 
 
+class Documents:
+    """Which positions of packed sequences belong together, [B, T]; none attends to another document.
+
+    Rotary positions need no start of their own: attention sees their differences alone.
+    """
+
+    def __init__(self, documents_BT: Tensor):
+        self._documents_BT = documents_BT
+        self._masks: dict[int, Tensor] = {}
+
+    def mask(self, window: int, x: Tensor) -> Tensor:
+        """[B, 1, T, T] of 0 and minus infinity, as `causal_mask` has it, made once for all layers of a window."""
+        if window not in self._masks:
+            d_BT = self._documents_BT
+            apart = (d_BT[:, :, None] != d_BT[:, None, :])[:, None]
+            self._masks[window] = causal_mask(d_BT.shape[1], 0, window, x).masked_fill(apart, -torch.inf)
+        return self._masks[window]
+
+    def positions(self) -> Tensor:
+        """[B, T] of each token's position in its document."""
+        d_BT = self._documents_BT
+        index_T = torch.arange(d_BT.shape[1], device=d_BT.device)
+        first = torch.ones_like(d_BT, dtype=torch.bool)
+        first[:, 1:] = d_BT[:, 1:] != d_BT[:, :-1]
+        return index_T - (first * index_T).cummax(dim=1).values
+
+
 class SelfAttention(nn.Module):
     """Causal attention with packed projections; `attention` says how it is computed, not what."""
 
@@ -80,7 +107,11 @@ class SelfAttention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(width, eps=spec.norm_eps) for width in widths)
 
     def forward(
-        self, x_BTD: Tensor, rotary: RotaryTables, past: tuple[Tensor, Tensor] | None
+        self,
+        x_BTD: Tensor,
+        rotary: RotaryTables,
+        past: tuple[Tensor, Tensor] | None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x_BTD.shape
         P = 0 if past is None else past[0].shape[2]
@@ -96,7 +127,7 @@ class SelfAttention(nn.Module):
         q_BNTH, k_BKSH = qk_BXTH.split((N, K), dim=1)
         if past is not None:
             k_BKSH, v_BKSH = torch.cat((past[0], k_BKSH), dim=2), torch.cat((past[1], v_BKSH), dim=2)
-        y_BNTH = self._attend(q_BNTH, k_BKSH, v_BKSH)
+        y_BNTH = self._attend(q_BNTH, k_BKSH, v_BKSH, documents)
         return self.out(y_BNTH.transpose(1, 2).reshape(B, T, self.q_dim)), (k_BKSH, v_BKSH)
 
     def _normed(self, qk: Tensor) -> Tensor:
@@ -106,21 +137,24 @@ class SelfAttention(nn.Module):
         heads = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k))
         return torch.cat([norm(x).flatten(-2) for norm, x in zip((self.q_norm, self.k_norm), heads)], dim=-1)
 
-    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, documents: Documents | None) -> Tensor:
         B, N, T, H = q_BNTH.shape
         K, S = k_BKSH.shape[1], k_BKSH.shape[2]
+        mask = None if documents is None else documents.mask(self.window, q_BNTH)
         if self.attention == "sdpa":
             # Without a past and a window that hides something, the kernel needs no mask in memory.
-            plain = T == S and not 0 < self.window < S
-            mask_TS = None if plain else causal_mask(T, S - T, self.window, q_BNTH)
+            plain = mask is None and T == S and not 0 < self.window < S
+            if mask is None and not plain:
+                mask = causal_mask(T, S - T, self.window, q_BNTH)
             return F.scaled_dot_product_attention(
-                q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, is_causal=plain, scale=self.scale, enable_gqa=K != N
+                q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=plain, scale=self.scale, enable_gqa=K != N
             )
         # The G query heads of one kv head are stacked along T, so no key or value is copied.
         q_BKGTH = q_BNTH.reshape(B, K, (N // K) * T, H) * self.scale
         scores_BNTS = (q_BKGTH @ k_BKSH.transpose(-1, -2)).view(B, N, T, S)
         # In bf16 too: torch's softmax sums in fp32, and both sides of it are operands of products in bf16.
-        weights = (scores_BNTS + causal_mask(T, S - T, self.window, scores_BNTS)).softmax(dim=-1)
+        mask = causal_mask(T, S - T, self.window, scores_BNTS) if mask is None else mask
+        weights = (scores_BNTS + mask).softmax(dim=-1)
         return (weights.view(B, K, (N // K) * T, S) @ v_BKSH).view(B, N, T, H)
 
 
@@ -143,10 +177,14 @@ class Layer(nn.Module):
             self.attn_post_norm, self.ff_post_norm = build_norm(spec), build_norm(spec)
 
     def forward(
-        self, x_BTD: Tensor, rotary: RotaryTables, past: tuple[Tensor, Tensor] | None
+        self,
+        x_BTD: Tensor,
+        rotary: RotaryTables,
+        past: tuple[Tensor, Tensor] | None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         before = self.place in ("pre", "sandwich")
-        y_BTD, present = self.attn(self.attn_norm(x_BTD) if before else x_BTD, rotary, past)
+        y_BTD, present = self.attn(self.attn_norm(x_BTD) if before else x_BTD, rotary, past, documents)
         if self.parallel:
             return self._add(x_BTD, y_BTD + self._feed_forward(self.ff_norm(x_BTD)), "attn"), present
         x_BTD = self._add(x_BTD, y_BTD, "attn")
@@ -210,8 +248,8 @@ class Decoder(nn.Module):
         weight = self.embedding.weight
         return rms_norm(weight) if self.normalize_embedding else weight
 
-    def embed(self, ids_BT: Tensor, table_VE: Tensor, start: int) -> Tensor:
-        """[B, T] ids at position `start` and on to the residual stream [B, T, D]."""
+    def embed(self, ids_BT: Tensor, table_VE: Tensor, start: int, documents: Documents | None = None) -> Tensor:
+        """[B, T] ids at position `start` and on, or each in its document, to the residual stream [B, T, D]."""
         x = F.embedding(ids_BT, table_VE)
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
@@ -220,15 +258,22 @@ class Decoder(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions.weight[self.spec.position_offset + start :][: ids_BT.shape[1]]
+            rows = self.positions.weight[self.spec.position_offset + start :]
+            x = x + (rows[: ids_BT.shape[1]] if documents is None else rows[documents.positions()])
         return x
 
-    def trunk(self, ids_BT: Tensor, table_VE: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Everything before the output matrix: [B, T] ids to [B, T, E], and the cache grown by T."""
-        x_BTD = self.embed(ids_BT, table_VE, 0 if past is None else past[0][0].shape[2])
+    def trunk(
+        self, ids_BT: Tensor, table_VE: Tensor, past: Cache | None = None, documents_BT: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Everything before the output matrix: [B, T] ids to [B, T, E], and the cache grown by T.
+
+        With `documents_BT`, without a past, tokens attend to their own document alone.
+        """
+        documents = None if documents_BT is None else Documents(documents_BT)
+        x_BTD = self.embed(ids_BT, table_VE, 0 if past is None else past[0][0].shape[2], documents)
         presents: Cache = []
         for i, layer in enumerate(self.layers):
-            args = (x_BTD, self.rotary, None if past is None else past[i])
+            args = (x_BTD, self.rotary, None if past is None else past[i], documents)
             if self.checkpoint_activations and self.training:
                 x_BTD, present = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -248,16 +293,21 @@ class Decoder(nn.Module):
         """The output matrix, which is the embedding table when tied."""
         return table_VE if self.head is None else self.head.weight
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the token that follows each position."""
-        return self.forward_cached(ids_BT, None)[0]
+        return self.forward_cached(ids_BT, None, documents_BT)[0]
 
-    def forward_cached(self, ids_BT: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
+    def forward_cached(
+        self, ids_BT: Tensor, past: Cache | None, documents_BT: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
         """Logits [B, T, V] and the cache grown by T; `past` is None or what the last call returned."""
-        table_VE = self.table_VE
-        x_BTE, presents = self.trunk(ids_BT, table_VE, past)
+        x_BTE, presents = self.trunk(ids_BT, self.table_VE, past, documents_BT)
+        return self.logits(x_BTE), presents
+
+    def logits(self, x_BTE: Tensor) -> Tensor:
+        """Logits […, V] of what `trunk` gave."""
         bias = None if self.head is None else self.head.bias
-        return F.linear(x_BTE, self.head_weight_VE(table_VE), bias), presents
+        return F.linear(x_BTE, self.head_weight_VE(self.table_VE), bias)
 
     @torch.no_grad()
     def start_final_norm(self, size: float, *, alternate: bool) -> None:

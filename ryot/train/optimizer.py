@@ -24,7 +24,8 @@ def build_optimizer(model: Decoder, cfg: TrainConfig, plan: KernelPlan) -> torch
     }
     groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        groups[_group_of(name)].append(parameter)
+        if parameter.requires_grad:
+            groups[_group_of(name)].append(parameter)
     return torch.optim.AdamW(
         [{"params": params, "lr": rates[n], "peak_lr": rates[n]} for n, params in groups.items() if params],
         betas=(cfg.beta1, cfg.beta2),

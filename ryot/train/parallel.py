@@ -14,10 +14,10 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ryot.config import KernelPlan
 from ryot.errors import ConfigError
+from ryot.train.batch import Batch
 from ryot.train.loop import Trainer, TrainJob, TrainStep
 
 #: A rank whose peers have been silent for so long gives up.
@@ -72,9 +72,12 @@ def leave_group() -> None:
 class ShardedStep(TrainStep):
     """One rank's part of a step."""
 
-    def _micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        return super()._micro_batches(inputs_BT.chunk(size)[rank], targets_BT.chunk(size)[rank])
+    @property
+    def num_shares(self) -> int:
+        return dist.get_world_size()
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        return super()._micro_batches(batch.chunk(self.num_shares)[dist.get_rank()])
 
     def _combine(self, loss: float) -> float:
         """Average gradients and loss over the ranks, in one message."""

@@ -11,15 +11,17 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ryot.errors import ConfigError, DataError
+from ryot.train.records import RECORD_FIELDS, Record, read_record
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PACKED = (".gz", ".zst")
+_PARQUET_ROWS = 1024
 
 
 def show_path(path: Path | str) -> str:
@@ -51,15 +53,18 @@ def find_files(path: str) -> list[tuple[str, Path]]:
     )
 
 
-def read_documents(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document in a file: each line's `text` field of a `.jsonl` file, else all of it.
+def read_documents(name: str, file: Path) -> Iterator[tuple[str, str | Record]]:
+    """(name, text or record) of each document in a file: each line of a `.jsonl`, each row of a `.parquet`, else all.
 
     Raises `DataError` with file, line and reason for what is no text.
     """
     if name.endswith(".jsonl"):
         for number, line in enumerate(_lines(_read_chunks(file)), start=1):
             if line.strip():
-                yield f"{name}#{number:09d}", _read_json_text(line, f"data: {show_path(file)} line {number}")
+                yield f"{name}#{number:09d}", _read_json(line, f"data: {show_path(file)} line {number}")
+    elif name.endswith(".parquet"):
+        for number, row in enumerate(_parquet_rows(file), start=1):
+            yield f"{name}#{number:09d}", read_record(row, f"data: {show_path(file)} row {number}")
     else:
         data = b"".join(_read_chunks(file))
         try:
@@ -189,7 +194,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _read_json_text(line: bytes, place: str) -> str:
+def _read_json(line: bytes, place: str) -> str | Record:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -198,18 +203,30 @@ def _read_json_text(line: bytes, place: str) -> str:
         raise DataError(f"{place} is not JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} cannot be read as JSON ({error})") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise DataError(f"{place} has no string field 'text'")
+    return read_record(row if isinstance(row, dict) else {}, place)
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, a part of it in memory at a time; of its columns those that records have."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
         raise DataError(
-            f"{place} has a lone surrogate (\\u{ord(text[error.start]):04x} at character {error.start} of 'text'), "
-            "which UTF-8 cannot hold",
-            hint="put U+FFFD or the whole pair there, or remove the line",
+            f"data: {show_path(file)} is a Parquet file, which this Python cannot read", hint="pip install pyarrow"
         ) from error
-    return text
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            columns = [name for name in table.schema_arrow.names if name in RECORD_FIELDS]
+            if not columns:
+                raise DataError(
+                    f"data: {show_path(file)} has the columns {', '.join(table.schema_arrow.names)}, expected "
+                    "messages, prompt and completion, or text"
+                )
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"data: {show_path(file)} is damaged or no Parquet file ({error})") from error
 
 
 def _where(error: UnicodeDecodeError) -> str:

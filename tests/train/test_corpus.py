@@ -76,9 +76,7 @@ def test_a_copy_goes_where_the_first_one_goes(tmp_path: Path, caplog: pytest.Log
     assert corpus.has_moved_copies
     half = len(corpus.documents) // 2
     assert corpus.num_copies == half
-    assert (
-        [d.split_by_name for d in corpus.documents[:half]] == list(corpus.splits[:half]) == list(corpus.splits[half:])
-    )
+    assert [d.own_split for d in corpus.documents[:half]] == list(corpus.splits[:half]) == list(corpus.splits[half:])
     assert [r.getMessage() for r in caplog.records] == [
         f"data: {half} of {2 * half} documents are copies of others; each goes into the split of the first one"
     ]
@@ -87,7 +85,7 @@ def test_a_copy_goes_where_the_first_one_goes(tmp_path: Path, caplog: pytest.Log
 def test_the_default_corpus_has_no_copy_in_two_splits() -> None:
     corpus = load_corpus()
     assert not corpus.has_moved_copies
-    assert list(corpus.splits) == [d.split_by_name for d in corpus.documents]
+    assert list(corpus.splits) == [d.own_split for d in corpus.documents]
 
 
 def test_a_corpus_of_copies_is_too_small(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_named(corpus: Corpus, tmp_path: Path)
 @pytest.mark.parametrize("split", SPLITS)
 def test_held_out_text_too_short_for_a_context_is_refused(dataset: Dataset, split: str) -> None:
     long = {s: "many words and more " * (20_000 if s != split else 1) for s in SPLITS}
-    names = {s: next(n for n in map(str, range(1000)) if Document(n, "x").split_by_name == s) for s in SPLITS}
+    names = {s: next(n for n in map(str, range(1000)) if Document(n, "x").own_split == s) for s in SPLITS}
     text = Corpus("made", tuple(Document(names[s], f"{s} {long[s]}") for s in SPLITS))
     HeldOutText(text, dataset.tokenizer).check_sequences(4)
     with pytest.raises(DataError, match=rf"the {split} split has \d+ tokens, expected more than one sequence"):

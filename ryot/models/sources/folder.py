@@ -12,6 +12,7 @@ from pathlib import Path
 from ryot.errors import CheckpointError
 from ryot.models.sources.checkpoint import TOKENIZER_FILES, Checkpoint, FloatArray, Json, QuantBlocks, Tensors
 from ryot.models.sources.packed import open_packed
+from ryot.models.sources.rounded import ROUNDING_NAME, RoundedTensors
 from ryot.models.sources.safetensors_file import StoredTensor, load_float32, read_safetensors_header
 
 _WEIGHTS = "model.safetensors"
@@ -64,8 +65,10 @@ def open_folder(folder: Path, where: str | None = None, revision: str | None = N
     if quantization is not None:
         tensors = open_packed(stored, quantization, where)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if (formats := _read_json(folder / ROUNDING_NAME, where)) is not None:
+        tensors = RoundedTensors(tensors, formats, where)
     generation_config = _read_json(folder / "generation_config.json", where) or {}
-    read = ["config.json", "generation_config.json", *files, *{t.path.name for t in stored.values()}]
+    read = ["config.json", "generation_config.json", ROUNDING_NAME, *files, *{t.path.name for t in stored.values()}]
     return Checkpoint(
         where=where,
         kind="hf",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,23 @@ def load_float32(tensor: StoredTensor, name: str) -> FloatArray:
         else:
             piece[:] = tensor.read_part(_NUMPY[tensor.dtype], start, len(piece))
     return values.reshape(tensor.shape)
+
+
+def write_float32(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, FloatArray]]) -> None:
+    """Write a file of float32 tensors, which come one at a time in the order of `shapes`."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, values), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert name == expected and values.shape == shape
+            file.write(np.ascontiguousarray(values, "<f4").data)
 
 
 def _stored(path: Path, entry: dict[str, object], start: int) -> StoredTensor:

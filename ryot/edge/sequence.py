@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ryot.edge.generate import FinishReason, TextRow
+from ryot.edge.generate import Completion, FinishReason, TextRow
 from ryot.edge.sampling import Sampler
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.tokenizer import Tokenizer
@@ -107,14 +107,19 @@ class ActiveSequence:
         self.prompt_logprobs: list[Logprobs] = []
 
     @property
+    def completion(self) -> Completion:
+        """What has been generated so far."""
+        return self._text.completion
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens generated so far."""
-        return len(self._text.completion.tokens)
+        return len(self.completion.tokens)
 
     @property
     def ids(self) -> list[int]:
         """All tokens so far."""
-        return [*self.request.prompt_ids, *self._text.completion.tokens]
+        return [*self.request.prompt_ids, *self.completion.tokens]
 
     @property
     def scores_prompt(self) -> bool:
@@ -144,7 +149,7 @@ class ActiveSequence:
             except RyotError as error:
                 return TokenEvent(self, None, error=error)
         text = self._text.push(token)
-        reason = self._text.completion.finish_reason
+        reason = self.completion.finish_reason
         if constraint is not None and reason is None and constraint.push(token):
             reason = "stop"
         logprobs = None if request.top_logprobs is None else read_logprobs(logits_V, token, request.top_logprobs)

@@ -15,6 +15,7 @@ from ryot.events import StageEvent
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.opening import open_checkpoint
 from ryot.models.spec import DecoderSpec
+from ryot.reinforce.tasks import load_tasks, task_corpus
 from ryot.run.context import RunContext
 from ryot.run.plan import RunPlan
 from ryot.run.sources import ImportConfig
@@ -72,7 +73,7 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         specs = [source_spec(checkpoint, config.context or None) for config, checkpoint in opened]
         for (_, checkpoint), spec in zip(opened, specs):
             check_weights(checkpoint, spec)
-        corpus = load_corpus(plan.options.data)
+        corpus = _load_text(plan)
         models = []
         for (config, checkpoint), spec in zip(opened, specs):
             tell(f"looking at {config.name}")
@@ -92,6 +93,16 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         note.detail = ", ".join(details)
     _check_unchanged(context, corpus.sha256)
     return RunInputs(corpus_name=corpus.name, corpus_sha256=corpus.sha256, dataset=dataset, models=tuple(models))
+
+
+def _load_text(plan: RunPlan) -> Corpus:
+    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers."""
+    tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in plan.variants}
+    if not plan.options.data and len(tasks) == 1 and (task := tasks.pop()) is not None:
+        return task_corpus(task)
+    for name in tasks - {None}:
+        load_tasks(str(name))  # a file that cannot be used is said now
+    return load_corpus(plan.options.data)
 
 
 def _prepare_shards(

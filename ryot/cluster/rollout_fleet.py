@@ -59,8 +59,8 @@ class RayFleet:
         self._arrays: Any = None
         self._policy_ref: Any = None
         self._actors: list[Any] = [self._make_actor() for _ in range(workers)]
-        #: Workers that were replaced.
-        self.deaths = 0
+        #: Workers that were replaced, and groups that were sampled again because of that.
+        self.deaths = self.sampled_again = 0
 
     def update(self, arrays: Mapping[str, FloatArray]) -> None:
         import ray
@@ -96,6 +96,7 @@ class RayFleet:
             except RayError as error:
                 deaths_in_a_row += 1
                 self.deaths += 1
+                self.sampled_again += len(chunk)
                 if deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
                     raise ClusterError(f"{deaths_in_a_row} rollout workers died in a row: {error}") from error
                 log.warning("a rollout worker died; its %d groups are sampled again by another", len(chunk))

@@ -1,7 +1,8 @@
 """Answers sampled from the policy by the edge engine: all prompts' samples as one continuous batch.
 
 A fleet is whatever samples: one engine in this process here, several as Ray actors in `ryot.cluster.rollout_fleet`.
-What is sampled depends on the weights and the seeds alone, not on who samples it.
+What is sampled depends on the weights and the seeds alone, not on who samples it; probabilities may differ by what
+rounding does in batches of another width.
 """
 
 from __future__ import annotations
@@ -87,12 +88,12 @@ class LocalFleet:
             self._scheduler = Scheduler(engine, load_tokenizer(bundle), prefix_cache_bytes=PREFIX_BYTES)
         else:
             self._scheduler.engine.reload()
-            # What was computed for prompts is the old weights'.
-            self._scheduler.reset()
 
     def sample(self, groups: Sequence[Group]) -> list[list[Sample]]:
         scheduler = self._scheduler
         assert scheduler is not None, "weights come first"
+        # A prompt that is known from before would be computed in other pieces, and so rounded in another way.
+        scheduler.reset()
         requests = [
             Request(
                 prompt_ids=group.prompt_ids,

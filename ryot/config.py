@@ -49,7 +49,7 @@ GraphAttention = Literal["flash", "full"]
 #: Folder of the parts that an ablation puts on the baseline one at a time.
 PARTS = "optimizations"
 
-_SECTIONS = ("model", "train", "kernels", "shape")
+_SECTIONS = ("model", "train", "kernels", "shape", "rlvr")
 #: Sections that say what becomes of a model that exists; absent unless a recipe has them.
 _ADAPTED = tuple(ADAPTATION)
 
@@ -197,6 +197,62 @@ class KernelPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RlvrConfig:
+    """Reinforcement with verifiable rewards, behind the supervised steps: GRPO on the model's own answers."""
+
+    task: str
+    """A file of tasks (`.jsonl`), or a built-in kind: `ryot.reinforce.procedural`."""
+    steps: int
+    """Batches of answers that are sampled and learned from."""
+    prompts_per_step: int = 16
+    """Prompts in a batch."""
+    samples_per_prompt: int = 16
+    """Answers to each; their mean reward is what each is compared with."""
+    max_new_tokens: int = 32
+    """Tokens of an answer at most."""
+    learning_rate_share: float = 0.1
+    """Learning rates in these steps, as a share of the recipe's peaks."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch; 1 is on-policy."""
+    micro_batch_size: int = 64
+    """Answers that go through the model at a time."""
+    kl: float = 0.0
+    """Weight of the divergence from the model as it was before these steps; 0 keeps no copy of it."""
+    clip_low: float = 0.2
+    """How far below 1 a probability ratio counts; without effect while on-policy."""
+    clip_high: float = 0.28
+    """How far above 1 it counts."""
+    divide_by_std: bool = False
+    """Whether advantages are also divided by the standard deviation of their group."""
+    importance_limit: float = 2.0
+    """How many times more likely in training than in the sampler a token may count."""
+    eval_prompts: int = 200
+    """Held-out prompts that pass@k is taken over."""
+    eval_samples: int = 8
+    """Answers to each; k of pass@k."""
+    rollout_workers: int = 0
+    """Processes that sample, one core each, beside the trainer; 0 samples in the trainer, by turns with learning."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "max_new_tokens",
+            "updates_per_batch",
+            "micro_batch_size",
+            "eval_prompts",
+            "eval_samples",
+        ):
+            _require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a whole number above 0")
+        _require(self.samples_per_prompt > 1, "rlvr.samples_per_prompt", self.samples_per_prompt, "at least 2")
+        _require(self.rollout_workers >= 0, "rlvr.rollout_workers", self.rollout_workers, "a number not below 0")
+        _require(self.kl >= 0, "rlvr.kl", self.kl, "a number not below 0")
+        _require(0 < self.clip_low < 1, "rlvr.clip_low", self.clip_low, "a number between 0 and 1")
+        for name in ("clip_high", "learning_rate_share", "importance_limit"):
+            _require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VariantConfig:
     """One recipe at one size: everything that decides what a training run learns."""
 
@@ -214,6 +270,8 @@ class VariantConfig:
     tokenizer: TokenizerConfig | None = None
     distill: DistillConfig | None = None
     rounding: RoundingConfig | None = None
+    rlvr: RlvrConfig | None = None
+    """What comes behind the supervised steps; None where nothing does."""
 
     def __post_init__(self) -> None:
         _require(
@@ -233,6 +291,8 @@ class VariantConfig:
         for name in ("init", "distill", "rounding"):
             chosen = getattr(self, name) is not None
             _require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
+            # Prompts are made of the tokens and the vocabulary that are learned from the task's own text.
+            _require(not (chosen and self.rlvr), name, "a table", "none with [rlvr]")
         _require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
         # Both would change how the table of a checkpoint is used.
         for name, plain in (("normalize_embedding", False), ("alternate_final_norm", False), ("final_norm_init", 1.0)):
@@ -352,6 +412,9 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, ini
     resolve_sources(merged, init, where)
     if tokens is not None:
         merged["train"]["tokens"] = tokens
+    # A recipe without the section has none; one with it says at least the task.
+    if not merged["rlvr"]:
+        del merged["rlvr"]
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)
 
 

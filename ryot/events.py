@@ -138,8 +138,68 @@ class MeasureEvent(Event):
     reason: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReinforceEvent(Event):
+    """One step of reinforcement; means are over its answers, or over their tokens."""
+
+    kind: ClassVar[str] = "reinforce"
+    variant: str
+    seed: int
+    step: int
+    """Of the reinforcement, from 1."""
+    num_steps: int
+    train_wall_s: float
+    reward: float
+    passed: float
+    """Share of answers that passed."""
+    differing_groups: float
+    """Share of prompts whose answers' rewards differ, which are those that teach something."""
+    length: float
+    """Tokens of an answer."""
+    cut: float
+    """Share of answers that did not end by themselves."""
+    entropy: float | None
+    """Nats per token; None where nothing was learned from the batch."""
+    mismatch: float | None
+    """Mean absolute difference of a token's log probability between sampler and trainer."""
+    mismatch_max: float | None
+    kl: float
+    """From the model before reinforcement, where that is asked for."""
+    clipped: float
+    """Share of tokens whose probability ratio was clipped."""
+    grad_norm: float
+    rollout_s: float
+    """Time of sampling and judging."""
+    update_s: float
+    rollout_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassEvent(Event):
+    """How often answers to held-out prompts pass, with 95 % intervals over prompts."""
+
+    kind: ClassVar[str] = "pass"
+    variant: str
+    seed: int
+    step: int
+    reinforce_step: int
+    """Steps of reinforcement so far; 0 is before the first."""
+    train_wall_s: float
+    prompts: int
+    samples: int
+    """Answers to each, which is k of pass@k."""
+    pass_at_1: float
+    pass_at_1_low: float
+    pass_at_1_high: float
+    pass_at_k: float
+    pass_at_k_low: float
+    pass_at_k_high: float
+    eval_wall_s: float
+
+
 EVENT_TYPES: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (StageEvent, StepEvent, EvalEvent, CheckpointEvent, GateEvent, MeasureEvent)
+    cls.kind: cls
+    for cls in (StageEvent, StepEvent, EvalEvent, CheckpointEvent, GateEvent, MeasureEvent, ReinforceEvent, PassEvent)
 }
 
 

@@ -8,7 +8,18 @@ import sys
 import time
 from typing import TextIO
 
-from ryot.events import CheckpointEvent, EvalEvent, Event, GateEvent, MeasureEvent, StageEvent, StageStatus, StepEvent
+from ryot.events import (
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    GateEvent,
+    MeasureEvent,
+    PassEvent,
+    ReinforceEvent,
+    StageEvent,
+    StageStatus,
+    StepEvent,
+)
 
 #: Without a terminal, a training is heard of at these shares of its budget.
 PLAIN_STEPS = 10
@@ -23,6 +34,7 @@ class Progress:
         self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._rows: dict[str, str] = {}
         self._val_loss: dict[str, float] = {}
+        self._passes: dict[str, float] = {}
         self._tenths: dict[str, int] = {}
         self._drawn = 0
         self._last_draw = 0.0
@@ -40,6 +52,10 @@ class Progress:
             self._step(event)
         elif isinstance(event, EvalEvent):
             self._val_loss[f"{event.variant}/{event.seed}"] = event.loss
+        elif isinstance(event, ReinforceEvent):
+            self._reinforce(event)
+        elif isinstance(event, PassEvent):
+            self._passes[f"{event.variant}/{event.seed}"] = event.pass_at_1
         elif isinstance(event, StageEvent):
             self._stage(event)
         elif isinstance(event, GateEvent) and not event.passed:
@@ -64,13 +80,28 @@ class Progress:
             f"{held_out}  norm {event.grad_norm:.2f}  lr {event.learning_rate:.1e}  {event.tokens_per_s:,.0f} tok/s"
             f"  {left:.0f} s left"
         )
+        self._show(key, text, event.step, event.num_steps)
+
+    def _reinforce(self, event: ReinforceEvent) -> None:
+        key = f"{event.variant}/{event.seed}"
+        held_out = f"  held-out pass@1 {self._passes[key]:.1%}" if key in self._passes else ""
+        entropy = "" if event.entropy is None else f"  entropy {event.entropy:.3f}"
+        text = (
+            f"{event.variant} seed {event.seed} reinforced {event.step / event.num_steps:4.0%}"
+            f"  step {event.step}/{event.num_steps}  reward {event.reward:.3f}{entropy}  length {event.length:.1f}"
+            f"{held_out}"
+        )
+        self._show(key, text, event.step, event.num_steps)
+
+    def _show(self, key: str, text: str, step: int, num_steps: int) -> None:
+        """A line that is drawn again where stderr is a terminal, and said now and then elsewhere."""
         self._rows[key] = text
         if self._live:
             self._draw()
-        elif (tenth := int(share * PLAIN_STEPS)) > self._tenths.get(key, 0):
+        elif (tenth := step * PLAIN_STEPS // num_steps) != self._tenths.get(key, 0):
             self._tenths[key] = tenth
             self._say(text)
-        if event.step == event.num_steps:
+        if step == num_steps:
             self._rows.pop(key, None)
             if self._live:
                 self._say(text)

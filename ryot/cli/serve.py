@@ -91,6 +91,13 @@ MEGABYTE = 1_000_000
     "--tls-certificate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM)"
 )
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its private key (PEM)")
+@click.option(
+    "--allow-verifier",
+    "allowed_verifiers",
+    type=click.Choice(("tests", "command", "entry_point")),
+    multiple=True,
+    help="Let requests have programs run: tests and commands in a sandbox, functions in the server itself; repeatable",
+)
 @click.option("--no-access-log", is_flag=True, help="Do not log a line for each request")
 @verbose_option
 def command(
@@ -111,6 +118,7 @@ def command(
     max_body: float,
     tls_certificate: Path | None,
     tls_key: Path | None,
+    allowed_verifiers: tuple[str, ...],
     no_access_log: bool,
 ) -> None:
     """Answer requests of OpenAI's API with bundles: completions, chats, streams, and a page to try them.
@@ -133,6 +141,7 @@ def command(
             kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
             prefix_cache_bytes=prefix_cache * MEGABYTE,
             prefix_folder=prefix_folder,
+            allowed_verifiers=frozenset(allowed_verifiers),
         ),
         ServerOptions(
             host=host,

@@ -68,14 +68,15 @@ def command(
 
     from ryot.deploy.teacher import open_teacher
     from ryot.optimize.kernels import choose_kernels, format_decision
+    from ryot.reinforce.tasks import load_text
+    from ryot.reinforce.trainer import build_trainer
     from ryot.run.variant_data import prepare_variant
-    from ryot.train.corpus import load_corpus
-    from ryot.train.loop import Trainer, TrainJob
+    from ryot.train.loop import TrainJob
 
     cache = cache_dir()
     with Progress() as show:
         dataset, _ = prepare_variant(
-            recipe, load_corpus(data), cache, on_progress=show.tell_data, on_report=show.tell_data
+            recipe, load_text([recipe], data), cache, on_progress=show.tell_data, on_report=show.tell_data
         )
     plan = recipe.kernels
     if not no_tune:
@@ -85,7 +86,7 @@ def command(
             click.echo(format_decision(recipe.name, decision), err=True)
     job = TrainJob(variant=recipe, seed=seed, dataset_dir=str(dataset.path))
     teacher = open_teacher(recipe, cache)
-    trainer = Trainer.resume(job, plan, resume, teacher) if resume else Trainer(job, plan, teacher)
+    trainer = build_trainer(job, plan, teacher, resume)
     if output.exists():
         output.rmdir()
     kept: Path | None = None

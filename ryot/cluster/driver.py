@@ -343,7 +343,9 @@ class Driver:
 
 def _request(training: Training) -> ResourceRequest:
     """What each worker of a training takes up."""
-    return ResourceRequest(training.kernels.threads, gpus=1 if training.kernels.device == "cuda" else 0)
+    # Rollout workers stand on their trainer's node, on cores that it asks for.
+    rollouts = training.variant.rlvr.rollout_workers if training.variant.rlvr else 0
+    return ResourceRequest(training.kernels.threads + rollouts, gpus=1 if training.kernels.device == "cuda" else 0)
 
 
 def train_variants(

@@ -18,10 +18,12 @@ from pathlib import Path
 from ryot import scratch
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.folders import pack_folder, unpack_folder
+from ryot.cluster.rollout_fleet import make_ray_fleet
 from ryot.config import replace
 from ryot.deploy.teacher import open_teacher
 from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
+from ryot.reinforce.trainer import ReinforceTrainer, build_trainer
 from ryot.run.folder import WORKER_LOG
 from ryot.run.training import Training, TrainMetrics
 from ryot.train.gates import GateBreach
@@ -112,7 +114,7 @@ class TrainWorker:
 
         `dataset` and `checkpoint` are folders packed by the driver.
         """
-        self._trainer = None
+        self._close_trainer()
         self._rank = group.rank if group else 0
         job: TrainJob = attempt.training
         kernels = attempt.training.kernels
@@ -132,11 +134,17 @@ class TrainWorker:
             # The group outlives the training: the same workers may be given the next one.
             join_group(group, kernels, own_address())
             self._grouped = True
-        kind = ShardedTrainer if group else Trainer
         # Beside the shards where those of the driver are seen; what a teacher said is then said to all seeds.
         cache = Path(attempt.training.dataset_dir).parents[1] if dataset is None else self._fresh_cache()
         teacher = open_teacher(job.variant, cache)
-        trainer = kind.resume(job, kernels, resume, teacher) if resume else kind(job, kernels, teacher)
+        trainer: Trainer
+        if group:
+            kind = ShardedTrainer
+            trainer = kind.resume(job, kernels, resume, teacher) if resume else kind(job, kernels, teacher)
+        else:
+            trainer = build_trainer(job, kernels, teacher, resume)
+        if isinstance(trainer, ReinforceTrainer):
+            trainer.make_fleet = make_ray_fleet
         self._trainer, self._attempt = trainer, attempt
         self._saved_step, self._saved_at = (trainer.step if resume else -1), time.monotonic()
         log.info("resuming from step %d of %d", trainer.step, trainer.num_steps)
@@ -204,10 +212,16 @@ class TrainWorker:
 
     def leave(self) -> None:
         """Remove what this worker wrote on its own machine; after a kill the next worker there does it."""
+        self._close_trainer()
         if self._grouped:
             leave_group()
             self._grouped = False
         self._remove_scratch()
+
+    def _close_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
 
     def _remove_scratch(self) -> None:
         if self._scratch:

@@ -38,7 +38,15 @@ class DataFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
+
+    def flush(self) -> None:
+        """Have the file hold all that was placed."""
+        self._file.flush()
 
     def place(self, content: bytes) -> int:
         """Offset of `content` in the file; written if it is not there yet."""

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
@@ -16,8 +16,8 @@ from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
-    from ryot.edge.engine import Engine
     from ryot.edge.protocol import MeasureResult
+    from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 64
@@ -111,7 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--best-of", type=int, default=1, metavar="N", help="draw N continuations together, print the best; default: 1"
     )
     best.add_argument(
-        "--reward", metavar="CHECK", help="what is best: python or json (it parses), match=REGEX, command=COMMAND"
+        "--verifier",
+        metavar="SPEC",
+        help="what is best: json or python (prompt and text parse), regex=PATTERN, exact=TEXT, number=N, "
+        "json_schema=SCHEMA, majority, command=COMMAND (in a sandbox), entry_point=MODULE:FUNCTION, or a table in JSON",
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of onnxruntime; default: 1")
     parser.add_argument(
@@ -149,7 +152,7 @@ def _read_prompt(given: str) -> str:
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.engines import open_engine
-    from ryot.edge.generate import encode_prompt
+    from ryot.edge.generate import encode_prompt, generate
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import load_tokenizer
 
@@ -164,9 +167,14 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     _check_text_options(options)
     prompt = None if options.prompt is None else _read_prompt(options.prompt)
     tokenizer = load_tokenizer(bundle)
-    decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     # Text may hold any character, whatever the terminal's encoding.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if options.verifier is not None:
+        assert prompt is not None
+        tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
+        _write([_choose_best(bundle, tokenizer, prompt, sampling, options)])
+        return EXIT_OK
+    decoder = open_engine(bundle, threads=options.threads, engine=options.engine)
     limits = {"stop": options.stop, "ignore_eos": options.ignore_eos, "sampling": sampling}
     if options.chat:
         from ryot.edge.chat import Chat, load_chat_template
@@ -180,24 +188,27 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         return EXIT_OK
     assert prompt is not None  # one of the options is there
     tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
-    num_tokens = options.max_new_tokens
-    if num_tokens is None:
-        # What fits, but a prompt that fills the context is still an error and not an empty answer.
-        length = len(encode_prompt(decoder, tokenizer, prompt))
-        num_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.max_len - length))
-    _write(_pieces(decoder, tokenizer, prompt, options.reward, max_new_tokens=num_tokens, **limits))
+    num_tokens = _num_tokens(options, len(encode_prompt(bundle, tokenizer, prompt)), decoder.max_len)
+    _write(generate(decoder, tokenizer, prompt, max_new_tokens=num_tokens, **limits))
     return EXIT_OK
+
+
+def _num_tokens(options: argparse.Namespace, prompt_tokens: int, max_len: int) -> int:
+    """Tokens to generate: as many as asked for, or what fits. After a prompt that fills the context 1, which fails."""
+    if options.max_new_tokens is not None:
+        return int(options.max_new_tokens)
+    return max(1, min(DEFAULT_NEW_TOKENS, max_len - prompt_tokens))
 
 
 def _check_text_options(options: argparse.Namespace) -> None:
     """Raise `ConfigError` for options that make no sense together."""
     if options.best_of < 1:
         raise ConfigError(f"--best-of: got {options.best_of}, expected a whole number above 0")
-    if (options.best_of > 1) != (options.reward is not None):
-        raise ConfigError("--best-of N and --reward CHECK are used together")
+    if (options.best_of > 1) != (options.verifier is not None):
+        raise ConfigError("--best-of N and --verifier SPEC are used together")
     if options.system is not None and not options.chat:
         raise ConfigError("--system: is for a chat; give --chat too")
-    if options.chat and options.reward is not None:
+    if options.chat and options.verifier is not None:
         raise ConfigError("--best-of: is for --prompt alone, not for a chat")
 
 
@@ -210,17 +221,47 @@ def _write(pieces: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def _pieces(decoder: Engine, tokenizer: Tokenizer, prompt: str, reward: str | None, **options: Any) -> Iterable[str]:
-    """The text as it comes, or, where a reward chooses among candidates, in one piece."""
-    if reward is None:
-        from ryot.edge.generate import generate
+def _choose_best(
+    bundle: Bundle, tokenizer: Tokenizer, prompt: str, sampling: SamplingParams, options: argparse.Namespace
+) -> str:
+    """The candidate that the verifier likes best, which stderr names."""
+    from ryot.edge.best_of import choose_best
+    from ryot.edge.generate import encode_prompt
+    from ryot.edge.scheduler import Scheduler
+    from ryot.edge.sequence import Request
+    from ryot.edge.slots import SlotEngine
+    from ryot.edge.verifiers import build_verifier, parse_verifier
 
-        return generate(decoder, tokenizer, prompt, **options)
-    from ryot.edge.scaling import build_reward, choose_best
-
-    best = choose_best(decoder, tokenizer, prompt, build_reward(reward), **options)[0]
-    sys.stderr.write(f"candidate {best.row + 1} of {decoder.batch_size}, reward {best.reward:.2f}\n")
-    return [best.completion.text]
+    table = parse_verifier(options.verifier)
+    # A continuation is judged with what it continues, unless its kind or its table looks at an answer.
+    if table.get("kind") in ("json", "python", "json_schema", "command", "regex"):
+        table.setdefault("with_prompt", True)
+    verifier = build_verifier(table)
+    ids = encode_prompt(bundle, tokenizer, prompt)
+    count = options.best_of
+    memory_bytes = bundle.model.kv_cache_bytes(bundle.model.context_length, count)
+    engine = SlotEngine(bundle, threads=options.threads, batch_size=count, memory_bytes=memory_bytes)
+    scheduler = Scheduler(engine, tokenizer, prefix_cache_bytes=memory_bytes)
+    num_tokens = _num_tokens(options, len(ids), engine.max_len)
+    if num_tokens < 1:
+        raise ConfigError(f"max_new_tokens: got {num_tokens}, expected a whole number above 0")
+    requests = [
+        Request(
+            prompt_ids=ids,
+            max_tokens=num_tokens,
+            sampling=sampling,
+            choice=choice,
+            stop=tuple(options.stop),
+            ignore_eos=options.ignore_eos,
+        )
+        for choice in range(count)
+    ]
+    candidates = choose_best(scheduler, requests, prompt, verifier)
+    best = candidates[0]
+    known = f"candidate {best.choice + 1} of {count}, reward {best.verdict.reward:.2f}"
+    stopped = f"; {len(candidates)} had ended when it passed" if len(candidates) < count else ""
+    sys.stderr.write(f"{known}{stopped}\n")
+    return best.completion.text
 
 
 def _verify(bundle_path: Path, options: argparse.Namespace) -> int:

@@ -116,6 +116,10 @@ class Engine(ABC):
         """Tokens held for each row."""
         return [int(self._lengths[row]) + 1 for row in range(self.batch_size)]
 
+    def row_length(self, row: int) -> int:
+        """Tokens held for one row."""
+        return int(self._lengths[row]) + 1
+
     def prefill(self, ids_BS: Sequence[Ids] | np.ndarray) -> None:
         """Start over with one prompt a row, each of at least one token.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
+    from ryot.edge.bundle import Bundle
     from ryot.edge.engine import Engine
     from ryot.edge.sampling import Sampler
     from ryot.edge.sampling_params import SamplingParams
@@ -174,30 +175,6 @@ def generate_batch(
     return _complete(engine, rows, _build_samplers(sampling, ids))
 
 
-def generate_candidates(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    sampling: SamplingParams,
-    max_new_tokens: int | None = None,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-) -> list[Completion]:
-    """`engine.batch_size` continuations of one prompt, which is computed once; each row draws by itself.
-
-    Raises like `generate`, and `ConfigError` when the sampling would make all of them the same.
-    """
-    if sampling.temperature == 0 and engine.batch_size > 1:
-        raise ConfigError("temperature: got 0, which makes all candidates the same, expected a number above 0")
-    ids, num_tokens = _plan(engine, tokenizer, [prompt], max_new_tokens)
-    eos = () if ignore_eos else engine.bundle.eos_token_ids
-    continues = isinstance(prompt, str)
-    rows = [TextRow(tokenizer, ids[0], num_tokens, eos, stop, continues=continues) for _ in range(engine.batch_size)]
-    engine.prefill_shared(ids[0])
-    return _complete(engine, rows, _build_samplers(sampling, ids * engine.batch_size))
-
-
 def _complete(engine: Engine, rows: list[TextRow], samplers: list[Sampler] | None) -> list[Completion]:
     """Step all rows until each is done; what a row gives after its end is not looked at."""
     while True:
@@ -239,14 +216,14 @@ def check_golden(engine: Engine) -> int:
     return compared
 
 
-def encode_prompt(decoder: Engine, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def encode_prompt(bundle: Bundle, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The ids of a prompt; an empty text is the id that begins a text. Raises `ConfigError` where there is none."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if ids:
         return ids
-    if decoder.bundle.bos_token_id is None:
+    if bundle.bos_token_id is None:
         raise ConfigError("prompt: is empty, and this model has no token that begins a text; give at least a character")
-    return [decoder.bundle.bos_token_id]
+    return [bundle.bos_token_id]
 
 
 def _plan(
@@ -255,7 +232,7 @@ def _plan(
     """The ids of each prompt and how many tokens to generate."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: got {max_new_tokens}, expected a whole number above 0")
-    ids = [encode_prompt(engine, tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(engine.bundle, tokenizer, prompt) for prompt in prompts]
     longest = max(len(row) for row in ids)
     room = engine.max_len - longest
     if room < 1 or (max_new_tokens or 1) > room:

@@ -3,7 +3,8 @@
 The order is that of transformers' `generate`: repetition penalty, temperature, then three cuts, top-k, top-p and
 min-p, then a draw; a bias of tokens, OpenAI's penalties and a mask come before the temperature. Every cut keeps a head
 of the tokens sorted by probability (equal ones: lower id first), so a choice is described by how many tokens are kept;
-the order of the cuts matters only in that top-p looks at the probabilities that top-k left.
+the order of the cuts matters only in that top-p looks at the probabilities that top-k left. Where nothing is cut there
+is nothing to sort: the draw is taken in the order of ids, and of many rows at once.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
+    def draw(self) -> float:
+        """The point, from 0 to below 1, of the next token, for who draws rows together with `draw_uncut`."""
+        assert self.params.uncut and not self.params.changes_logits
+        return float(self._rng.random())
+
     def _changed(self, logits_V: np.ndarray) -> np.ndarray:
         """A copy of the logits with the penalties and the bias."""
         params = self.params
@@ -67,8 +73,28 @@ def penalize_repetition(logits_V: np.ndarray, seen: Sequence[int], penalty: floa
     return result
 
 
+def draw_uncut(
+    logits_RV: np.ndarray, temperature_R: np.ndarray, uniform_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the id at its point of the distribution, ids in their order, and the logarithm of its probability.
+
+    The logarithm is that of the probability with which it was drawn, temperature included.
+    """
+    scaled_RV = logits_RV.astype(np.float64)
+    scaled_RV -= scaled_RV.max(axis=1, keepdims=True)
+    scaled_RV /= temperature_R[:, None]
+    cumulative_RV = np.exp(scaled_RV).cumsum(axis=1)
+    total_R = cumulative_RV[:, -1]
+    rows = np.arange(len(total_R))
+    # An id's stretch is what lies above the sum before it, up to its own; one of no width is never met.
+    ids_R = (cumulative_RV <= (uniform_R * total_R)[:, None]).sum(axis=1)
+    return ids_R, scaled_RV[rows, ids_R] - np.log(total_R)
+
+
 def reference_choice(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:
     """The id at the point `uniform`, from 0 to below 1, of the cut distribution: the definition, by sorting all."""
+    if params.uncut:
+        return _draw_one(logits_V, params, uniform)
     order = np.argsort(-logits_V, kind="stable")[: params.top_k or None]
     probabilities = _probabilities(logits_V, order, params)
     cumulative = probabilities.cumsum()
@@ -79,6 +105,8 @@ def reference_choice(logits_V: np.ndarray, params: SamplingParams, uniform: floa
 
 def choose_token(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:
     """The same as `reference_choice`, bit for bit; only the best tokens are sorted where they decide."""
+    if params.uncut:
+        return _draw_one(logits_V, params, uniform)
     for size in (HEAD, WIDE_HEAD):
         head = min(params.top_k or size, size)
         if head < logits_V.size and params.top_k <= head:
@@ -86,6 +114,10 @@ def choose_token(logits_V: np.ndarray, params: SamplingParams, uniform: float) -
             if token is not None:
                 return token
     return reference_choice(logits_V, params, uniform)
+
+
+def _draw_one(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    return int(draw_uncut(logits_V[None], np.array([params.temperature]), np.array([uniform]))[0][0])
 
 
 def _choose_from_head(logits_V: np.ndarray, params: SamplingParams, uniform: float, head: int) -> int | None:
@@ -97,12 +129,7 @@ def _choose_from_head(logits_V: np.ndarray, params: SamplingParams, uniform: flo
     if keep < head or (keep == head and not params.top_k):
         # The cuts fall inside the head, so nothing behind it matters.
         return _at(order[:keep], cumulative[:keep], uniform * cumulative[keep - 1])
-    if params.top_k:
-        return _at(order, cumulative, uniform)
-    nothing_is_cut = params.top_p >= 1 and params.min_p == 0
-    if nothing_is_cut and uniform < cumulative[-1]:
-        return _at(order, cumulative, uniform)
-    return None
+    return _at(order, cumulative, uniform) if params.top_k else None
 
 
 def _best(logits_V: np.ndarray, k: int) -> np.ndarray:

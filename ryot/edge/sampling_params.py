@@ -49,6 +49,11 @@ class SamplingParams:
         return self.temperature == 0 and not self.changes_logits
 
     @property
+    def uncut(self) -> bool:
+        """Whether a token is drawn among all."""
+        return self.temperature > 0 and not self.top_k and self.top_p >= 1 and not self.min_p
+
+    @property
     def changes_logits(self) -> bool:
         """Whether anything is done to the logits before the temperature."""
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)

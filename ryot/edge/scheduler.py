@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ryot.edge.engine import PIECE_TOKENS
 from ryot.edge.prefix_cache import BLOCK_TOKENS, PrefixCache
-from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
+from ryot.edge.sampling import draw_uncut
+from ryot.edge.sequence import ActiveSequence, Drawn, Request, TokenEvent
 from ryot.edge.slots import SlotEngine
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import ConfigError, ContextError
@@ -47,6 +49,16 @@ class Counters:
     """Sequences that lost their row for want of memory."""
 
 
+class _Prompt(NamedTuple):
+    """A prompt that was computed to its end."""
+
+    owner: str
+    ids: list[int]
+    logits_V: np.ndarray
+    """After its last token."""
+    greedy: int
+
+
 class Scheduler:
     """Runs requests on an engine's rows."""
 
@@ -61,6 +73,8 @@ class Scheduler:
         #: The sequence whose prompt is on its way, in the row behind the running ones.
         self._prefilling: ActiveSequence | None = None
         self._step_s = self._token_s = 0.0
+        #: The prompt computed last, and what follows it: candidates to one prompt come one after the other.
+        self._last_prompt: _Prompt | None = None
 
     @property
     def num_running(self) -> int:
@@ -137,6 +151,7 @@ class Scheduler:
         assert self.idle
         self.counters = Counters()
         self.cache = PrefixCache(self.cache.max_bytes)
+        self._last_prompt = None
         self._step_s = self._token_s = 0.0
 
     def _decode(self) -> list[TokenEvent]:
@@ -151,15 +166,29 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.step_tokens += count
         events = []
-        logits_BV = engine.logits
+        drawn = self._draw_uncut()
         for row in reversed(range(count)):
-            event = self._take(row, logits_BV[row])
+            event = self._take(row, drawn.get(row))
             if event is not None:
                 events.append(event)
                 if event.ends:
                     self._leave(row)
         events.reverse()
         return events
+
+    def _draw_uncut(self) -> dict[int, Drawn]:
+        """The next tokens of the rows that draw among all tokens, drawn together."""
+        samplers = [(row, sequence.uncut) for row, sequence in enumerate(self._running) if sequence.uncut is not None]
+        if not samplers:
+            return {}
+        rows = [row for row, _ in samplers]
+        logits_RV = self.engine.logits[rows]
+        if np.isnan(logits_RV.max()):
+            return {}  # each by itself says which one is damaged
+        temperatures = np.array([sampler.params.temperature for _, sampler in samplers])
+        uniforms = np.array([sampler.draw() for _, sampler in samplers])
+        ids_R, logprobs_R = draw_uncut(logits_RV, temperatures, uniforms)
+        return {row: Drawn(*found) for row, *found in zip(rows, ids_R.tolist(), logprobs_R.tolist())}
 
     def _prefill(self) -> list[TokenEvent]:
         """Pieces of waiting prompts, for as long as the running sequences can do without a step."""
@@ -186,13 +215,14 @@ class Scheduler:
         sequence, engine, row = self._prefilling, self.engine, len(self._running)
         assert sequence is not None
         ids = sequence.prefill_ids
-        start = engine.lengths[row]
+        start = engine.row_length(row)
         size = min(budget, len(ids) - start) if engine.bundle.prefill_takes_past else len(ids)
         began = time.perf_counter()
-        engine.extend(ids[start : start + size], row)
-        # A token of a small piece takes longer than one of a large piece, and small ones are those that matter.
-        if self._running or not self._token_s:
-            self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
+        if size:
+            engine.extend(ids[start : start + size], row)
+            # A token of a small piece takes longer than one of a large piece, and small ones are those that matter.
+            if self._running or not self._token_s:
+                self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
         # Bit by bit, so that no step waits for the copy of a whole prompt.
         known = len(ids) if start + size == len(ids) else (start + size) // BLOCK_TOKENS * BLOCK_TOKENS
         self._remember(sequence, row, known)
@@ -200,7 +230,10 @@ class Scheduler:
             return size, None
         self._prefilling = None
         self._running.append(sequence)
-        event = self._take(row, engine.logits[row])
+        if size and self.cache.max_bytes:
+            key = (sequence.request.owner, ids)
+            self._last_prompt = _Prompt(*key, engine.logits[row].copy(), int(engine.next_token[row]))
+        event = self._take(row)
         if event is not None and event.ends:
             self._leave(row)
         return size, event
@@ -219,10 +252,14 @@ class Scheduler:
         self.engine.clear_row(row)
         known = 0
         if not sequence.request.prompt_logprobs:
-            # The last token is computed in any case, for its logits.
-            for values in self.cache.match(sequence.request.owner, ids[:-1]):
+            last = self._last_prompt
+            same = last is not None and (last.owner, last.ids) == (sequence.request.owner, ids)
+            # The last token of another prompt is computed in any case, for its logits.
+            for values in self.cache.match(sequence.request.owner, ids if same else ids[:-1]):
                 self.engine.write_values(row, known, values)
                 known += values.shape[2]
+            if last is not None and known == len(ids):
+                self.engine.set_logits(row, last.logits_V, last.greedy)
         if sequence.started_s is None:
             sequence.started_s = time.perf_counter()
             sequence.cached_tokens = known
@@ -230,9 +267,9 @@ class Scheduler:
             self.counters.cached_tokens += known
         return True
 
-    def _take(self, row: int, logits_V: np.ndarray) -> TokenEvent | None:
+    def _take(self, row: int, drawn: Drawn | None = None) -> TokenEvent | None:
         """Choose a row's next token, which the next step feeds; None for a token of the prompt."""
-        taken = self._running[row].take(logits_V, int(self.engine.next_token[row]))
+        taken = self._running[row].take(self.engine.logits[row], int(self.engine.next_token[row]), drawn)
         if isinstance(taken, int):
             self.engine.next_token[row] = taken
             return None
@@ -256,8 +293,8 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         """Remember what a row holds, and give it to the last running sequence."""
         sequence, engine, last = self._running[row], self.engine, len(self._running) - 1
-        if not sequence.cancelled:
-            self._remember(sequence, row, engine.lengths[row])
+        if not (sequence.cancelled or sequence.request.whole):
+            self._remember(sequence, row, engine.row_length(row))
         self._running[row] = self._running[last]
         self._running.pop()
         if row != last:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ryot.edge.generate import FinishReason, TextRow
+from ryot.edge.generate import Completion, FinishReason, TextRow
 from ryot.edge.sampling import Sampler
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.tokenizer import Tokenizer
@@ -50,6 +50,17 @@ class Request:
     owner: str = ""
     """Whose prompt it is: beginnings are shared between prompts of one owner only."""
     constraint: Constraint | None = None
+    whole: bool = False
+    """Whether only the whole answer is of interest: its text comes with the last token, and nothing behind the prompt
+    is remembered for others."""
+
+
+class Drawn(NamedTuple):
+    """A token that was drawn together with other rows' tokens."""
+
+    token: int
+    logprob: float
+    """Of the distribution that it was drawn from."""
 
 
 class Logprobs(NamedTuple):
@@ -95,6 +106,17 @@ class ActiveSequence:
         sampling = request.sampling
         plain = sampling.greedy and request.constraint is None
         self._sampler = None if plain else Sampler(sampling, request.prompt_ids, row=request.choice)
+        self._tokenizer, self._eos = tokenizer, () if request.ignore_eos else eos
+        assert not (request.whole and (request.stop or request.constraint)), "text comes too late for these"
+        #: The sampler of a sequence whose tokens may be drawn together with others'.
+        self.uncut: Sampler | None = None
+        if (
+            sampling.uncut
+            and not sampling.changes_logits
+            and request.constraint is None
+            and not request.prompt_logprobs
+        ):
+            self.uncut = self._sampler
         #: Whether somebody does not want it any more.
         self.cancelled = False
         #: When it was asked for, and when it first got a row, on `time.perf_counter`'s clock.
@@ -107,14 +129,19 @@ class ActiveSequence:
         self.prompt_logprobs: list[Logprobs] = []
 
     @property
+    def completion(self) -> Completion:
+        """What has been generated so far."""
+        return self._text.completion
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens generated so far."""
-        return len(self._text.completion.tokens)
+        return len(self.completion.tokens)
 
     @property
     def ids(self) -> list[int]:
         """All tokens so far."""
-        return [*self.request.prompt_ids, *self._text.completion.tokens]
+        return [*self.request.prompt_ids, *self.completion.tokens]
 
     @property
     def scores_prompt(self) -> bool:
@@ -126,8 +153,11 @@ class ActiveSequence:
         """What is to be computed before the first step."""
         return self.ids[: self.num_scored] if self.scores_prompt else self.ids
 
-    def take(self, logits_V: np.ndarray, greedy: int) -> TokenEvent | int:
-        """What follows from the logits after the last token: the token chosen, or the prompt's next one as a number."""
+    def take(self, logits_V: np.ndarray, greedy: int, drawn: Drawn | None = None) -> TokenEvent | int:
+        """What follows from the logits after the last token: the token chosen, or the prompt's next one as a number.
+
+        `drawn` is the token where it was drawn together with others'.
+        """
         request = self.request
         if self.scores_prompt:
             token = request.prompt_ids[self.num_scored]
@@ -138,24 +168,46 @@ class ActiveSequence:
             return TokenEvent(self, None, finish_reason="length")
         constraint = request.constraint
         token = greedy
-        if self._sampler is not None:
+        if drawn is not None:
+            token = drawn.token
+        elif self._sampler is not None:
             try:
                 token = self._sampler.choose(logits_V, None if constraint is None else constraint.allowed())
             except RyotError as error:
                 return TokenEvent(self, None, error=error)
-        text = self._text.push(token)
-        reason = self._text.completion.finish_reason
+        text = self._push_whole(token) if request.whole else self._text.push(token)
+        reason = self.completion.finish_reason
         if constraint is not None and reason is None and constraint.push(token):
             reason = "stop"
-        logprobs = None if request.top_logprobs is None else read_logprobs(logits_V, token, request.top_logprobs)
+        logprobs = None
+        if drawn is not None and request.top_logprobs == 0 and request.sampling.temperature == 1:
+            logprobs = Logprobs(drawn.logprob, [])
+        elif request.top_logprobs is not None:
+            logprobs = read_logprobs(logits_V, token, request.top_logprobs)
         return TokenEvent(self, token, text, logprobs, reason)
+
+    def _push_whole(self, token: int) -> str:
+        """Take a token of an answer whose text is made at its end."""
+        completion = self.completion
+        completion.tokens.append(token)
+        ended = token in self._eos
+        if not ended and len(completion.tokens) < self.request.max_tokens:
+            return ""
+        completion.finish_reason = "eos" if ended else "length"
+        stream = self._tokenizer.stream(after=self.request.prompt_ids if self.request.continues_text else ())
+        tokens = completion.tokens[:-1] if ended else completion.tokens
+        completion.text = "".join(map(stream.push, tokens))
+        return completion.text
 
 
 def read_logprobs(logits_V: np.ndarray, token: int, top: int) -> Logprobs:
     """The token's log probability and the `top` best ones."""
     logits = logits_V.astype(np.float64)
     best = logits.max()
-    logprobs = logits - (best + np.log(np.exp(logits - best).sum()))
+    total = best + np.log(np.exp(logits - best).sum())
+    if not top:
+        return Logprobs(float(logits[token] - total), [])
+    logprobs = logits - total
     ids = np.argpartition(-logprobs, min(top, logprobs.size - 1))[:top]
     ordered = sorted(((int(i), float(logprobs[i])) for i in ids), key=lambda pair: (-pair[1], pair[0]))
     return Logprobs(float(logprobs[token]), ordered)

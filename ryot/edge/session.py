@@ -72,11 +72,7 @@ class OnnxruntimeEngine(Engine):
         self.onnxruntime_version = ort.__version__
         check_onnxruntime(ort.__version__, bundle.onnxruntime_min)
         super().__init__(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        decode = prefill = _load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
-        if not bundle.one_session:
-            prefill = _load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
-        self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
-        self._decode = decode
+        self._load_sessions(prepack)
         release_code()
         # In one array, so that one addition moves all on.
         self._lengths = aligned_zeros((batch_size + 1,), np.dtype(np.int32))
@@ -88,6 +84,14 @@ class OnnxruntimeEngine(Engine):
         self._calls: dict[tuple[Role, int | None, int], _Call] = {}
         self._set_lengths([0] * batch_size)
         self.reserve(1)
+
+    def _load_sessions(self, prepack: bool) -> None:
+        bundle, threads = self.bundle, self.threads
+        decode = prefill = _load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
+        if not bundle.one_session:
+            prefill = _load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
+        self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
+        self._decode = decode
 
     @property
     def logits(self) -> np.ndarray:

@@ -100,6 +100,13 @@ class SlotEngine(OnnxruntimeEngine):
         self.num_rows, self.capacity = 1, 0
         self._resize(1, self._round_up(1))
 
+    def reload(self) -> None:
+        """Open the graphs again, whose weights have changed on disk; all rows are forgotten. Raises `BundleError`."""
+        self._calls.clear()
+        self._steps.clear()
+        self._load_sessions(prepack=True)
+        self.release()
+
     def move_row(self, source: int, target: int) -> None:
         """Make row `target` what row `source` is, token and logits included, and `source` an empty one."""
         length = self._lengths[source] + 1
@@ -109,6 +116,10 @@ class SlotEngine(OnnxruntimeEngine):
             array[target] = array[source]
         self._lengths[target] = self._lengths[source]
         self.clear_row(source)
+
+    def set_logits(self, row: int, logits_V: np.ndarray, token: int) -> None:
+        """Say what follows a row's last token, where that is known."""
+        self._logits[row, 0], self._token[row, 0] = logits_V, token
 
     def read_values(self, row: int, start: int, stop: int) -> np.ndarray:
         """A copy of the keys and values of a row's tokens `start` to `stop`, [2 * layers, K, stop - start, H]."""

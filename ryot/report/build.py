@@ -22,6 +22,7 @@ from ryot.report.comparisons import (
     describe_losses,
     find_baseline,
 )
+from ryot.report.reinforcement import describe_passes
 from ryot.report.rows import AblationRow, ArtifactRow, ExportedArtifact, Report, StageTime, VariantRow
 from ryot.report.samples import TIMED, peak_bytes, samples_of, token_latencies
 from ryot.report.stats import describe_spread, median_of_rounds, percentiles, value_interval
@@ -172,6 +173,7 @@ def _warnings(
         notes.append("Quick run with a small budget: not comparable with other reports.")
     notes += [f"{v.name} (seed {v.seed}) stopped: {v.failed}" for v in report.variants if v.failed]
     notes += describe_losses(report.variants)
+    notes += describe_passes(report)
     if report.baseline_row is not None:
         notes += describe_lengths(report.rows, report.baseline_row)
     notes += [

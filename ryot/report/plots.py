@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ryot.errors import RyotError
+from ryot.report.reinforcement import SERIES, passes_of, series_numbers
 from ryot.report.rows import ArtifactRow, Report
 from ryot.report.samples import samples_of, token_latencies
 from ryot.report.table import Column
@@ -89,6 +90,8 @@ def draw_plots(report: Report) -> list[Plot]:
             found += [_ttft(measured), _tokens(measured), _frontier(measured), _order(measured)]
         if report.ablation:
             found.append(_ablation(report))
+        if any(v.reinforcement for v in report.variants):
+            found += [_passes(report), *(_reinforcement(report, name) for name in SERIES)]
     return found
 
 
@@ -346,6 +349,48 @@ def _ablation(report: Report) -> Plot:
             (None, 0, 1, 3, 3, 3),
         ),
     )
+
+
+def _passes(report: Report) -> Plot:
+    numbers: list[tuple[Any, ...]] = []
+    rows = [row for row in report.variants if row.reinforcement]
+    with _figure("passes") as (_, axes, out):
+        for k, row in enumerate(rows):
+            for name, label in (("pass_at_1", "pass@1"), ("pass_at_k", "pass@k")):
+                points = passes_of(row.reinforcement, name)
+                steps = [p.step for p in points]
+                style: dict[str, Any] = {"color": _SERIES[k % len(_SERIES)], "linestyle": _DASHES[name == "pass_at_k"]}
+                axes.plot(steps, [p.value for p in points], label=f"{row.name} seed {row.seed}, {label}", **style)
+                band = ([p.low for p in points], [p.high for p in points])
+                axes.fill_between(steps, *band, color=_SERIES[k % len(_SERIES)], alpha=0.12, linewidth=0)
+                numbers += [(row.name, row.seed, label, p.step, p.value, p.low, p.high) for p in points]
+        axes.set_xlabel("steps of reinforcement")
+        axes.set_ylabel("share of held-out prompts")
+        axes.set_ylim(0, 1)
+        _legend_below(axes)
+    return Plot(
+        "passes",
+        "Held-out prompts that are answered right",
+        "Bands are 95 % intervals over prompts.",
+        out[0],
+        _columns(("variant", "seed", "", "step", "share", "low", "high"), numbers, (None, 0, None, 0, 3, 3, 3)),
+    )
+
+
+def _reinforcement(report: Report, name: str) -> Plot:
+    heading, unit, caption = SERIES[name]
+    numbers = series_numbers(report, name)
+    with _figure(f"reinforce-{name}") as (_, axes, out):
+        for k, key in enumerate(dict.fromkeys((variant, seed) for variant, seed, _, _ in numbers)):
+            points = [(step, value) for variant, seed, step, value in numbers if (variant, seed) == key]
+            axes.plot([p[0] for p in points], [p[1] for p in points], label=f"{key[0]} seed {key[1]}", **_series(k))
+        axes.set_xlabel("steps of reinforcement")
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=0)
+        if numbers:
+            axes.legend()
+    columns = _columns(("variant", "seed", "step", unit), numbers, (None, 0, 0, 8 if name == "mismatch" else 3))
+    return Plot(f"reinforce-{name}", heading, caption, out[0], columns)
 
 
 def _legend_below(axes: Axes) -> None:

@@ -30,6 +30,8 @@ RECORD_FILE = "record.json"
 VerdictWord = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Curve = tuple[tuple[float, float, float], ...]
 """Points of (tokens, train_wall_s, nats per token)."""
+ReinforceCurves = Mapping[str, tuple[tuple[float, ...], ...]]
+"""By figure, points of (step, value), of `pass_at_1` and `pass_at_k` (step, value, low, high)."""
 
 
 class Cause(enum.StrEnum):
@@ -108,6 +110,8 @@ class VariantRow:
     """Held-out (validation) loss."""
     train_curve: Curve = ()
     """Training loss, thinned."""
+    reinforcement: ReinforceCurves = field(default_factory=dict)
+    """What its reinforcement did, step by step; empty where there was none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -352,7 +356,7 @@ def build_record(report: Report, row: ArtifactRow) -> Report:
     return dataclasses.replace(
         report,
         kind="record",
-        variants=(dataclasses.replace(training, curve=(), train_curve=()),) if training else (),
+        variants=(dataclasses.replace(training, curve=(), train_curve=(), reinforcement={}),) if training else (),
         rows=(row,),
         comparisons=tuple(c for c in report.comparisons if c.a == str(row.id)),
         verdicts=tuple(v for v in report.verdicts if v.id == row.id),

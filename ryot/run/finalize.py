@@ -16,6 +16,7 @@ from ryot.report.build import build_report
 from ryot.report.curves import curves_from_events
 from ryot.report.html import render_html
 from ryot.report.markdown import render_markdown
+from ryot.report.reinforcement import reinforcement_from_events
 from ryot.report.rows import ExportedArtifact, Report, VariantRow, build_record, report_to_dict, save_report
 from ryot.run.context import RunContext
 from ryot.run.executor import Measured
@@ -102,6 +103,7 @@ def _write(folder: RunFolder, report: Report) -> None:
 
 def _trained_rows(folder: RunFolder, results: StageResults) -> list[VariantRow]:
     curves = curves_from_events(read_events(folder.events))
+    reinforcements = reinforcement_from_events(read_events(folder.events))
     rows = []
     for result in results.trainings:
         variant, metrics = results.plan.variant(result.variant), result.metrics
@@ -118,6 +120,7 @@ def _trained_rows(folder: RunFolder, results: StageResults) -> list[VariantRow]:
                 summary=variant.summary,
                 curve=curve,
                 train_curve=train_curve,
+                reinforcement=reinforcements.get((result.variant, result.seed), {}),
                 **{f.name: getattr(metrics, f.name) for f in dataclasses.fields(TrainMetrics)},
             )
         )

@@ -15,11 +15,11 @@ from ryot.events import StageEvent
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.opening import open_checkpoint
 from ryot.models.spec import DecoderSpec
+from ryot.reinforce.tasks import load_text
 from ryot.run.context import RunContext
 from ryot.run.plan import RunPlan
 from ryot.run.sources import ImportConfig
 from ryot.run.variant_data import prepare_variant
-from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset
 
 #: Disk that a model's artifacts and its bundle take at most, in float32 weights.
@@ -73,7 +73,7 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         specs = [source_spec(checkpoint, config.context or None) for config, checkpoint in opened]
         for (_, checkpoint), spec in zip(opened, specs):
             check_weights(checkpoint, spec)
-        corpus = load_corpus(plan.options.data)
+        corpus = load_text(plan.variants, plan.options.data)
         models = []
         for (config, checkpoint), spec in zip(opened, specs):
             tell(f"looking at {config.name}")

@@ -12,6 +12,7 @@ from ryot.errors import RyotError
 from ryot.serve.errors import ApiError, api_error
 from ryot.serve.model import ServedModel
 from ryot.serve.runner import Answers
+from ryot.serve.verified import Verification
 
 #: JSON of an answer.
 Body = dict[str, Any]
@@ -51,6 +52,8 @@ class Format(Protocol):
     num_per_prompt: int
     """Choices to each prompt; they come one after the other."""
     include_usage: bool
+    verification: Verification | None
+    """What chooses among candidates, where something does."""
 
     def whole(self, choices: Sequence[Choice]) -> Body:
         """The answer in one piece."""
@@ -71,7 +74,13 @@ async def collect(answer: Format) -> Body:
     choices = [Choice(index) for index in range(len(numbers))]
     try:
         async for event in answer.answers:
-            choices[numbers[event.sequence]].push(event)
+            choice = choices[numbers[event.sequence]]
+            choice.push(event)
+            if event.ends and answer.verification is not None and await answer.verification.add(choice):
+                start = choice.index - choice.index % answer.num_per_prompt
+                answer.answers.give_up(answer.answers.sequences[start : start + answer.num_per_prompt])
+        if answer.verification is not None:
+            await answer.verification.close(choices)
     except RyotError as error:
         raise api_error(error) from error
     finally:

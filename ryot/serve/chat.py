@@ -54,7 +54,10 @@ class ChatCompletion:
                 param="messages",
                 code="context_length_exceeded",
             )
-        self.num_per_prompt = params.n
+        self.num_per_prompt = params.num_candidates
+        self.verification = params.verify([""])
+        if self.verification is None and params.num_candidates > params.n:
+            raise invalid("best_of", "is only for a request with a verifier")
         self.include_usage = params.include_usage
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
@@ -71,7 +74,7 @@ class ChatCompletion:
                 owner=owner,
                 constraint=params.constraint(model),
             )
-            for choice in range(params.n)
+            for choice in range(params.num_candidates)
         ]
         try:
             self.answers = model.runner.submit(requests)
@@ -84,17 +87,24 @@ class ChatCompletion:
         return self._params.stream
 
     def whole(self, choices: Sequence[Choice]) -> Body:
-        bodies = [
+        verification = self.verification
+        kept = choices if verification is None else verification.best(choices, self._params.n)
+        bodies: list[Body] = [
             {
-                "index": choice.index,
+                "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
                 "logprobs": self._logprobs_body(choice),
                 "finish_reason": choice.finish_reason,
             }
-            for choice in choices
+            for index, choice in enumerate(kept)
         ]
         usage = count_usage(self.answers, self.num_per_prompt)
-        return self._head("chat.completion") | {"choices": bodies, "usage": usage}
+        answer = self._head("chat.completion") | {"choices": bodies, "usage": usage}
+        if verification is None:
+            return answer
+        for body, choice in zip(bodies, kept, strict=True):
+            body["reward"] = verification.reward(choice)
+        return answer | {"verification": verification.body(choices)}
 
     def first_chunks(self) -> Iterable[Body]:
         for index in range(self._params.n):

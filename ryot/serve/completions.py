@@ -16,7 +16,7 @@ from ryot.serve.params import MAX_CHOICES, MAX_LOGPROBS, SHARED, read_params
 
 #: OpenAI's default.
 DEFAULT_MAX_TOKENS = 16
-FIELDS = (*SHARED, "prompt", "echo", "best_of", "suffix", "add_special_tokens")
+FIELDS = (*SHARED, "prompt", "echo", "suffix", "add_special_tokens")
 
 
 class TextCompletion:
@@ -33,13 +33,15 @@ class TextCompletion:
         )
         self._echo = fields.flag("echo")
         self._logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-        self.num_per_prompt = self._read_best_of(fields)
+        self.num_per_prompt = params.num_candidates
         self._prompts = _read_prompts(fields, model)
         if len(self._prompts) * self.num_per_prompt > MAX_CHOICES:
             raise invalid(
                 "prompt",
                 f"{len(self._prompts)} prompts with {self.num_per_prompt} answers each are more than {MAX_CHOICES}",
             )
+        texts = [text for text, _ in self._prompts]
+        self.verification = params.verify(texts)
         #: Of a stream: choices whose prompt was sent, and how much text each has.
         self._echoed: set[int] = set()
         self._offsets: dict[int, int] = {}
@@ -62,12 +64,15 @@ class TextCompletion:
         kept = []
         for start in range(0, len(choices), self.num_per_prompt):
             candidates = choices[start : start + self.num_per_prompt]
-            if self._params.n < self.num_per_prompt:
+            if self.verification is not None:
+                candidates = self.verification.best(candidates, self._params.n)
+            elif self._params.n < self.num_per_prompt:
                 candidates = sorted(candidates, key=lambda choice: -choice.mean_logprob)[: self._params.n]
             kept += [self._body(choice, choice.index // self.num_per_prompt) for choice in candidates]
         for index, body in enumerate(kept):
             body["index"] = index
-        return self._head | {"choices": kept, "usage": count_usage(self.answers, self.num_per_prompt)}
+        said = {} if self.verification is None else {"verification": self.verification.body(choices)}
+        return self._head | {"choices": kept, "usage": count_usage(self.answers, self.num_per_prompt)} | said
 
     def first_chunks(self) -> Iterable[Body]:
         return ()
@@ -79,16 +84,6 @@ class TextCompletion:
 
     def usage_chunk(self) -> Body:
         return self._head | {"choices": [], "usage": count_usage(self.answers, self.num_per_prompt)}
-
-    def _read_best_of(self, fields: Fields) -> int:
-        best_of = fields.integer("best_of", None, 1, MAX_CHOICES)
-        if best_of is None:
-            return self._params.n
-        if best_of < self._params.n:
-            raise invalid("best_of", f"got {best_of}, expected at least n, which is {self._params.n}")
-        if self._params.stream and best_of > self._params.n:
-            raise invalid("best_of", "cannot be streamed: which is best is known at the end")
-        return best_of
 
     def _request(self, ids: Sequence[int], choice: int, owner: str) -> Request:
         params, scored = self._params, self._logprobs
@@ -112,7 +107,8 @@ class TextCompletion:
         echo = self._echo if echo is None else echo
         text = self._prompts[prompt][0] + choice.text if echo else choice.text
         logprobs = None if self._logprobs is None else self._logprobs_body(choice, echo)
-        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        body = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        return body if self.verification is None else body | {"reward": self.verification.reward(choice)}
 
     def _logprobs_body(self, choice: Choice, echo: bool) -> Body:
         model = self._model

@@ -17,6 +17,7 @@ from ryot.edge.sequence import Request
 from ryot.edge.slots import SlotEngine
 from ryot.edge.tokenizer import load_tokenizer
 from ryot.edge.tokenizer_config import read_json
+from ryot.edge.verifiers import Rights
 from ryot.errors import ConfigError
 from ryot.serve.constraints import Grammars
 from ryot.serve.prefix_file import load_prefixes, prefix_path, save_prefixes
@@ -48,6 +49,8 @@ class ModelOptions:
     """Where these beginnings are kept when the server ends; by default they are forgotten."""
     max_waiting: int = 256
     """Requests that may wait for a row; the next one is turned away."""
+    allowed_verifiers: frozenset[str] = frozenset()
+    """Of the verifiers that run programs, those that requests may name."""
 
 
 class ServedModel:
@@ -57,6 +60,8 @@ class ServedModel:
         """Load it and compute a token. Raises `BundleError` or `ConfigError`."""
         self.bundle = load_bundle(path)
         self.created_s = int(time.time())
+        #: What requests may have run.
+        self.rights = Rights(options.allowed_verifiers, trusted=False)
         self.tokenizer = load_tokenizer(self.bundle)
         self.engine = SlotEngine(
             self.bundle,

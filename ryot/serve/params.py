@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ryot.edge.sampling_params import SamplingParams
+from ryot.edge.verifiers import Verifier
 from ryot.errors import ConfigError
 from ryot.serve.constraints import TokenMask
 from ryot.serve.errors import invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
+from ryot.serve.verified import Verification, read_verifier
 
 MAX_CHOICES = 64
 MAX_STOPS = 16
@@ -50,6 +52,8 @@ SHARED = (
     "ignore_eos",
     "structured_outputs",
     "logprobs",
+    "best_of",
+    "verifier",
     *IGNORED,
 )
 
@@ -68,6 +72,15 @@ class Params:
     include_usage: bool
     grammar: str | None
     """Of llguidance; None lets any text pass."""
+    verifier: Verifier | None
+    num_candidates: int
+    """`best_of`, at least `n`: of so many the `n` best are answered."""
+
+    def verify(self, prompts: Sequence[str]) -> Verification | None:
+        """The verification of the answers to `prompts`, where one is asked for."""
+        if self.verifier is None:
+            return None
+        return Verification(self.verifier, prompts, self.num_candidates, self.n)
 
     def constraint(self, model: ServedModel) -> TokenMask | None:
         """The form of one answer."""
@@ -85,17 +98,32 @@ def read_params(
         if not stream:
             raise invalid("stream_options", "is only for a request with stream: true")
     given = [fields.integer(name, None, 0) for name in max_tokens_names]
+    n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
+    verifier = read_verifier(fields, model.rights)
     max_tokens = next((value for value in given if value is not None), default_max)
     return Params(
         sampling=_read_sampling(fields, model),
         max_tokens=max_tokens,
-        n=fields.integer("n", 1, 1, MAX_CHOICES) or 1,
+        n=n,
         stop=_read_stop(fields),
         ignore_eos=fields.flag("ignore_eos"),
         stream=stream,
         include_usage=options is not None and options.flag("include_usage"),
         grammar=_read_grammar(fields, model),
+        verifier=verifier,
+        num_candidates=_read_best_of(fields, n, stream, verifier),
     )
+
+
+def _read_best_of(fields: Fields, n: int, stream: bool, verifier: Verifier | None) -> int:
+    best_of = fields.integer("best_of", None, 1, MAX_CHOICES)
+    if best_of is not None and best_of < n:
+        raise invalid("best_of", f"got {best_of}, expected at least n, which is {n}")
+    if stream and verifier is not None:
+        raise invalid("verifier", "cannot be streamed: which is best is known at the end")
+    if stream and best_of is not None and best_of > n:
+        raise invalid("best_of", "cannot be streamed: which is best is known at the end")
+    return best_of or n
 
 
 def _read_sampling(fields: Fields, model: ServedModel) -> SamplingParams:

@@ -32,6 +32,8 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while self._open:
             event = await self._queue.get()
+            if event.sequence not in self._open:
+                continue
             if event.ends:
                 self._open.discard(event.sequence)
             if event.error is not None:
@@ -40,11 +42,16 @@ class Answers:
 
     def close(self) -> None:
         """Give up on what has not ended."""
-        for sequence in self._open:
+        self.give_up(self.sequences)
+
+    def give_up(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Give up on those of `sequences` that have not ended."""
+        lost = self._open.intersection(sequences)
+        for sequence in lost:
             sequence.cancelled = True
-        if self._open:
+        if lost:
             self._runner.wake()
-        self._open = set()
+        self._open -= lost
 
     def put(self, events: Sequence[TokenEvent]) -> None:
         """Called by the runner's thread."""

@@ -140,7 +140,10 @@ class TrainStep:
                     narrow = self._narrow[step % len(self._narrow)]
                     of_narrow = self.narrow_loss(narrow, part.inputs_BT, part.targets_BT) * share
                     self.scaler.scale(of_narrow).backward()
-        total = self._combine(total)
+        return self._combine(total), self.apply(lr_factor)
+
+    def apply(self, lr_factor: float) -> float:
+        """Take a step with the gradients that there are; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.max_grad_norm).item()
         if self.scaler.is_enabled() and not math.isfinite(norm):
@@ -150,7 +153,7 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        return norm
 
     def _combine(self, loss: float) -> float:
         """The loss of the whole batch; `ryot.train.parallel` also makes the gradients those of the whole batch here."""
@@ -223,6 +226,7 @@ class Trainer:
         trainer.train_wall_s, trainer.compile_s = state["train_wall_s"], state["compile_s"]
         trainer.grad_norm_max, trainer._first_loss = state["grad_norm_max"], state["first_loss"]
         trainer._take_step.scaler.load_state_dict(state["scaler"])
+        trainer._load_extra(state, tensors)
         return trainer
 
     @property
@@ -253,14 +257,20 @@ class Trainer:
         with _frozen_heap():
             while self.step < last:
                 self._train_one()
-                if self._due(STEP_EVENTS):
-                    events.append(self._step_event())
-                if not self.done and self._due(EVALS_ON_THE_WAY):
-                    events.append(self.evaluate("val", self._quick_windows))
+                events += self._step_events()
                 if time.perf_counter() - begin >= max_seconds:
                     break
         if self.done and self.step > 0:
             events += [self.evaluate("val", self._full_windows), self.evaluate("test", self._full_windows)]
+        return events
+
+    def _step_events(self) -> list[Event]:
+        """What there is to tell of the step just taken."""
+        events: list[Event] = []
+        if self._due(STEP_EVENTS):
+            events.append(self._step_event())
+        if not self.done and self._due(EVALS_ON_THE_WAY):
+            events.append(self.evaluate("val", self._quick_windows))
         return events
 
     def evaluate(self, split: str, windows: int) -> EvalEvent:
@@ -303,9 +313,24 @@ class Trainer:
                     "first_loss": self._first_loss,
                     "scaler": self._take_step.scaler.state_dict(),
                     "identity": self._identity(),
+                    **self._extra_state(),
                 },
-                training_tensors={**optimizer, "torch_rng": torch.get_rng_state()},
+                training_tensors={**optimizer, "torch_rng": torch.get_rng_state(), **self._extra_tensors()},
             )
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a kind of training keeps beside this in `training/`."""
+        return {}
+
+    def _extra_tensors(self) -> dict[str, Tensor]:
+        """The same of tensors."""
+        return {}
+
+    def _load_extra(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what these gave."""
+
+    def close(self) -> None:
+        """Give back what a kind of training holds beside memory."""
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be gone on from."""
@@ -331,7 +356,7 @@ class Trainer:
 
     def _train_one(self) -> None:
         begin = time.perf_counter()
-        factor = schedule_factor(self.job.variant.train, self.step, self.num_steps)
+        factor = self._lr_factor(self.step)
         try:
             batch = Batch(*self._batches.batch(self.step))
             if self._teacher is not None:
@@ -353,6 +378,10 @@ class Trainer:
         self.grad_norm_max = max(self.grad_norm_max, norm)
         self._since.add(loss, norm, elapsed)
 
+    def _lr_factor(self, step: int) -> float:
+        """What the peak learning rates are multiplied with in a step."""
+        return schedule_factor(self.job.variant.train, step, self.job.variant.num_steps)
+
     def _due(self, times: int) -> bool:
         """Whether one of `times` evenly spread points of the run has just been passed."""
         return self.step * times // self.num_steps > (self.step - 1) * times // self.num_steps
@@ -360,7 +389,7 @@ class Trainer:
     def _step_event(self) -> StepEvent:
         window, self._since = self._since, _Window()
         cpu = self._process.cpu_times()
-        factor = schedule_factor(self.job.variant.train, self.step - 1, self.num_steps)
+        factor = self._lr_factor(self.step - 1)
         return StepEvent(
             variant=self.job.variant.name,
             seed=self.job.seed,

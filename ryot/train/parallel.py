@@ -37,6 +37,11 @@ class Group:
 def check_shares(job: TrainJob, world_size: int) -> None:
     """Raise `ConfigError` when a batch has no `world_size` equal shares."""
     train = job.variant.train
+    if world_size > 1 and job.variant.rlvr is not None:
+        raise ConfigError(
+            f"workers per variant: got {world_size}, but {job.variant.name} reinforces, which one trainer does",
+            hint="give rlvr.rollout_workers for more samples a second",
+        )
     if train.batch_size % (world_size * train.gradient_accumulation_steps):
         raise ConfigError(
             f"workers per variant: got {world_size}, but {job.variant.name} has a batch of {train.batch_size} sequences"

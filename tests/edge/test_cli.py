@@ -226,7 +226,7 @@ def test_an_interrupted_chat_ends_with_130(chat_path: Path) -> None:
     [
         (["--prompt", "x", "--system", "S"], 2, "Error: --system: is for a chat; give --chat too"),
         (
-            ["--chat", "--best-of", "2", "--reward", "json"],
+            ["--chat", "--best-of", "2", "--verifier", "json"],
             2,
             "Error: --best-of: is for --prompt alone, not for a chat",
         ),

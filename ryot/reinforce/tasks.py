@@ -1,0 +1,124 @@
+"""What a model is reinforced on: prompts, each with the verifier of its answers, split into training and held-out.
+
+A file of tasks is JSONL, a table a line: `prompt`, `verifier` (a table, or a word as on a command line), `split`
+(`train` or `test`), and `answer`, one that passes, where supervised training is to see it. A model is reinforced on the
+training prompts that have none, so that it answers what it has not seen answered; where all have one, on all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ryot.config import VariantConfig
+from ryot.edge.verifiers import build_verifier, parse_verifier
+from ryot.errors import ConfigError, DataError
+from ryot.train.corpus import Corpus, Document, load_corpus
+
+#: Fewer than these have no validation and test parts worth the name.
+MIN_DOCUMENTS = 100
+
+TaskSplit = Literal["train", "test"]
+_KEYS = ("prompt", "verifier", "split", "answer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One prompt."""
+
+    prompt: str
+    verifier: Mapping[str, object]
+    """The table of its verifier."""
+    split: TaskSplit
+    answer: str | None = None
+    """An answer that passes."""
+
+
+def load_tasks(source: str) -> list[Task]:
+    """The tasks of a `.jsonl` file, or of a built-in kind: `NAME` or `NAME:LEVEL`.
+
+    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used.
+    """
+    if source.endswith(".jsonl"):
+        tasks = _read_tasks(Path(source))
+    else:
+        from ryot.reinforce.procedural import make_tasks
+
+        tasks = make_tasks(source)
+    for split in ("train", "test"):
+        if not any(task.split == split for task in tasks):
+            raise DataError(f"tasks {source}: none is in the {split} split")
+    shared = {task.prompt for task in tasks if task.split == "train"} & {t.prompt for t in tasks if t.split == "test"}
+    if shared:
+        raise DataError(f"tasks {source}: the prompt {min(shared)[:60]!r} is in both splits")
+    return tasks
+
+
+def _read_tasks(path: Path) -> list[Task]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"tasks {path}: cannot be read ({error})") from error
+    return [_read_task(line, f"tasks {path}: line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _read_task(line: str, where: str) -> Task:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: got {line[:60]}, expected an object")
+    if unknown := [key for key in values if key not in _KEYS]:
+        raise DataError(f"{where}: {unknown[0]!r} is not known, expected {', '.join(_KEYS)}")
+    prompt, split, answer, verifier = (values.get(key) for key in ("prompt", "split", "answer", "verifier"))
+    if not isinstance(prompt, str) or not prompt:
+        raise DataError(f"{where}: prompt: got {prompt!r}, expected a text")
+    if split not in ("train", "test"):
+        raise DataError(f"{where}: split: got {split!r}, expected train or test")
+    if answer is not None and not isinstance(answer, str):
+        raise DataError(f"{where}: answer: got {answer!r}, expected a text")
+    try:
+        table = parse_verifier(verifier) if isinstance(verifier, str) else verifier
+        if not isinstance(table, dict):
+            raise ConfigError(f"verifier: got {verifier!r}, expected a table or a word")
+        build_verifier(table)
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}", hint=error.hint) from error
+    return Task(prompt=prompt, verifier=table, split=split, answer=answer)
+
+
+def supervised_texts(tasks: Sequence[Task]) -> list[str]:
+    """Prompt and answer of each training task that has one: what a model learns from before it is reinforced."""
+    return [task.prompt + task.answer for task in tasks if task.split == "train" and task.answer is not None]
+
+
+def load_text(variants: Sequence[VariantConfig], data: Sequence[str]) -> Corpus:
+    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers.
+
+    Raises like `load_corpus`, and like `load_tasks` for tasks that cannot be used.
+    """
+    sources = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
+    if not data and len(sources) == 1 and (source := sources.pop()) is not None:
+        return task_corpus(source)
+    for source in sources - {None}:
+        load_tasks(str(source))
+    return load_corpus(data)
+
+
+def task_corpus(source: str) -> Corpus:
+    """The text of supervised training: a document for each training task that has an answer, none of a held-out one.
+
+    Raises like `load_tasks`, and `DataError` where too few have one.
+    """
+    texts = supervised_texts(load_tasks(source))
+    if len(texts) < MIN_DOCUMENTS:
+        raise DataError(
+            f"tasks {source}: {len(texts)} training tasks have an answer to learn from, expected {MIN_DOCUMENTS}",
+            hint="give answers, or text of your own with --data",
+        )
+    documents = [Document(f"{number:06d}", text) for number, text in enumerate(texts)]
+    return Corpus(name=f"task {Path(source).name}", documents=tuple(documents))

@@ -1,0 +1,105 @@
+"""A training that ends with reinforcement: resumed bit for bit, stopped by its gates, and really learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ryot.config import VariantConfig
+from ryot.events import EvalEvent, Event, PassEvent, ReinforceEvent, StepEvent
+from ryot.reinforce.trainer import ReinforceTrainer, build_trainer
+from ryot.train.dataset import Dataset
+from ryot.train.gates import GateBreach
+from ryot.train.loop import TrainJob
+from tests.reinforce.conftest import make_variant
+
+
+def start(dataset: Dataset, variant: VariantConfig, checkpoint: Path | None = None) -> ReinforceTrainer:
+    job = TrainJob(variant=variant, seed=3, dataset_dir=str(dataset.path))
+    trainer = build_trainer(job, variant.kernels, checkpoint)
+    assert isinstance(trainer, ReinforceTrainer)
+    return trainer
+
+
+def run(trainer: ReinforceTrainer, steps: int | None = None) -> list[Event]:
+    events: list[Event] = []
+    while not trainer.done:
+        events += trainer.run_chunk(1e9, steps)
+        if steps is not None:
+            break
+    trainer.close()
+    return events
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_training_goes_on_bit_for_bit(dataset: Dataset, tmp_path: Path, kl: float) -> None:
+    # What is rewarded is common enough that something is learned although the model knows next to nothing.
+    variant = make_variant(task=str(digits_file(tmp_path)), kl=kl, updates_per_batch=2)
+    whole = start(dataset, variant)
+    events = run(whole)
+    first = start(dataset, variant)
+    run(first, whole.supervised_steps + 2)
+    first.save(tmp_path / "checkpoint")
+    second = start(dataset, variant, tmp_path / "checkpoint")
+    later = run(second)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    steps = [event for event in events if isinstance(event, ReinforceEvent)]
+    again = [event for event in later if isinstance(event, ReinforceEvent)]
+    assert [event.step for event in steps] == [1, 2, 3, 4] and [event.step for event in again] == [3, 4]
+    assert [event.reward for event in steps[2:]] == [event.reward for event in again]
+    learned = [event for event in steps if event.mismatch is not None]
+    assert learned and all(event.mismatch < 1e-5 for event in learned if event.mismatch is not None)
+    assert (max(event.kl for event in steps) > 0) == bool(kl)
+
+
+def digits_file(folder: Path) -> Path:
+    """Tasks that any answer with a digit from 1 to 5 in it passes."""
+    path = folder / "digits.jsonl"
+    tasks = [
+        {"prompt": f"sort {n}:", "verifier": "regex=[1-5]", "split": "test" if n % 4 == 0 else "train"}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return path
+
+
+def test_supervised_steps_are_those_of_a_training_without(dataset: Dataset) -> None:
+    variant = make_variant(steps=1)
+    trainer = start(dataset, variant)
+    events = run(trainer, trainer.supervised_steps)
+    bare = VariantConfig(
+        **{name: getattr(variant, name) for name in ("name", "summary", "tune", "model", "train", "kernels")}
+    )
+    other = build_trainer(TrainJob(variant=bare, seed=3, dataset_dir=str(dataset.path)), bare.kernels)
+    other.run_chunk(1e9)
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    assert trainer.tokens == other.tokens
+    assert [type(event) for event in events[:2]] == [EvalEvent, StepEvent]
+
+
+def test_a_task_whose_rewards_are_all_equal_is_stopped(dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "never.jsonl"
+    tasks = [
+        {"prompt": f"{n}", "verifier": "exact=nobody says this", "split": s} for n, s in enumerate(("train", "test"))
+    ]
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    trainer = start(dataset, make_variant(task=str(path), steps=100))
+    with pytest.raises(GateBreach, match="all rewards of every prompt were equal"):
+        run(trainer)
+    trainer.close()
+
+
+@pytest.mark.slow
+def test_rewards_rise(dataset: Dataset, tmp_path: Path) -> None:
+    variant = make_variant(
+        task=str(digits_file(tmp_path)), steps=15, learning_rate_share=0.5, samples_per_prompt=8, prompts_per_step=8
+    )
+    events = run(start(dataset, variant))
+    passes = [event for event in events if isinstance(event, PassEvent)]
+    assert passes[-1].pass_at_1_low > passes[0].pass_at_1_high
+    assert [event.reinforce_step for event in passes] == [0, 3, 6, 9, 12, 15]

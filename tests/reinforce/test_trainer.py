@@ -19,7 +19,7 @@ from tests.reinforce.conftest import make_variant
 
 def start(dataset: Dataset, variant: VariantConfig, checkpoint: Path | None = None) -> ReinforceTrainer:
     job = TrainJob(variant=variant, seed=3, dataset_dir=str(dataset.path))
-    trainer = build_trainer(job, variant.kernels, checkpoint)
+    trainer = build_trainer(job, variant.kernels, None, checkpoint)
     assert isinstance(trainer, ReinforceTrainer)
     return trainer
 

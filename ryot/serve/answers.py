@@ -70,8 +70,9 @@ async def collect(answer: Format) -> Body:
     numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
     choices = [Choice(index) for index in range(len(numbers))]
     try:
-        async for event in answer.answers:
-            choices[numbers[event.sequence]].push(event)
+        async for events in answer.answers:
+            for event in events:
+                choices[numbers[event.sequence]].push(event)
     except RyotError as error:
         raise api_error(error) from error
     finally:
@@ -82,16 +83,13 @@ async def collect(answer: Format) -> Body:
 async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncIterator[bytes]:
     """Server-sent events as choices grow; an error becomes the last one."""
     numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
-    extra: Body = {"usage": None} if answer.include_usage else {}
+    writer = _ChunkWriter(answer)
     try:
-        for body in answer.first_chunks():
-            yield _event(body | extra)
-        async for event in answer.answers:
-            piece = Choice(numbers[event.sequence])
-            piece.push(event)
-            # A token that completes no text says nothing, unless somebody wants its probability.
-            if piece.text or piece.logprobs or piece.finish_reason:
-                yield _event(answer.chunk(piece) | extra)
+        if first := b"".join(_event(body | writer.extra) for body in answer.first_chunks()):
+            yield first
+        async for events in answer.answers:
+            if data := b"".join(writer.write(numbers[event.sequence], event) for event in events):
+                yield data
         if answer.include_usage:
             yield _event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
@@ -101,6 +99,31 @@ async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncI
         yield _event(refused.body())
     finally:
         answer.answers.close()
+
+
+class _ChunkWriter:
+    """Writes the pieces of a stream; those that differ in their text alone are not built anew for every token."""
+
+    def __init__(self, answer: Format):
+        self.extra: Body = {"usage": None} if answer.include_usage else {}
+        self._answer = answer
+        #: By choice: what stands before and after the text. None until its first piece, which may be different, is sent.
+        self._around: dict[int, tuple[bytes, bytes] | None] = {}
+
+    def write(self, index: int, event: TokenEvent) -> bytes:
+        if event.logprobs is None and not event.ends and (around := self._around.get(index)):
+            # A token that completes no text says nothing, unless somebody wants its probability.
+            return around[0] + _quote(event.text) + around[1] if event.text else b""
+        piece = Choice(index)
+        piece.push(event)
+        if not (piece.text or piece.logprobs or piece.finish_reason):
+            return b""
+        data = _event(self._answer.chunk(piece) | self.extra)
+        if event.logprobs is None and not event.ends:
+            body = _event(self._answer.chunk(Choice(index, _MARK)) | self.extra)
+            before, mark, after = body.partition(_quote(_MARK))
+            self._around[index] = (before, after) if mark else None
+        return data
 
 
 def count_usage(answers: Answers, num_per_prompt: int) -> Body:
@@ -120,6 +143,14 @@ def describe_token(model: ServedModel, token: int, logprob: float) -> Body:
     """A token as chat completions show it."""
     data = model.tokenizer.token_bytes(token)
     return {"token": model.token_text(token), "logprob": logprob, "bytes": list(data)}
+
+
+#: A text that no model's name holds.
+_MARK = "\x00text\x00"
+
+
+def _quote(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _event(body: Body) -> bytes:

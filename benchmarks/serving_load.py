@@ -2,9 +2,9 @@
 
     python benchmarks/serving_load.py < JOB.json > FOUND.json
 
-A job has `port`, `path`, `requests`, and either `at_once`, how many are under way together, or `arrivals_s`, when each
-is sent. A request has `body` and perhaps `cancel_after`, tokens after which its connection is cut. Times in an answer are
-seconds since the job began. Only the standard library: what the load costs is not the server's.
+A job has `port`, `path`, `requests`, and either `at_once`, how many are under way together, or `arrivals_s`, when
+each is sent. A request has `body` and perhaps `cancel_after`, tokens after which its connection is cut. Times in an
+answer are seconds since the job began. Only the standard library: what the load costs is not the server's.
 """
 
 from __future__ import annotations

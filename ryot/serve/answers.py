@@ -107,7 +107,7 @@ class _ChunkWriter:
     def __init__(self, answer: Format):
         self.extra: Body = {"usage": None} if answer.include_usage else {}
         self._answer = answer
-        #: By choice: what stands before and after the text. None until its first piece, which may be different, is sent.
+        #: By choice, from its second piece on, since the first may be different: what stands before and after the text.
         self._around: dict[int, tuple[bytes, bytes] | None] = {}
 
     def write(self, index: int, event: TokenEvent) -> bytes:

@@ -72,6 +72,11 @@ MEGABYTE = 1_000_000
     metavar="DIR",
     help="Keep them here when the server ends  [default: they are forgotten]",
 )
+@click.option(
+    "--speculate",
+    is_flag=True,
+    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more",
+)
 @click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), metavar="S", default=600.0, show_default=True, help="Time of a request"
@@ -105,6 +110,7 @@ def command(
     kv_memory: int | None,
     prefix_cache: int,
     prefix_folder: Path | None,
+    speculate: bool,
     share_prefixes: bool,
     timeout: float,
     drain: int,
@@ -133,6 +139,7 @@ def command(
             kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
             prefix_cache_bytes=prefix_cache * MEGABYTE,
             prefix_folder=prefix_folder,
+            speculate=speculate,
         ),
         ServerOptions(
             host=host,

@@ -105,6 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="make tokens already there less likely; default: 1, not at all",
     )
+    text.add_argument(
+        "--speculate",
+        action="store_true",
+        help="compute several tokens at once where a text repeats itself; takes the weights once more in memory",
+    )
     text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text; default: 0")
     best = parser.add_argument_group("several candidates")
     best.add_argument(
@@ -163,6 +168,25 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     _check_text_options(options)
     prompt = None if options.prompt is None else _read_prompt(options.prompt)
     tokenizer = load_tokenizer(bundle)
+    if options.speculate:
+        from ryot.edge.single import stream_text
+
+        assert prompt is not None  # checked with the options
+        tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        _write(
+            stream_text(
+                bundle,
+                tokenizer,
+                prompt,
+                threads=options.threads,
+                max_new_tokens=options.max_new_tokens or DEFAULT_NEW_TOKENS,
+                sampling=sampling,
+                stop=options.stop,
+                ignore_eos=options.ignore_eos,
+            )
+        )
+        return EXIT_OK
     decoder = open_engine(bundle, threads=options.threads, batch_size=options.best_of, engine=options.engine)
     # Text may hold any character, whatever the terminal's encoding.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
@@ -196,6 +220,8 @@ def _check_text_options(options: argparse.Namespace) -> None:
         raise ConfigError("--best-of N and --reward CHECK are used together")
     if options.system is not None and not options.chat:
         raise ConfigError("--system: is for a chat; give --chat too")
+    if options.speculate and (options.chat or options.best_of > 1):
+        raise ConfigError("--speculate: is for --prompt alone, one candidate")
     if options.chat and options.reward is not None:
         raise ConfigError("--best-of: is for --prompt alone, not for a chat")
 

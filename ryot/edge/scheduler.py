@@ -21,6 +21,7 @@ from ryot.edge.engine import PIECE_TOKENS
 from ryot.edge.prefix_cache import BLOCK_TOKENS, PrefixCache
 from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
 from ryot.edge.slots import SlotEngine
+from ryot.edge.speculation import DraftCosts, Drafter
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import ConfigError, ContextError
 
@@ -45,6 +46,12 @@ class Counters:
     """Of these, those that were known."""
     preemptions: int = 0
     """Sequences that lost their row for want of memory."""
+    drafts: int = 0
+    """Calls that checked a draft."""
+    draft_tokens: int = 0
+    """Tokens of drafts."""
+    accepted_tokens: int = 0
+    """Of these, those that were right."""
 
 
 class Scheduler:
@@ -61,6 +68,8 @@ class Scheduler:
         #: The sequence whose prompt is on its way, in the row behind the running ones.
         self._prefilling: ActiveSequence | None = None
         self._step_s = self._token_s = 0.0
+        self._draft_costs = DraftCosts()
+        self._drafters: dict[ActiveSequence, Drafter] = {}
 
     @property
     def num_running(self) -> int:
@@ -129,6 +138,7 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._prefilling = None
+        self._drafters.clear()
         self.engine.release()
         return lost
 
@@ -140,8 +150,11 @@ class Scheduler:
         self._step_s = self._token_s = 0.0
 
     def _decode(self) -> list[TokenEvent]:
-        """One token for every running sequence."""
+        """One token for every running sequence; several where a draft of a single one is right."""
         engine = self.engine
+        if engine.can_check and self._step_s and self.num_running == 1 and not self._waiting:
+            if events := self._check_draft(self._running[0]):
+                return events
         while not engine.make_room(self.num_running, max(engine.lengths[: len(self._running)]) + 1):
             self._preempt()
         count = len(self._running)
@@ -159,6 +172,43 @@ class Scheduler:
                 if event.ends:
                     self._leave(row)
         events.reverse()
+        return events
+
+    def _check_draft(self, sequence: ActiveSequence) -> list[TokenEvent]:
+        """What a draft of the only running sequence comes to; nothing where none is made."""
+        engine = self.engine
+        length = engine.lengths[0]
+        most = min(sequence.request.max_tokens - sequence.completion_tokens, engine.max_len - length) - 1
+        drafter = self._drafters.setdefault(sequence, Drafter(self._draft_costs))
+        draft = [] if sequence.scores_prompt else drafter.draft(sequence.ids, most)
+        if not draft or not engine.make_room(1, length + 1 + len(draft)):
+            return []
+        began = time.perf_counter()
+        logits_SV = engine.check_tokens([int(engine.next_token[0]), *draft], 0)
+        greedy = logits_SV.argmax(axis=1)
+        self._draft_costs.observe(len(draft), (time.perf_counter() - began) / self._step_s)
+        events: list[TokenEvent] = []
+        for position in range(len(draft) + 1):
+            event = sequence.take(logits_SV[position], int(greedy[position]))
+            assert not isinstance(event, int)
+            events.append(event)
+            if event.ends or position == len(draft) or event.token != draft[position]:
+                break
+        accepted = len(events) - 1
+        drafter.learn(len(draft), accepted)
+        sequence.draft_tokens += len(draft)
+        sequence.accepted_tokens += accepted
+        counters = self.counters
+        counters.steps += 1
+        counters.step_tokens += len(draft) + 1
+        counters.drafts += 1
+        counters.draft_tokens += len(draft)
+        counters.accepted_tokens += accepted
+        engine.truncate(length + 1 + accepted)
+        if (token := events[-1].token) is not None:
+            engine.next_token[0] = token
+        if events[-1].ends:
+            self._leave(0)
         return events
 
     def _prefill(self) -> list[TokenEvent]:
@@ -256,6 +306,7 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         """Remember what a row holds, and give it to the last running sequence."""
         sequence, engine, last = self._running[row], self.engine, len(self._running) - 1
+        self._drafters.pop(sequence, None)
         if not sequence.cancelled:
             self._remember(sequence, row, engine.lengths[row])
         self._running[row] = self._running[last]

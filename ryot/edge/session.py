@@ -72,9 +72,9 @@ class OnnxruntimeEngine(Engine):
         self.onnxruntime_version = ort.__version__
         check_onnxruntime(ort.__version__, bundle.onnxruntime_min)
         super().__init__(bundle, threads=threads, batch_size=batch_size, max_len=max_len)
-        decode = prefill = _load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
+        decode = prefill = load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
         if not bundle.one_session:
-            prefill = _load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
+            prefill = load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
         self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
         self._decode = decode
         release_code()
@@ -185,7 +185,8 @@ def build_session_options(threads: int, *, prepack: bool = True) -> ort.SessionO
     return options
 
 
-def _load_session(path: Path, threads: int, prepack: bool) -> ort.InferenceSession:
+def load_session(path: Path, threads: int, prepack: bool) -> ort.InferenceSession:
+    """A session of a graph. Raises `BundleError` when onnxruntime cannot load it."""
     try:
         return ort.InferenceSession(
             path, build_session_options(threads, prepack=prepack), providers=["CPUExecutionProvider"]
@@ -201,6 +202,11 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def bind_array(binding: ort.IOBinding, name: str, array: np.ndarray, *, output: bool = False) -> None:
+    """Bind an input, or an output, to the array's own memory."""
+    (binding.bind_ortvalue_output if output else binding.bind_ortvalue_input)(name, _alias(array))
 
 
 def _alias(array: np.ndarray) -> ort.OrtValue:

@@ -131,10 +131,15 @@ def count_usage(answers: Answers, num_per_prompt: int) -> Body:
     prompts = answers.sequences[::num_per_prompt]
     prompt_tokens = sum(len(sequence.request.prompt_ids) for sequence in prompts)
     completion_tokens = sum(sequence.completion_tokens for sequence in answers.sequences)
+    accepted = sum(sequence.accepted_tokens for sequence in answers.sequences)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(sequence.draft_tokens for sequence in answers.sequences) - accepted,
+        },
         "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in prompts)},
     }
 

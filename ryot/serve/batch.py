@@ -105,7 +105,7 @@ def run_batch(
         missing.sort(key=lambda line: (-line.size.bit_length(), line.beginning))
         progress = Progress(len(lines), len(answered), size_total=sum(line.size for line in missing))
         if missing:
-            model.runner.start()
+            model.start()
             try:
                 asyncio.run(_answer_all(model, requests, missing, file, progress, on_progress))
             except* OSError as group:

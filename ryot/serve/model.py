@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,8 @@ class ModelOptions:
     """Where these beginnings are kept when the server ends; by default they are forgotten."""
     max_waiting: int = 256
     """Requests that may wait for a row; the next one is turned away."""
+    speculate: bool = False
+    """Whether a text that repeats itself may come several tokens at a time; that takes the weights once more."""
 
 
 class ServedModel:
@@ -85,11 +88,19 @@ class ServedModel:
                 "%s: int8-dyn rounds all tokens of a step by one scale, so an answer may depend on its neighbours", path
             )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
+        self._speculate = options.speculate
 
     @property
     def name(self) -> str:
         """What requests call it."""
         return self.bundle.name
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.runner.start()
+        if self._speculate:
+            # Nobody waits for it: until it is there, tokens come one by one.
+            threading.Thread(target=self.engine.open_checker, name="ryot-checker", daemon=True).start()
 
     def close(self) -> None:
         """End the runner and keep what is to be kept. Raises `ConfigError` where it cannot be written."""

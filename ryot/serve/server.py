@@ -132,7 +132,7 @@ async def _load(server: _Server, service: Service, bundles: Sequence[Path], opti
             )
         models[model.name] = model
     for model in models.values():
-        model.runner.start()
+        model.start()
     service.models.update(models)
 
 

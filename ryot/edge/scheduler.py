@@ -152,9 +152,9 @@ class Scheduler:
     def _decode(self) -> list[TokenEvent]:
         """One token for every running sequence; several where a draft of a single one is right."""
         engine = self.engine
-        if engine.can_check and self._step_s and self.num_running == 1 and not self._waiting:
-            if events := self._check_draft(self._running[0]):
-                return events
+        alone = self.num_running == 1 and not self._waiting
+        if alone and engine.can_check and self._step_s and (events := self._check_draft(self._running[0])):
+            return events
         while not engine.make_room(self.num_running, max(engine.lengths[: len(self._running)]) + 1):
             self._preempt()
         count = len(self._running)

@@ -114,7 +114,7 @@ class SlotEngine(OnnxruntimeEngine):
         except ORT_ERRORS as error:
             raise BundleError(f"{self.bundle.path}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from error
         self._lengths[row] = self._positions[row] = stop - 1
-        return logits[0]
+        return np.asarray(logits[0])
 
     def step(self) -> None:
         self.make_room(self.batch_size, self.position + 1)

@@ -28,7 +28,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_bundle(write_bundle(tmp_path_factory.mktemp("drafts") / request.param, context=CONTEXT, **options))
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.05, seed=4)])
+#: Two tokens alone, so that what is said repeats itself.
+FEW = ((11, 60.0), (57, 60.0))
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(logit_bias=FEW), SamplingParams(temperature=0.9, seed=4, logit_bias=FEW)]
+)
 def test_tokens_are_those_without_drafts(
     bundle: Bundle, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:

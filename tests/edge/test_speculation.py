@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -105,6 +104,7 @@ def test_drafts_pause_where_they_do_not_pay() -> None:
 
 def test_int8_dynamic_bundles_have_no_drafts(tmp_path: Path) -> None:
     found = load_bundle(write_bundle(tmp_path / "b", context=CONTEXT))
-    scheduler = build_scheduler(dataclasses.replace(found, precision="int8-dyn"))
+    found.precision = "int8-dyn"
+    scheduler = build_scheduler(found)
     scheduler.engine.open_checker()
     assert not scheduler.engine.can_check

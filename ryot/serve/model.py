@@ -109,6 +109,11 @@ class ServedModel:
             save_prefixes(self.scheduler.cache, self._prefix_path)
 
     @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The template for a chat with tools, which some models have beside the other. Raises `BundleError`."""
+        return load_chat_template(self.bundle.path, self.tokenizer.config, tools=True)
+
+    @cached_property
     def grammars(self) -> Grammars:
         """Forms that answers may have; raises `ConfigError` where there are none."""
         return Grammars(self.bundle, self.tokenizer)

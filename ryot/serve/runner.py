@@ -100,6 +100,11 @@ class Runner:
         """Requests that wait for a row."""
         return self.scheduler.num_waiting + len(self._inbox)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing that has not ended."""
+        return not (self._answers or self._inbox) and self.scheduler.idle
+
     def submit(self, requests: Sequence[Request]) -> Answers:
         """Queue requests, from asyncio's thread. Raises `ApiError` 429 where too many wait, else like `check`."""
         for request in requests:

@@ -104,7 +104,7 @@ def test_drafts_pause_where_they_do_not_pay() -> None:
 
 def test_int8_dynamic_bundles_have_no_drafts(tmp_path: Path) -> None:
     found = load_bundle(write_bundle(tmp_path / "b", context=CONTEXT))
-    found.precision = "int8-dyn"
+    found = found._replace(precision="int8-dyn")
     scheduler = build_scheduler(found)
     scheduler.engine.open_checker()
     assert not scheduler.engine.can_check

@@ -51,6 +51,8 @@ class Format(Protocol):
     num_per_prompt: int
     """Choices to each prompt; they come one after the other."""
     include_usage: bool
+    has_plain_chunks: bool
+    """Whether pieces of one choice that hold text alone differ in that text alone, from the second one on."""
 
     def whole(self, choices: Sequence[Choice]) -> Body:
         """The answer in one piece."""
@@ -119,7 +121,7 @@ class _ChunkWriter:
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return b""
         data = _event(self._answer.chunk(piece) | self.extra)
-        if event.logprobs is None and not event.ends:
+        if self._answer.has_plain_chunks and event.logprobs is None and not event.ends:
             body = _event(self._answer.chunk(Choice(index, _MARK)) | self.extra)
             before, mark, after = body.partition(_quote(_MARK))
             self._around[index] = (before, after) if mark else None

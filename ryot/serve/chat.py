@@ -41,8 +41,10 @@ class ChatCompletion:
             raise invalid("modalities", f"got {show(fields.get('modalities'))}, expected text alone")
         self._model = model
         self._tools = read_tools(fields, model)
-        #: Of a stream with tools: the text of each choice, which is sent at its end, when calls can be told from it.
+        self.has_plain_chunks = self._tools is None
+        #: Of a stream with tools: the text of each choice, and how much of it was sent.
         self._texts: dict[int, str] = {}
+        self._sent: dict[int, int] = {}
         self._params = params = read_params(
             fields, model, max_tokens_names=("max_completion_tokens", "max_tokens"), default_max=None
         )
@@ -112,15 +114,8 @@ class ChatCompletion:
         delta: Body = {"content": piece.text} if piece.text or piece.logprobs else {}
         finish_reason = piece.finish_reason
         if self._tools is not None:
-            text = self._texts[piece.index] = self._texts.get(piece.index, "") + piece.text
-            delta = {}
-            if finish_reason is not None:
-                message, called = self._message(text)
-                delta = {name: value for name, value in message.items() if value}
-                if called:
-                    finish_reason = "tool_calls"
-                    for index, call in enumerate(delta["tool_calls"]):
-                        call["index"] = index
+            delta, called = self._delta(piece)
+            finish_reason = "tool_calls" if called else finish_reason
         choice = {
             "index": piece.index,
             "delta": delta,
@@ -143,6 +138,19 @@ class ChatCompletion:
             return self._tools.grammar(self._model)
         except ConfigError as error:
             raise invalid("tools", str(error)) from error
+
+    def _delta(self, piece: Choice) -> tuple[Body, bool]:
+        """What a piece adds where there are tools: text that can be no call, and at the end the calls or the rest."""
+        assert self._tools is not None
+        text = self._texts[piece.index] = self._texts.get(piece.index, "") + piece.text
+        sent = self._sent.get(piece.index, 0)
+        if piece.finish_reason is None:
+            certain = self._sent[piece.index] = max(sent, self._tools.certain_text(text))
+            return ({"content": text[sent:certain]} if certain > sent else {}), False
+        _, calls = self._tools.read(text)
+        if calls:
+            return {"tool_calls": [call.body(index) for index, call in enumerate(calls)]}, True
+        return ({"content": text[sent:]} if text[sent:] else {}), False
 
     def _message(self, text: str) -> tuple[Body, bool]:
         """Content and calls of an answer, and whether there are any calls."""

@@ -74,6 +74,13 @@ class Tools:
             return text, []
         return said.strip(), calls if self.several else calls[:1]
 
+    def certain_text(self, text: str) -> int:
+        """Characters of an answer that has not ended which belong to no call, whatever comes."""
+        stripped = text.lstrip()
+        if not stripped or stripped[0] in "{[":
+            return 0
+        return min(_find_begun(text, mark) for mark in (OPEN, *MARKS))
+
     def _read_part(self, text: str) -> list[Call]:
         try:
             value = json.loads(text)
@@ -154,6 +161,14 @@ def _read_choice(choice: object, names: Sequence[str]) -> tuple[str, ...]:
             return (name,)
     expected = f"none, auto, required, or a function among {', '.join(names)}"
     raise invalid("tool_choice", f"got {show(choice)}, expected {expected}")
+
+
+def _find_begun(text: str, mark: str) -> int:
+    """Where a mark stands in the text, or begins at its end; the text's length where neither is so."""
+    if (at := text.find(mark)) >= 0:
+        return at
+    begun = next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+    return len(text) - begun
 
 
 def _cut(text: str) -> tuple[str, list[str]]:

@@ -147,3 +147,9 @@ ROME = Call("weather", '{"city": "Rome"}')
 )
 def test_calls_are_read_as_models_write_them(text: str, said: str, calls: list[Call]) -> None:
     assert TOOLS.read(text) == (said, calls)
+
+
+def test_text_that_may_yet_be_a_call_is_held_back() -> None:
+    assert [TOOLS.certain_text(text) for text in ("", " ", ' {"na', "[", "It is", "a < b", "So <tool_", "So <tool_call>{")] == [
+        0, 0, 0, 0, 5, 5, 3, 3,
+    ]  # fmt: skip

@@ -150,6 +150,7 @@ def test_calls_are_read_as_models_write_them(text: str, said: str, calls: list[C
 
 
 def test_text_that_may_yet_be_a_call_is_held_back() -> None:
-    assert [TOOLS.certain_text(text) for text in ("", " ", ' {"na', "[", "It is", "a < b", "So <tool_", "So <tool_call>{")] == [
+    texts = ("", " ", ' {"na', "[", "It is", "a < b", "So <tool_", "So <tool_call>{")
+    assert [TOOLS.certain_text(text) for text in texts] == [
         0, 0, 0, 0, 5, 5, 3, 3,
     ]  # fmt: skip

@@ -64,6 +64,8 @@ class Setting:
 def engines_of(part: str, made: dict[str, Any], llama: Path | None) -> list[Engine]:
     """Who takes part: our bundles, and where others can be compared those of llama.cpp and genai."""
     ours = [Engine(f"ryot {name}", "ryot", path) for name, path in made["bundles"].items()]
+    if part == "batch":
+        return ours
     if part not in ("streams", "poisson", "shared"):
         return ours[:1]
     server = None if llama is None else llama / "llama-server"
@@ -353,7 +355,9 @@ def soak(engine: Engine, setting: Setting) -> Found:
         for _ in range(100):
             lines = server.get("/metrics")[1].splitlines()
             state = {
-                line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if "num_requests_" in line
+                line.partition("{")[0]: float(line.rpartition(" ")[2])
+                for line in lines
+                if line.startswith("vllm:num_requests_")
             }
             running = {name: value for name, value in state.items() if not name.startswith("#")}
             if not any(running.values()):

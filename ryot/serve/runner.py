@@ -101,6 +101,11 @@ class Runner:
         return self.scheduler.num_waiting + len(self._inbox)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing that has not ended."""
         return not (self._answers or self._inbox) and self.scheduler.idle

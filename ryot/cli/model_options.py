@@ -56,9 +56,8 @@ def model_options(*, rows: int) -> Callable[[Command], Command]:
 
 def address_option(command: Command) -> Command:
     """`--address` of a Ray cluster."""
-    return click.option(
-        "--address", metavar="HOST:PORT", help="Use the machines of this Ray cluster: HOST:PORT or auto"
-    )(command)
+    help_text = "Use the machines of this Ray cluster: HOST:PORT or auto"
+    return click.option("--address", metavar="HOST:PORT", help=help_text)(command)
 
 
 def build_model_options(

@@ -181,7 +181,7 @@ def build_application(options: ReplicaOptions) -> serve.Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas, max_replicas=options.max_replicas, target_ongoing_requests=rows
         ),
-        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter)  # type: ignore[arg-type],
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),  # type: ignore[arg-type]
         health_check_period_s=5,
         graceful_shutdown_timeout_s=options.timeout_s,
     )(Replica)

@@ -25,8 +25,10 @@ from ryot.edge.speculation import DraftCosts, Drafter
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import ConfigError, ContextError
 
-#: Time that prompts may take between two steps of running sequences, in steps.
+#: Time that a prompt may take between two steps of running sequences, in steps. Where several wait each has as much,
+#: since steps of few rows waste the machine, but together they take `PROMPTS_S` at most.
 PROMPT_STEPS = 1.25
+PROMPTS_S = 0.1
 #: Pieces are so many tokens or a multiple of it.
 MIN_PIECE_TOKENS = 8
 #: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
@@ -228,8 +230,11 @@ class Scheduler:
     def _piece_tokens(self) -> int:
         if not self._running or not self._token_s:
             return PIECE_TOKENS
-        fitting = int(PROMPT_STEPS * self._step_s / self._token_s) // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS
-        return min(max(fitting, MIN_PIECE_TOKENS), PIECE_TOKENS)
+        one_s = PROMPT_STEPS * self._step_s
+        free_rows = self.engine.batch_size - len(self._running)
+        prompts = max(1, min(len(self._waiting) + (self._prefilling is not None), free_rows))
+        fitting = int(max(one_s, min(prompts * one_s, PROMPTS_S)) / self._token_s)
+        return max(fitting // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS, MIN_PIECE_TOKENS)
 
     def _prefill_piece(self, budget: int) -> tuple[int, TokenEvent | None]:
         """Compute up to `budget` tokens of the prompt on its way: how many it was, and what came of the last one."""

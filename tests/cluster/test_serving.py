@@ -14,7 +14,7 @@ from ryot.cluster.runtime import open_cluster
 from ryot.serve.batch import run_batch
 from ryot.serve.model import ModelOptions, ServedModel
 from tests.edge.tiny_bundle import write_bundle
-from tests.serve.test_batch import read, request
+from tests.serve.test_batch import read
 
 pytestmark = pytest.mark.slow
 OPTIONS = ModelOptions(rows=4, max_waiting=1000)
@@ -25,7 +25,12 @@ CLUSTER = ClusterOptions(num_cpus=2, malloc_tunables="")
 def test_a_batch_on_a_cluster_has_the_answers_of_one_machine(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", context=256, seed=1)
     requests, alone, together = (tmp_path / name for name in ("requests.jsonl", "alone.jsonl", "together.jsonl"))
-    lines = [json.dumps(request(str(number), prompt=f"number {number}")) for number in range(20)]
+    common = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    asked = [common | {"prompt": f"number {number}"} for number in range(20)]
+    lines = [
+        json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body})
+        for number, body in enumerate(asked)
+    ]
     lines.insert(3, "no json")
     requests.write_text("\n".join(lines) + "\n")
     run_batch(ServedModel(bundle, OPTIONS), requests, alone, lambda progress: None)

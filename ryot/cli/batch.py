@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ryot.cli.model_options import address_option, build_model_options, model_options
 from ryot.cli.options import HELP, verbose_option
 from ryot.errors import EXIT_FAILED, EXIT_OK, Interrupted
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 #: Bad lines that are shown one by one.
 SHOWN = 5
-MEGABYTE = 1_000_000
 
 
 @click.command("batch", context_settings=HELP)
@@ -30,25 +30,8 @@ MEGABYTE = 1_000_000
     metavar="ANSWERS.jsonl",
     help="File of answers; what it holds already is not asked again",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of onnxruntime")
-@click.option("--rows", type=click.IntRange(1, 256), default=32, show_default=True, help="Requests computed together")
-@click.option(
-    "--context", type=click.IntRange(min=2), help="Tokens of a prompt and its answer  [default: the bundle's]"
-)
-@click.option(
-    "--kv-memory",
-    type=click.IntRange(min=1),
-    metavar="MB",
-    help="Memory for keys and values  [default: by what is free]",
-)
-@click.option(
-    "--prefix-cache",
-    type=click.IntRange(min=0),
-    metavar="MB",
-    default=256,
-    show_default=True,
-    help="Memory for beginnings that prompts share; 0 keeps none",
-)
+@model_options(rows=32)
+@address_option
 @verbose_option
 def command(
     bundle: Path,
@@ -59,6 +42,7 @@ def command(
     context: int | None,
     kv_memory: int | None,
     prefix_cache: int,
+    address: str | None,
 ) -> int:
     """Answer a file of requests in OpenAI's batch format; run it again to go on where it was stopped.
 
@@ -66,22 +50,20 @@ def command(
 
     Example: ryot-deploy batch runs/first/bundle requests.jsonl -o answers.jsonl
     """
-    from ryot.serve.batch import run_batch
-    from ryot.serve.model import ModelOptions, ServedModel
-
-    model = ServedModel(
-        bundle,
-        ModelOptions(
-            threads=threads,
-            rows=rows,
-            context=context,
-            kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
-            prefix_cache_bytes=prefix_cache * MEGABYTE,
-            max_waiting=sys.maxsize,
-        ),
-    )
+    options = build_model_options(threads, rows, context, kv_memory, prefix_cache, max_waiting=sys.maxsize)
     try:
-        progress, bad = run_batch(model, requests, output, _show)
+        if address is not None:
+            from ryot.cluster.batches import run_cluster_batch
+            from ryot.cluster.options import ClusterOptions
+
+            progress, bad = run_cluster_batch(
+                bundle, options, requests, output, _show, ClusterOptions(address=address, malloc_tunables="")
+            )
+        else:
+            from ryot.serve.batch import run_batch
+            from ryot.serve.model import ServedModel
+
+            progress, bad = run_batch(ServedModel(bundle, options), requests, output, _show)
     except KeyboardInterrupt as error:
         raise Interrupted("the batch was interrupted", hint="To resume: the same command") from error
     for line in bad[:SHOWN]:

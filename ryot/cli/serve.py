@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ryot.cli.model_options import MEGABYTE, address_option, build_model_options, model_options
 from ryot.cli.options import HELP, verbose_option
+from ryot.errors import ConfigError
 
 if TYPE_CHECKING:
     from ryot.serve.model import ServedModel
-
-MEGABYTE = 1_000_000
 
 
 @click.command("serve", context_settings=HELP)
@@ -42,35 +42,20 @@ MEGABYTE = 1_000_000
     envvar="RYOT_API_KEY",
     help="Key that requests must bring; repeatable, and needed where other machines can connect  [env: RYOT_API_KEY]",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of onnxruntime a bundle"
-)
-@click.option("--rows", type=click.IntRange(1, 256), default=16, show_default=True, help="Requests computed together")
+@model_options(rows=16)
 @click.option(
     "--max-waiting", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait"
-)
-@click.option(
-    "--context", type=click.IntRange(min=2), help="Tokens of a prompt and its answer  [default: the bundle's]"
-)
-@click.option(
-    "--kv-memory",
-    type=click.IntRange(min=1),
-    metavar="MB",
-    help="Memory for keys and values  [default: by what is free]",
-)
-@click.option(
-    "--prefix-cache",
-    type=click.IntRange(min=0),
-    metavar="MB",
-    default=256,
-    show_default=True,
-    help="Memory for beginnings that prompts share; 0 keeps none",
 )
 @click.option(
     "--prefix-folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Keep them here when the server ends  [default: they are forgotten]",
+)
+@click.option(
+    "--speculate",
+    is_flag=True,
+    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more",
 )
 @click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
 @click.option(
@@ -98,6 +83,15 @@ MEGABYTE = 1_000_000
     multiple=True,
     help="Let requests have programs run: tests and commands in a sandbox, functions in the server itself; repeatable",
 )
+@address_option
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=4,
+    show_default=True,
+    help="With --address: replicas at most, as requests queue up",
+)
 @click.option("--no-access-log", is_flag=True, help="Do not log a line for each request")
 @verbose_option
 def command(
@@ -112,6 +106,7 @@ def command(
     kv_memory: int | None,
     prefix_cache: int,
     prefix_folder: Path | None,
+    speculate: bool,
     share_prefixes: bool,
     timeout: float,
     drain: int,
@@ -119,43 +114,52 @@ def command(
     tls_certificate: Path | None,
     tls_key: Path | None,
     allowed_verifiers: tuple[str, ...],
+    address: str | None,
+    replicas: int,
     no_access_log: bool,
 ) -> None:
     """Answer requests of OpenAI's API with bundles: completions, chats, streams, and a page to try them.
 
     Example: ryot-deploy serve runs/first/bundle
     """
-    from ryot.serve.model import ModelOptions
     from ryot.serve.server import ServerOptions, run_server
 
     logging.getLogger("ryot.serve.access").setLevel(logging.WARNING if no_access_log else logging.INFO)
     # It warns of each write to a client that has gone, which is no fault.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    run_server(
-        bundles,
-        ModelOptions(
-            threads=threads,
-            rows=rows,
-            max_waiting=max_waiting,
-            context=context,
-            kv_bytes=None if kv_memory is None else kv_memory * MEGABYTE,
-            prefix_cache_bytes=prefix_cache * MEGABYTE,
-            prefix_folder=prefix_folder,
-            allowed_verifiers=frozenset(allowed_verifiers),
-        ),
-        ServerOptions(
-            host=host,
-            port=port,
-            api_keys=api_keys,
-            share_prefixes=share_prefixes,
-            max_body_bytes=int(max_body * MEGABYTE),
-            timeout_s=timeout,
-            drain_s=drain,
-            tls_certificate=tls_certificate,
-            tls_key=tls_key,
-        ),
-        _announce,
+    model = build_model_options(
+        threads,
+        rows,
+        context,
+        kv_memory,
+        prefix_cache,
+        max_waiting=max_waiting,
+        prefix_folder=prefix_folder,
+        speculate=speculate,
+        allowed_verifiers=frozenset(allowed_verifiers),
     )
+    options = ServerOptions(
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        share_prefixes=share_prefixes,
+        max_body_bytes=int(max_body * MEGABYTE),
+        timeout_s=timeout,
+        drain_s=drain,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+    )
+    if address is None:
+        run_server(bundles, model, options, _announce)
+        return
+    from ryot.cluster.options import ClusterOptions
+    from ryot.cluster.serving import check_installed, deploy
+
+    if tls_certificate is not None:
+        raise ConfigError("TLS: Ray Serve's proxies have none", hint="end it in front of them")
+    check_installed()
+    where = deploy(bundles, model, options, ClusterOptions(address=address, malloc_tunables=""), max_replicas=replicas)
+    sys.stderr.write(f"deployed at {where}/v1; 'serve shutdown' on a node of the cluster ends it\n")
 
 
 def _announce(address: str, models: Sequence[ServedModel]) -> None:

@@ -105,6 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="make tokens already there less likely; default: 1, not at all",
     )
+    text.add_argument(
+        "--speculate",
+        action="store_true",
+        help="compute several tokens at once where a text repeats itself; takes the weights once more in memory",
+    )
     text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text; default: 0")
     best = parser.add_argument_group("several candidates")
     best.add_argument(
@@ -169,9 +174,26 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(bundle)
     # Text may hold any character, whatever the terminal's encoding.
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
+    if options.speculate:
+        from ryot.edge.single import stream_text
+
+        assert prompt is not None  # checked with the options
+        _write(
+            stream_text(
+                bundle,
+                tokenizer,
+                prompt,
+                threads=options.threads,
+                max_new_tokens=options.max_new_tokens or DEFAULT_NEW_TOKENS,
+                sampling=sampling,
+                stop=options.stop,
+                ignore_eos=options.ignore_eos,
+            )
+        )
+        return EXIT_OK
     if options.verifier is not None:
         assert prompt is not None
-        tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
         _write([_choose_best(bundle, tokenizer, prompt, sampling, options)])
         return EXIT_OK
     decoder = open_engine(bundle, threads=options.threads, engine=options.engine)
@@ -187,7 +209,6 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         converse(chat, prompt, write=_write, **limits)
         return EXIT_OK
     assert prompt is not None  # one of the options is there
-    tokenizer.split_special_tokens = tokenizer.split_special_tokens or options.split_special_tokens
     num_tokens = _num_tokens(options, len(encode_prompt(bundle, tokenizer, prompt)), decoder.max_len)
     _write(generate(decoder, tokenizer, prompt, max_new_tokens=num_tokens, **limits))
     return EXIT_OK
@@ -208,6 +229,8 @@ def _check_text_options(options: argparse.Namespace) -> None:
         raise ConfigError("--best-of N and --verifier SPEC are used together")
     if options.system is not None and not options.chat:
         raise ConfigError("--system: is for a chat; give --chat too")
+    if options.speculate and (options.chat or options.best_of > 1):
+        raise ConfigError("--speculate: is for --prompt alone, one candidate")
     if options.chat and options.verifier is not None:
         raise ConfigError("--best-of: is for --prompt alone, not for a chat")
 

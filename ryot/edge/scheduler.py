@@ -23,11 +23,14 @@ from ryot.edge.prefix_cache import BLOCK_TOKENS, PrefixCache
 from ryot.edge.sampling import draw_uncut
 from ryot.edge.sequence import ActiveSequence, Drawn, Request, TokenEvent
 from ryot.edge.slots import SlotEngine
+from ryot.edge.speculation import DraftCosts, Drafter
 from ryot.edge.tokenizer import Tokenizer
 from ryot.errors import ConfigError, ContextError
 
-#: Time that prompts may take between two steps of running sequences, in steps.
+#: Time that a prompt may take between two steps of running sequences, in steps. Where several wait each has as much,
+#: since steps of few rows waste the machine, but together they take `PROMPTS_S` at most.
 PROMPT_STEPS = 1.25
+PROMPTS_S = 0.1
 #: Pieces are so many tokens or a multiple of it.
 MIN_PIECE_TOKENS = 8
 #: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
@@ -47,6 +50,12 @@ class Counters:
     """Of these, those that were known."""
     preemptions: int = 0
     """Sequences that lost their row for want of memory."""
+    drafts: int = 0
+    """Calls that checked a draft."""
+    draft_tokens: int = 0
+    """Tokens of drafts."""
+    accepted_tokens: int = 0
+    """Of these, those that were right."""
 
 
 class _Prompt(NamedTuple):
@@ -75,6 +84,8 @@ class Scheduler:
         self._step_s = self._token_s = 0.0
         #: The prompt computed last, and what follows it: candidates to one prompt come one after the other.
         self._last_prompt: _Prompt | None = None
+        self._draft_costs = DraftCosts()
+        self._drafters: dict[ActiveSequence, Drafter] = {}
 
     @property
     def num_running(self) -> int:
@@ -143,6 +154,7 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._prefilling = None
+        self._drafters.clear()
         self.engine.release()
         return lost
 
@@ -155,8 +167,11 @@ class Scheduler:
         self._step_s = self._token_s = 0.0
 
     def _decode(self) -> list[TokenEvent]:
-        """One token for every running sequence."""
+        """One token for every running sequence; several where a draft of a single one is right."""
         engine = self.engine
+        alone = self.num_running == 1 and not self._waiting
+        if alone and engine.can_check and self._step_s and (events := self._check_draft(self._running[0])):
+            return events
         while not engine.make_room(self.num_running, max(engine.lengths[: len(self._running)]) + 1):
             self._preempt()
         count = len(self._running)
@@ -190,6 +205,43 @@ class Scheduler:
         ids_R, logprobs_R = draw_uncut(logits_RV, temperatures, uniforms)
         return {row: Drawn(*found) for row, *found in zip(rows, ids_R.tolist(), logprobs_R.tolist())}
 
+    def _check_draft(self, sequence: ActiveSequence) -> list[TokenEvent]:
+        """What a draft of the only running sequence comes to; nothing where none is made."""
+        engine = self.engine
+        length = engine.lengths[0]
+        most = min(sequence.request.max_tokens - sequence.completion_tokens, engine.max_len - length) - 1
+        drafter = self._drafters.setdefault(sequence, Drafter(self._draft_costs))
+        draft = [] if sequence.scores_prompt else drafter.draft(sequence.ids, most)
+        if not draft or not engine.make_room(1, length + 1 + len(draft)):
+            return []
+        began = time.perf_counter()
+        logits_SV = engine.check_tokens([int(engine.next_token[0]), *draft], 0)
+        greedy = logits_SV.argmax(axis=1)
+        self._draft_costs.observe(len(draft), (time.perf_counter() - began) / self._step_s)
+        events: list[TokenEvent] = []
+        for position in range(len(draft) + 1):
+            event = sequence.take(logits_SV[position], int(greedy[position]))
+            assert not isinstance(event, int)
+            events.append(event)
+            if event.ends or position == len(draft) or event.token != draft[position]:
+                break
+        accepted = len(events) - 1
+        drafter.learn(len(draft), accepted)
+        sequence.draft_tokens += len(draft)
+        sequence.accepted_tokens += accepted
+        counters = self.counters
+        counters.steps += 1
+        counters.step_tokens += len(draft) + 1
+        counters.drafts += 1
+        counters.draft_tokens += len(draft)
+        counters.accepted_tokens += accepted
+        engine.truncate(length + 1 + accepted)
+        if (token := events[-1].token) is not None:
+            engine.next_token[0] = token
+        if events[-1].ends:
+            self._leave(0)
+        return events
+
     def _prefill(self) -> list[TokenEvent]:
         """Pieces of waiting prompts, for as long as the running sequences can do without a step."""
         events = []
@@ -207,8 +259,11 @@ class Scheduler:
     def _piece_tokens(self) -> int:
         if not self._running or not self._token_s:
             return PIECE_TOKENS
-        fitting = int(PROMPT_STEPS * self._step_s / self._token_s) // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS
-        return min(max(fitting, MIN_PIECE_TOKENS), PIECE_TOKENS)
+        one_s = PROMPT_STEPS * self._step_s
+        free_rows = self.engine.batch_size - len(self._running)
+        prompts = max(1, min(len(self._waiting) + (self._prefilling is not None), free_rows))
+        fitting = int(max(one_s, min(prompts * one_s, PROMPTS_S)) / self._token_s)
+        return max(fitting // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS, MIN_PIECE_TOKENS)
 
     def _prefill_piece(self, budget: int) -> tuple[int, TokenEvent | None]:
         """Compute up to `budget` tokens of the prompt on its way: how many it was, and what came of the last one."""
@@ -293,6 +348,7 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         """Remember what a row holds, and give it to the last running sequence."""
         sequence, engine, last = self._running[row], self.engine, len(self._running) - 1
+        self._drafters.pop(sequence, None)
         if not (sequence.cancelled or sequence.request.whole):
             self._remember(sequence, row, engine.row_length(row))
         self._running[row] = self._running[last]

@@ -124,6 +124,8 @@ class ActiveSequence:
         self.started_s: float | None = None
         #: Of the prompt: tokens that were not computed because they were known.
         self.cached_tokens = 0
+        #: Tokens that drafts foresaw, and how many of them came.
+        self.draft_tokens = self.accepted_tokens = 0
         #: Of the prompt's tokens, those whose probabilities were reported; the first one has none.
         self.num_scored = 1
         self.prompt_logprobs: list[Logprobs] = []

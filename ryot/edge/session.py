@@ -87,9 +87,9 @@ class OnnxruntimeEngine(Engine):
 
     def _load_sessions(self, prepack: bool) -> None:
         bundle, threads = self.bundle, self.threads
-        decode = prefill = _load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
+        decode = prefill = load_session(bundle.path / bundle.graphs["decode"], threads, prepack)
         if not bundle.one_session:
-            prefill = _load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
+            prefill = load_session(bundle.path / bundle.graphs["prefill"], threads, prepack)
         self._sessions: dict[Role, ort.InferenceSession] = {"prefill": prefill, "decode": decode}
         self._decode = decode
 
@@ -189,7 +189,8 @@ def build_session_options(threads: int, *, prepack: bool = True) -> ort.SessionO
     return options
 
 
-def _load_session(path: Path, threads: int, prepack: bool) -> ort.InferenceSession:
+def load_session(path: Path, threads: int, prepack: bool) -> ort.InferenceSession:
+    """A session of a graph. Raises `BundleError` when onnxruntime cannot load it."""
     try:
         return ort.InferenceSession(
             path, build_session_options(threads, prepack=prepack), providers=["CPUExecutionProvider"]
@@ -205,6 +206,11 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def bind_array(binding: ort.IOBinding, name: str, array: np.ndarray, *, output: bool = False) -> None:
+    """Bind an input, or an output, to the array's own memory."""
+    (binding.bind_ortvalue_output if output else binding.bind_ortvalue_input)(name, _alias(array))
 
 
 def _alias(array: np.ndarray) -> ort.OrtValue:

@@ -7,12 +7,14 @@ change with what is needed, and their product stays below `memory_bytes`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnxruntime as ort
 
 from ryot.edge.bundle import Bundle
 from ryot.edge.engine import FIRST_CAPACITY
-from ryot.edge.session import ORT_ERRORS, OnnxruntimeEngine, aligned_zeros
+from ryot.edge.session import ORT_ERRORS, OnnxruntimeEngine, aligned_zeros, bind_array, load_session
 from ryot.errors import BundleError, ConfigError
 
 
@@ -33,6 +35,9 @@ class SlotEngine(OnnxruntimeEngine):
         self.num_rows = 1
         self.memory_bytes = memory_bytes
         self._steps: dict[int, ort.IOBinding] = {}
+        #: The standard graph, which gives the logits of all positions; see `open_checker`.
+        self._checker: ort.InferenceSession | None = None
+        self._checks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray, ort.IOBinding]] = {}
         length = bundle.model.context_length if max_len is None else max_len
         needed = bundle.model.kv_cache_bytes(length, 1, np.dtype(bundle.kv_dtype).itemsize)
         if needed > memory_bytes:
@@ -66,6 +71,50 @@ class SlotEngine(OnnxruntimeEngine):
             self._decode.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             raise BundleError(f"{self.bundle.path}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from error
+
+    @property
+    def can_check(self) -> bool:
+        """Whether `check_tokens` may be called."""
+        return self._checker is not None
+
+    def open_checker(self) -> None:
+        """Load what `check_tokens` needs: the weights once more, unless all tokens of a call share a scale.
+
+        Another thread may do that while this engine works.
+        """
+        if self.bundle.precision.rpartition("+")[2] != "int8-dyn":
+            path = self.bundle.path / self.bundle.graphs["standard"]
+            self._checker = load_session(path, self.threads, prepack=True)
+
+    def check_tokens(self, tokens: Sequence[int], row: int) -> np.ndarray:
+        """Feed tokens behind what a row holds; the logits [S, V] after each. There must be room: see `make_room`."""
+        assert self._checker is not None
+        start = self.lengths[row]
+        stop = start + len(tokens)
+        assert stop <= self.capacity
+        found = self._checks.get((row, len(tokens)))
+        if found is None:
+            binding = self._checker.io_binding()
+            ids, positions = (aligned_zeros((1, len(tokens)), np.dtype(np.int64)) for _ in range(2))
+            logits = aligned_zeros((1, len(tokens), self.bundle.model.vocab_size), np.dtype(np.float32))
+            bind_array(binding, "input_ids", ids)
+            if self.bundle.position_ids:
+                bind_array(binding, "position_ids", positions)
+            bind_array(binding, "logits", logits, output=True)
+            for name, buffer in self._kv.items():
+                bind_array(binding, f"past_key_values.{name}", buffer[row : row + 1])
+                bind_array(binding, f"present.{name}", buffer[row : row + 1], output=True)
+            found = self._checks[row, len(tokens)] = (ids, positions, logits, binding)
+        ids, positions, logits, binding = found
+        ids[0] = tokens
+        positions[0] = np.arange(start, stop)
+        bind_array(binding, "attention_mask", self._ones[:, :stop])
+        try:
+            self._checker.run_with_iobinding(binding)
+        except ORT_ERRORS as error:
+            raise BundleError(f"{self.bundle.path}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from error
+        self._lengths[row] = self._positions[row] = stop - 1
+        return np.asarray(logits[0])
 
     def step(self) -> None:
         self.make_room(self.batch_size, self.position + 1)
@@ -148,6 +197,7 @@ class SlotEngine(OnnxruntimeEngine):
         # What is bound would keep the old buffers.
         self._calls.clear()
         self._steps.clear()
+        self._checks.clear()
         for layer in range(shape.num_layers):
             for part in ("key", "value"):
                 name = f"{layer}.{part}"
@@ -158,3 +208,5 @@ class SlotEngine(OnnxruntimeEngine):
                     buffer[:rows, :, :used] = self._kv[name][:rows, :, :used]
                 self._kv[name] = buffer
         self.num_rows, self.capacity = num_rows, capacity
+        self._ones = aligned_zeros((1, capacity), np.dtype(np.int64))
+        self._ones[:] = 1

@@ -54,6 +54,8 @@ class Format(Protocol):
     include_usage: bool
     verification: Verification | None
     """What chooses among candidates, where something does."""
+    has_plain_chunks: bool
+    """Whether pieces of one choice that hold text alone differ in that text alone, from the second one on."""
 
     def whole(self, choices: Sequence[Choice]) -> Body:
         """The answer in one piece."""
@@ -73,12 +75,13 @@ async def collect(answer: Format) -> Body:
     numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
     choices = [Choice(index) for index in range(len(numbers))]
     try:
-        async for event in answer.answers:
-            choice = choices[numbers[event.sequence]]
-            choice.push(event)
-            if event.ends and answer.verification is not None and await answer.verification.add(choice):
-                start = choice.index - choice.index % answer.num_per_prompt
-                answer.answers.give_up(answer.answers.sequences[start : start + answer.num_per_prompt])
+        async for events in answer.answers:
+            for event in events:
+                choice = choices[numbers[event.sequence]]
+                choice.push(event)
+                if event.ends and answer.verification is not None and await answer.verification.add(choice):
+                    start = choice.index - choice.index % answer.num_per_prompt
+                    answer.answers.give_up(answer.answers.sequences[start : start + answer.num_per_prompt])
         if answer.verification is not None:
             await answer.verification.close(choices)
     except RyotError as error:
@@ -91,16 +94,13 @@ async def collect(answer: Format) -> Body:
 async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncIterator[bytes]:
     """Server-sent events as choices grow; an error becomes the last one."""
     numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
-    extra: Body = {"usage": None} if answer.include_usage else {}
+    writer = _ChunkWriter(answer)
     try:
-        for body in answer.first_chunks():
-            yield _event(body | extra)
-        async for event in answer.answers:
-            piece = Choice(numbers[event.sequence])
-            piece.push(event)
-            # A token that completes no text says nothing, unless somebody wants its probability.
-            if piece.text or piece.logprobs or piece.finish_reason:
-                yield _event(answer.chunk(piece) | extra)
+        if first := b"".join(_event(body | writer.extra) for body in answer.first_chunks()):
+            yield first
+        async for events in answer.answers:
+            if data := b"".join(writer.write(numbers[event.sequence], event) for event in events):
+                yield data
         if answer.include_usage:
             yield _event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
@@ -112,15 +112,45 @@ async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncI
         answer.answers.close()
 
 
+class _ChunkWriter:
+    """Writes the pieces of a stream; those that differ in their text alone are not built anew for every token."""
+
+    def __init__(self, answer: Format):
+        self.extra: Body = {"usage": None} if answer.include_usage else {}
+        self._answer = answer
+        #: By choice, from its second piece on, since the first may be different: what stands before and after the text.
+        self._around: dict[int, tuple[bytes, bytes] | None] = {}
+
+    def write(self, index: int, event: TokenEvent) -> bytes:
+        if event.logprobs is None and not event.ends and (around := self._around.get(index)):
+            # A token that completes no text says nothing, unless somebody wants its probability.
+            return around[0] + _quote(event.text) + around[1] if event.text else b""
+        piece = Choice(index)
+        piece.push(event)
+        if not (piece.text or piece.logprobs or piece.finish_reason):
+            return b""
+        data = _event(self._answer.chunk(piece) | self.extra)
+        if self._answer.has_plain_chunks and event.logprobs is None and not event.ends:
+            body = _event(self._answer.chunk(Choice(index, _MARK)) | self.extra)
+            before, mark, after = body.partition(_quote(_MARK))
+            self._around[index] = (before, after) if mark else None
+        return data
+
+
 def count_usage(answers: Answers, num_per_prompt: int) -> Body:
     """Tokens of prompts, each counted once, and of all choices."""
     prompts = answers.sequences[::num_per_prompt]
     prompt_tokens = sum(len(sequence.request.prompt_ids) for sequence in prompts)
     completion_tokens = sum(sequence.completion_tokens for sequence in answers.sequences)
+    accepted = sum(sequence.accepted_tokens for sequence in answers.sequences)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(sequence.draft_tokens for sequence in answers.sequences) - accepted,
+        },
         "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in prompts)},
     }
 
@@ -129,6 +159,14 @@ def describe_token(model: ServedModel, token: int, logprob: float) -> Body:
     """A token as chat completions show it."""
     data = model.tokenizer.token_bytes(token)
     return {"token": model.token_text(token), "logprob": logprob, "bytes": list(data)}
+
+
+#: A text that no model's name holds.
+_MARK = "\x00text\x00"
+
+
+def _quote(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _event(body: Body) -> bytes:

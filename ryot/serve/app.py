@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -28,6 +29,7 @@ from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, parse_body, show
 from ryot.serve.metrics import render_metrics
 from ryot.serve.model import ServedModel
+from ryot.serve.openapi import describe_api
 
 _log = logging.getLogger(__name__)
 access_log = logging.getLogger("ryot.serve.access")
@@ -52,6 +54,8 @@ class Service:
     models: dict[str, ServedModel] = field(default_factory=dict)
     """By name; empty while they load."""
     draining: bool = False
+    reload: Callable[[], Awaitable[list[str]]] | None = None
+    """Loads all bundles again and puts them in the place of those that are there; their names."""
     statuses: Counter[int] = field(default_factory=Counter)
     """Answers by HTTP status."""
 
@@ -92,6 +96,8 @@ def build_app(service: Service) -> ASGIApp:
         Route("/v1/chat/completions", _chat, methods=["POST"]),
         Route("/tokenize", _tokenize, methods=["POST"]),
         Route("/detokenize", _detokenize, methods=["POST"]),
+        Route("/admin/reload", _reload, methods=["POST"]),
+        Route("/openapi.json", _openapi),
     ]
     app = Starlette(
         routes=routes,
@@ -311,6 +317,24 @@ async def _detokenize(request: Request) -> Response:
     if len(ids) != len(tokens) or any(not 0 <= token < vocab_size for token in ids):
         raise invalid("tokens", f"got {show(tokens)}, expected a list of token ids below {vocab_size}")
     return JSONResponse({"prompt": model.tokenizer.decode(ids)})
+
+
+async def _reload(request: Request) -> Response:
+    """Take the bundles from their folders again; requests under way end with the models that they began with."""
+    service = _service(request)
+    await _read_fields(request, service)
+    if service.reload is None or not service.models:
+        raise ApiError(
+            503, "the server is loading its models", kind="server_error", code="unavailable", retry_after_s=1
+        )
+    try:
+        return JSONResponse({"reloaded": await service.reload()})
+    except RyotError as error:
+        raise ApiError(409, f"what is served stays: {error}", code="reload_failed") from error
+
+
+async def _openapi(request: Request) -> Response:
+    return JSONResponse(describe_api())
 
 
 async def _read_fields(request: Request, service: Service) -> Fields:

@@ -91,10 +91,44 @@ class Progress:
         return None if not self.size else self.seconds * (self.size_total - self.size) / self.size
 
 
-def run_batch(
-    model: ServedModel, requests: Path, answers: Path, on_progress: Callable[[Progress], None]
-) -> tuple[Progress, list[BadLine]]:
-    """Answer what `answers` does not hold yet. Raises `DataError` for files that do not belong together."""
+class Answered(NamedTuple):
+    """What came of a request."""
+
+    status: int
+    data: bytes
+    """The line of the file of answers, without its end."""
+    completion_tokens: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """A file of requests and its answers, open for this process alone."""
+
+    requests: Path
+    file: BinaryIO
+    missing: list[Line]
+    """In the order in which they are best asked."""
+    bad: list[BadLine]
+    progress: Progress
+    on_progress: Callable[[Progress], None]
+    reported_s: float = 0.0
+
+    def write(self, size: int, answered: Answered) -> None:
+        """Keep an answer to a request of this size."""
+        self.file.write(answered.data + b"\n")
+        progress = self.progress
+        progress.done += 1
+        progress.size += size
+        progress.failed += answered.status != 200
+        progress.completion_tokens += answered.completion_tokens
+        if time.monotonic() - self.reported_s >= PROGRESS_S:
+            self.reported_s = time.monotonic()
+            self.on_progress(progress)
+
+
+@contextmanager
+def open_batch(requests: Path, answers: Path, on_progress: Callable[[Progress], None]) -> Iterator[Batch]:
+    """What `answers` does not hold yet. Raises `DataError` for files that do not belong together."""
     lines, bad = read_requests(requests)
     with _open_answers(answers) as file:
         answered = read_answers(file, answers)
@@ -104,17 +138,25 @@ def run_batch(
         missing = [line for line in lines if line.custom_id not in answered]
         missing.sort(key=lambda line: (-line.size.bit_length(), line.beginning))
         progress = Progress(len(lines), len(answered), size_total=sum(line.size for line in missing))
-        if missing:
-            model.runner.start()
+        yield Batch(requests, file, missing, bad, progress, on_progress)
+        os.fsync(file.fileno())
+
+
+def run_batch(
+    model: ServedModel, requests: Path, answers: Path, on_progress: Callable[[Progress], None]
+) -> tuple[Progress, list[BadLine]]:
+    """Answer what `answers` does not hold yet. Raises `DataError` for files that do not belong together."""
+    with open_batch(requests, answers, on_progress) as batch:
+        if batch.missing:
+            model.start()
             try:
-                asyncio.run(_answer_all(model, requests, missing, file, progress, on_progress))
+                asyncio.run(_answer_all(model, batch))
             except* OSError as group:
                 error = group.exceptions[0]
                 raise DataError(f"{answers}: {error}", hint="To resume: the same command") from error
             finally:
                 model.runner.stop()
-        os.fsync(file.fileno())
-    return progress, bad
+    return batch.progress, batch.bad
 
 
 def read_requests(path: Path) -> tuple[list[Line], list[BadLine]]:
@@ -191,44 +233,35 @@ def _open_answers(path: Path) -> Iterator[BinaryIO]:
         yield file  # type: ignore[misc]
 
 
-async def _answer_all(
-    model: ServedModel,
-    requests: Path,
-    lines: list[Line],
-    file: BinaryIO,
-    progress: Progress,
-    on_progress: Callable[[Progress], None],
-) -> None:
+async def _answer_all(model: ServedModel, batch: Batch) -> None:
     places = asyncio.Semaphore(READ_AHEAD * model.engine.batch_size)
-    reported_s = 0.0
 
     async def answer(line: Line, data: bytes) -> None:
-        nonlocal reported_s
         try:
-            status, body = await _answer(model, data)
+            answered = await answer_line(model, line.custom_id, data)
         finally:
             places.release()
-        found = {
-            "id": f"batch_req_{secrets.token_hex(12)}",
-            "custom_id": line.custom_id,
-            "response": {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body},
-            "error": None,
-        }
-        file.write(json.dumps(found, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        progress.done += 1
-        progress.size += line.size
-        progress.failed += status != 200
-        progress.completion_tokens += body.get("usage", {}).get("completion_tokens", 0)
-        if time.monotonic() - reported_s >= PROGRESS_S:
-            reported_s = time.monotonic()
-            on_progress(progress)
+        batch.write(line.size, answered)
 
-    with requests.open("rb") as source:
+    with batch.requests.open("rb") as source:
         async with asyncio.TaskGroup() as tasks:
-            for line in lines:
+            for line in batch.missing:
                 await places.acquire()
                 source.seek(line.offset)
                 tasks.create_task(answer(line, source.readline()))
+
+
+async def answer_line(model: ServedModel, custom_id: str, data: bytes) -> Answered:
+    """Answer one line of a file of requests, or say in the answer why it is refused."""
+    status, body = await _answer(model, data)
+    found = {
+        "id": f"batch_req_{secrets.token_hex(12)}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body},
+        "error": None,
+    }
+    line = json.dumps(found, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return Answered(status, line, body.get("usage", {}).get("completion_tokens", 0))
 
 
 async def _answer(model: ServedModel, data: bytes) -> tuple[int, Body]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
 from ryot.serve.params import MAX_LOGPROBS, SHARED, read_params
+from ryot.serve.tools import Tools, read_tools
 
 FIELDS = (
     *SHARED,
@@ -35,16 +37,20 @@ class ChatCompletion:
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
         """Read the request and queue it. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)
-        if fields.items("tools"):
-            raise invalid("tools", "is not supported by this server")
         if any(kind != "text" for kind in fields.items("modalities")):
             raise invalid("modalities", f"got {show(fields.get('modalities'))}, expected text alone")
         self._model = model
+        self._tools = read_tools(fields, model)
+        self.has_plain_chunks = self._tools is None
+        #: Of a stream with tools: the text of each choice, and how much of it was sent.
+        self._texts: dict[int, str] = {}
+        self._sent: dict[int, int] = {}
         self._params = params = read_params(
             fields, model, max_tokens_names=("max_completion_tokens", "max_tokens"), default_max=None
         )
         self._top_logprobs = _read_logprobs(fields)
-        ids = encode_messages(fields, model)
+        ids = encode_messages(fields, model, self._tools)
+        grammar = self._read_call_form(params.grammar)
         room = model.engine.max_len - len(ids)
         if room < 1:
             raise ApiError(
@@ -72,7 +78,7 @@ class ChatCompletion:
                 continues_text=False,
                 top_logprobs=self._top_logprobs,
                 owner=owner,
-                constraint=params.constraint(model),
+                constraint=None if grammar is None else model.grammars.constrain(grammar),
             )
             for choice in range(params.num_candidates)
         ]
@@ -89,15 +95,17 @@ class ChatCompletion:
     def whole(self, choices: Sequence[Choice]) -> Body:
         verification = self.verification
         kept = choices if verification is None else verification.best(choices, self._params.n)
-        bodies: list[Body] = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._logprobs_body(choice),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(kept)
-        ]
+        bodies: list[Body] = []
+        for index, choice in enumerate(kept):
+            message, called = self._message(choice.text)
+            bodies.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", **message, "refusal": None},
+                    "logprobs": self._logprobs_body(choice),
+                    "finish_reason": "tool_calls" if called else choice.finish_reason,
+                }
+            )
         usage = count_usage(self.answers, self.num_per_prompt)
         answer = self._head("chat.completion") | {"choices": bodies, "usage": usage}
         if verification is None:
@@ -113,17 +121,53 @@ class ChatCompletion:
             yield self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def chunk(self, piece: Choice) -> Body:
+        delta: Body = {"content": piece.text} if piece.text or piece.logprobs else {}
+        finish_reason = piece.finish_reason
+        if self._tools is not None:
+            delta, called = self._delta(piece)
+            finish_reason = "tool_calls" if called else finish_reason
         choice = {
             "index": piece.index,
-            "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
+            "delta": delta,
             "logprobs": self._logprobs_body(piece),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": finish_reason,
         }
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def usage_chunk(self) -> Body:
         usage = count_usage(self.answers, self.num_per_prompt)
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
+
+    def _read_call_form(self, grammar: str | None) -> str | None:
+        """The form of the answer: that of a call where one is required, else what was asked for."""
+        if self._tools is None or not self._tools.required:
+            return grammar
+        if grammar is not None:
+            raise invalid("response_format", "and a tool_choice that requires a call exclude each other")
+        try:
+            return self._tools.grammar(self._model)
+        except ConfigError as error:
+            raise invalid("tools", str(error)) from error
+
+    def _delta(self, piece: Choice) -> tuple[Body, bool]:
+        """What a piece adds where there are tools: text that can be no call, and at the end the calls or the rest."""
+        assert self._tools is not None
+        text = self._texts[piece.index] = self._texts.get(piece.index, "") + piece.text
+        sent = self._sent.get(piece.index, 0)
+        if piece.finish_reason is None:
+            certain = self._sent[piece.index] = max(sent, self._tools.certain_text(text))
+            return ({"content": text[sent:certain]} if certain > sent else {}), False
+        _, calls = self._tools.read(text)
+        if calls:
+            return {"tool_calls": [call.body(index) for index, call in enumerate(calls)]}, True
+        return ({"content": text[sent:]} if text[sent:] else {}), False
+
+    def _message(self, text: str) -> tuple[Body, bool]:
+        """Content and calls of an answer, and whether there are any calls."""
+        said, calls = (text, []) if self._tools is None else self._tools.read(text)
+        if not calls:
+            return {"content": said}, False
+        return {"content": said or None, "tool_calls": [call.body() for call in calls]}, True
 
     def _head(self, kind: str) -> Body:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
@@ -138,17 +182,21 @@ class ChatCompletion:
         return {"content": content, "refusal": None}
 
 
-def encode_messages(fields: Fields, model: ServedModel) -> list[int]:
+def encode_messages(fields: Fields, model: ServedModel, tools: Tools | None = None) -> list[int]:
     """The ids of the request's conversation, up to where the answer begins. Raises `ApiError`."""
     if model.template is None:
         raise invalid("messages", f"the model {model.name} has no chat template; use /v1/completions")
     kwargs = fields.table("chat_template_kwargs")
     extra = {} if kwargs is None else fields.get("chat_template_kwargs")
     assert isinstance(extra, dict)
-    if taken := {"messages", "add_generation_prompt"} & extra.keys():
+    if taken := {"messages", "add_generation_prompt", "tools"} & extra.keys():
         raise invalid("chat_template_kwargs", f"{min(taken)} is set by the server")
     try:
-        text = model.template.render(_read_messages(fields), **extra)
+        messages = _read_messages(fields)
+        if tools is not None:
+            text = model.tool_template.render(messages, tools=tools.described, **extra)
+        else:
+            text = model.template.render(messages, **extra)
         return model.encode(text, add_special_tokens=False)
     except ConfigError as error:
         raise invalid("messages", str(error).removeprefix(f"{model.bundle.path}: ")) from error
@@ -171,11 +219,30 @@ def _read_messages(fields: Fields) -> list[dict[str, object]]:
             content = ""
         if not isinstance(content, str):
             raise invalid(f"{where}.content", f"got {show(content)}, expected a string or a list of text parts")
+        if role == "assistant" and message.get("tool_calls") is not None:
+            value = value | {"tool_calls": _read_calls(message, where)}
         # What OpenAI calls developer is what templates know as system.
         messages.append(value | {"role": "system" if role == "developer" else role, "content": content})
     if not messages:
         raise invalid("messages", "is empty or missing, expected a list of messages")
     return messages
+
+
+def _read_calls(message: Fields, where: str) -> list[object]:
+    """Earlier calls, with their arguments as an object: templates write them as JSON themselves."""
+    calls: list[object] = []
+    for number, value in enumerate(message.items("tool_calls")):
+        place = f"{where}.tool_calls[{number}]"
+        function = value.get("function") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise invalid(place, f"got {show(value)}, expected a call of a function with a name")
+        arguments = function.get("arguments", "{}")
+        try:
+            read = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError as error:
+            raise invalid(f"{place}.function.arguments", f"got {show(arguments)}, expected JSON") from error
+        calls.append(value | {"function": function | {"arguments": read}})
+    return calls
 
 
 def _read_part(part: object, where: str) -> str:

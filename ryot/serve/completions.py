@@ -22,6 +22,8 @@ FIELDS = (*SHARED, "prompt", "echo", "suffix", "add_special_tokens")
 class TextCompletion:
     """One request for continuations, under way."""
 
+    has_plain_chunks = True
+
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
         """Read the request and queue it. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)

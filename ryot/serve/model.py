@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,8 @@ class ModelOptions:
     """Requests that may wait for a row; the next one is turned away."""
     allowed_verifiers: frozenset[str] = frozenset()
     """Of the verifiers that run programs, those that requests may name."""
+    speculate: bool = False
+    """Whether a text that repeats itself may come several tokens at a time; that takes the weights once more."""
 
 
 class ServedModel:
@@ -90,17 +93,30 @@ class ServedModel:
                 "%s: int8-dyn rounds all tokens of a step by one scale, so an answer may depend on its neighbours", path
             )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
+        self._speculate = options.speculate
 
     @property
     def name(self) -> str:
         """What requests call it."""
         return self.bundle.name
 
+    def start(self) -> None:
+        """Begin to answer."""
+        self.runner.start()
+        if self._speculate:
+            # Nobody waits for it: until it is there, tokens come one by one.
+            threading.Thread(target=self.engine.open_checker, name="ryot-checker", daemon=True).start()
+
     def close(self) -> None:
         """End the runner and keep what is to be kept. Raises `ConfigError` where it cannot be written."""
         self.runner.stop()
         if self._prefix_path is not None:
             save_prefixes(self.scheduler.cache, self._prefix_path)
+
+    @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The template for a chat with tools, which some models have beside the other. Raises `BundleError`."""
+        return load_chat_template(self.bundle.path, self.tokenizer.config, tools=True)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -195,7 +195,12 @@ def _read_grammar(fields: Fields, model: ServedModel) -> str | None:
 
 
 def _read_response_format(wanted: Fields, model: ServedModel) -> str | None:
-    match wanted.choice("type", ("text", "json_object", "json_schema")):
+    match wanted.choice("type", ("text", "json_object", "json_schema", "regex", "grammar")):
+        case "regex" | "grammar" as kind:
+            text = wanted.text(kind) or wanted.text("pattern" if kind == "regex" else "value")
+            if not text:
+                raise invalid(wanted.where(kind), "is missing, expected a string")
+            return model.grammars.build_regex(text) if kind == "regex" else model.grammars.build_grammar(text)
         case "json_object":
             return model.grammars.build_json({"type": "object"})
         case "json_schema":
@@ -206,7 +211,7 @@ def _read_response_format(wanted: Fields, model: ServedModel) -> str | None:
             return model.grammars.build_json(schema)
         case "text":
             return None
-    raise invalid(wanted.where("type"), "is missing, expected text, json_object or json_schema")
+    raise invalid(wanted.where("type"), "is missing, expected text, json_object, json_schema, regex or grammar")
 
 
 def _read_structured_outputs(own: Fields, model: ServedModel) -> str:

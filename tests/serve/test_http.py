@@ -103,7 +103,14 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
             "response_format",
             "nonsense",
         ),
-        ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools", "not supported"),
+        (
+            "chat/completions",
+            CHAT | {"tools": [{"type": "function"}]},
+            "tools[0].function.name",
+            "expected up to 64 letters",
+        ),
+        ("chat/completions", CHAT | {"tool_choice": "required"}, "tool_choice", "only for a request with tools"),
+        ("completions", PROMPT | {"response_format": {"type": "regex"}}, "response_format.regex", "expected a string"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(server: Server, path: str, body: object, param: str, message: str) -> None:

@@ -1,0 +1,208 @@
+"""The server on Ray Serve: as many replicas as there is work for, each with the whole application and its own models.
+
+A gateway reads the request and passes it on; the router sends prompts that begin alike to the same replica, where what
+they have in common is known already, as long as that one is not full. More replicas come when requests queue up.
+A second deployment under the same name replaces the first one replica by replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from ryot.errors import ConfigError
+from ryot.serve.app import Service, build_app
+from ryot.serve.errors import ApiError
+from ryot.serve.model import ModelOptions, ServedModel
+
+APP_NAME = "ryot"
+#: Characters of a prompt by which its replica is chosen: a system prompt and the beginning of what follows.
+PREFIX_CHARACTERS = 2000
+DROPPED_HEADERS = (b"content-length", b"transfer-encoding", b"connection")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaOptions:
+    """How an application is deployed."""
+
+    bundles: tuple[Path, ...]
+    """Folders that every node sees under the same path."""
+    model: ModelOptions
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 4_000_000
+    timeout_s: float = 600.0
+    min_replicas: int = 1
+    max_replicas: int = 4
+
+
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
+    """Prefers the replica that a prompt's beginning belongs to, by rendezvous hashing; others when that one is full."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        key = "" if pending_request is None else str(pending_request.kwargs.get("key", ""))
+        ranked = sorted(
+            candidate_replicas,
+            key=lambda replica: hashlib.sha256(f"{key}/{replica.replica_id.unique_id}".encode()).digest(),
+        )
+        return [ranked[:1], ranked[1:]] if len(ranked) > 1 else [ranked]
+
+
+class Replica:
+    """The application with its models, asked by the gateway."""
+
+    def __init__(self, options: ReplicaOptions):
+        models = [ServedModel(path, options.model) for path in options.bundles]
+        service = Service(api_keys=options.api_keys, max_body_bytes=options.max_body_bytes, timeout_s=options.timeout_s)
+        self._models = models
+        for model in models:
+            model.start()
+        service.models = {model.name: model for model in models}
+        self._app = build_app(service)
+
+    async def answer(
+        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes, *, key: str
+    ) -> AsyncIterator[Any]:
+        """Status and headers of an answer, then its body in pieces; `key` is for the router."""
+        arrived: asyncio.Queue[Message] = asyncio.Queue()
+        gone = asyncio.Event()
+        sent = False
+
+        async def receive() -> Message:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            await arrived.put(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": list(headers),
+            "client": ("gateway", 0),
+            "server": ("replica", 0),
+        }
+        running = asyncio.ensure_future(self._run(scope, receive, send))
+        try:
+            more = True
+            while more:
+                message = await arrived.get()
+                if message["type"] == "http.response.start":
+                    yield message["status"], [(name, value) for name, value in message["headers"]]
+                else:
+                    more = message.get("more_body", False)
+                    yield message.get("body", b"")
+        finally:
+            # The gateway's client has gone, or all is said.
+            gone.set()
+            await running
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    async def check_health(self) -> None:
+        """Raise where an engine's thread has died."""
+        for model in self._models:
+            if not model.runner.is_alive:
+                raise RuntimeError(f"{model.name}: its engine has ended")
+
+
+class Gateway:
+    """Where requests arrive."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], max_body_bytes: int):
+        self._replicas = replicas.options(stream=True)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self._max_body_bytes:
+                error = ApiError(413, f"the body has more than {self._max_body_bytes} bytes, which is the limit")
+                return JSONResponse(error.body(), error.status)
+        stream: Any = self._replicas.answer.remote(
+            request.method, request.url.path, request.headers.raw, bytes(body), key=prefix_key(bytes(body))
+        )
+        status, headers = await anext(stream)
+        response = StreamingResponse(stream, status)
+        response.raw_headers = [(name, value) for name, value in headers if name.lower() not in DROPPED_HEADERS]
+        return response
+
+
+def prefix_key(body: bytes) -> str:
+    """What a prompt begins with: requests with the same go to the same replica."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(asked, dict):
+        return ""
+    said = asked.get("messages") or asked.get("prompt") or ""
+    if isinstance(said, list) and said and isinstance(said[0], dict):
+        # What a conversation begins with stays; what was said last is new each time.
+        said = said[: 1 + (said[0].get("role") in ("system", "developer"))]
+    text = said if isinstance(said, str) else json.dumps(said)
+    return f"{asked.get('model', '')}/{text[:PREFIX_CHARACTERS]}"
+
+
+def build_application(options: ReplicaOptions) -> serve.Application:
+    """What `serve.run` deploys."""
+    rows = options.model.rows
+    replicas = serve.deployment(
+        name="model",
+        max_ongoing_requests=4 * rows,
+        ray_actor_options={"num_cpus": options.model.threads},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=options.min_replicas, max_replicas=options.max_replicas, target_ongoing_requests=rows
+        ),
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),  # type: ignore[arg-type]
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=options.timeout_s,
+    )(Replica)
+    gateway = serve.deployment(
+        name="gateway", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, num_replicas=1
+    )(Gateway)
+    application: serve.Application = gateway.bind(replicas.bind(options), options.max_body_bytes)
+    return application
+
+
+def build_from_config(args: Mapping[str, Any]) -> serve.Application:
+    """What a RayService manifest imports; `args` are those of `ReplicaOptions`, the model's beside them."""
+    known = dict(args)
+    if not (bundles := known.pop("bundles", None)):
+        raise ConfigError("args.bundles: is missing, expected a list of folders")
+    own = {name: known.pop(name) for name in ("min_replicas", "max_replicas", "timeout_s") if name in known}
+    keys = Path(known.pop("api_keys_file")).read_text().split() if "api_keys_file" in known else ()
+    try:
+        model = ModelOptions(**known)
+    except TypeError as error:
+        raise ConfigError(f"args: {error}") from error
+    return build_application(
+        ReplicaOptions(bundles=tuple(Path(path) for path in bundles), model=model, api_keys=tuple(keys), **own)
+    )

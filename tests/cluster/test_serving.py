@@ -1,0 +1,82 @@
+"""Batches and the server on a real local Ray."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+
+import pytest
+
+from ryot.cluster.batches import run_cluster_batch
+from ryot.cluster.options import ClusterOptions
+from ryot.cluster.runtime import open_cluster
+from ryot.serve.batch import run_batch
+from ryot.serve.model import ModelOptions, ServedModel
+from tests.edge.tiny_bundle import write_bundle
+from tests.serve.test_batch import read
+
+pytestmark = pytest.mark.slow
+OPTIONS = ModelOptions(rows=4, max_waiting=1000)
+#: Shared memory that Ray Data's blocks need a little of.
+CLUSTER = ClusterOptions(num_cpus=2, malloc_tunables="")
+
+
+def test_a_batch_on_a_cluster_has_the_answers_of_one_machine(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", context=256, seed=1)
+    requests, alone, together = (tmp_path / name for name in ("requests.jsonl", "alone.jsonl", "together.jsonl"))
+    common = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    asked = [common | {"prompt": f"number {number}"} for number in range(20)]
+    lines = [
+        json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body})
+        for number, body in enumerate(asked)
+    ]
+    lines.insert(3, "no json")
+    requests.write_text("\n".join(lines) + "\n")
+    run_batch(ServedModel(bundle, OPTIONS), requests, alone, lambda progress: None)
+    # What a run before left is not asked again.
+    kept = alone.read_text().splitlines(keepends=True)[:4]
+    together.write_text("".join(kept))
+    progress, bad = run_cluster_batch(bundle, OPTIONS, requests, together, lambda progress: None, CLUSTER)
+    assert (progress.total, progress.before, progress.done, progress.failed) == (20, 4, 16, 0)
+    assert [line.number for line in bad] == [4]
+    assert together.read_text().startswith("".join(kept))
+
+    def texts(path: Path) -> dict[str, str]:
+        return {answer["custom_id"]: answer["response"]["body"]["choices"][0]["text"] for answer in read(path)}
+
+    assert texts(together) == texts(alone) and len(read(together)) == 20
+
+
+def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path: Path) -> None:
+    serve = pytest.importorskip("ray.serve")
+    from ryot.cluster.replicas import APP_NAME, ReplicaOptions, build_application, prefix_key
+
+    bundle = write_bundle(tmp_path / "bundle", context=1024, seed=1)
+    asked = ReplicaOptions(bundles=(bundle,), model=OPTIONS, api_keys=("secret",), min_replicas=2, max_replicas=2)
+    with open_cluster(ClusterOptions(num_cpus=2, malloc_tunables=""), log_dir=tmp_path / "logs"):
+        serve.start(http_options={"host": "127.0.0.1", "port": 18431})
+        serve.run(build_application(asked), name=APP_NAME, route_prefix="/")
+
+        def post(body: dict[str, object], key: str = "secret") -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", 18431, timeout=60)
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+        prompt = "a text that many prompts begin with, " * 3
+        body: dict[str, object] = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        assert post(body, "wrong")[0] == 401
+        found = [json.loads(post(body)[1]) for _ in range(4)]
+        assert len({json.dumps(one["choices"]) for one in found}) == 1
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
+        assert cached[0] == 0 and all(cached[1:])
+        status, text = post(body | {"stream": True})
+        assert status == 200 and text.startswith(b"data: ") and text.endswith(b"data: [DONE]\n\n")
+        assert post({"prompt": 5})[0] == 400
+        serve.shutdown()
+    assert prefix_key(b"{") == prefix_key(b"[1]") == ""
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    longer = [*talk, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
+    assert prefix_key(json.dumps({"messages": talk}).encode()) == prefix_key(json.dumps({"messages": longer}).encode())

@@ -1,0 +1,82 @@
+"""A bundle that is replaced while it is served: no request is lost, and a broken one changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from ryot.edge.bundle import Bundle
+from tests.edge.tiny_bundle import write_bundle
+from tests.serve.conftest import Server, running
+from tests.serve.test_http import post, wait_for
+
+BODY = {"prompt": "a", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+def answer(server: Server) -> str:
+    status, found = post(server, "/v1/completions", BODY)
+    assert status == 200, found
+    choices = found["choices"]
+    assert isinstance(choices, list)
+    return str(choices[0]["text"])
+
+
+def replace(path: Path, fresh: Path) -> None:
+    """Put another bundle in the folder, as a push to a device does."""
+    old = path.with_name("old")
+    path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old)
+
+
+@pytest.mark.parametrize("how", ["signal", "request"])
+def test_a_bundle_is_swapped_without_a_lost_request(tmp_path: Path, how: str) -> None:
+    served = write_bundle(tmp_path / "served", context=2048, seed=1)
+    fresh = write_bundle(tmp_path / "fresh", context=2048, seed=2)
+    with running(tmp_path, served) as server:
+        before = answer(server)
+        # One that lasts beyond the swap.
+        found: list[tuple[int, dict[str, object]]] = []
+        long = threading.Thread(
+            target=lambda: found.append(post(server, "/v1/completions", BODY | {"max_tokens": 1500, "logprobs": 20}))
+        )
+        long.start()
+        stop = threading.Event()
+        statuses: list[int] = []
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                statuses.append(post(server, "/v1/completions", BODY)[0])
+
+        asking = threading.Thread(target=ask_on)
+        asking.start()
+        replace(served, fresh)
+        if how == "signal":
+            server.process.send_signal(signal.SIGHUP)
+        else:
+            status, told = post(server, "/admin/reload", {})
+            assert status == 200 and len(told["reloaded"]) == 1  # type: ignore[arg-type]
+        wait_for(lambda: answer(server) != before)
+        stop.set()
+        asking.join()
+        long.join()
+        assert set(statuses) == {200}
+        status, whole = found[0]
+        assert status == 200 and whole["usage"]["completion_tokens"] == 1500  # type: ignore[index]
+        assert server.end() == 0
+
+
+def test_a_broken_bundle_changes_nothing(tmp_path: Path, plain_bundle: Bundle) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(plain_bundle.path, served)
+    with running(tmp_path, served, "--api-key", "secret") as server:
+        key = {"Authorization": "Bearer secret"}
+        (served / "ryot_manifest.json").write_text("{}")
+        assert post(server, "/admin/reload", {})[0] == 401
+        status, told = post(server, "/admin/reload", {}, key)
+        assert status == 409 and "what is served stays" in str(told)
+        assert post(server, "/v1/completions", BODY, key)[0] == 200

@@ -2,8 +2,9 @@
 
 A quantized artifact's logits depend on the CPU: kernels round activations in their own ways. How much that may change
 is taken from the artifact itself: its logits on this CPU are compared with exact arithmetic (float32) on the same
-quantized weights. Two CPUs are each about that far from the exact result, so a margin above twice that decides a token
-on both.
+quantized weights, as distances of a position's likeliest tokens from the one it chose: an error that all logits share
+changes no token, and those of tokens far below do not either. Two CPUs are each about that far from the exact result,
+so a margin above twice that decides a token on both.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ NUM_GOLDEN, NUM_CANDIDATES = 4, 8
 #: Shares of the context that a golden prompt and its answer take, and how many tokens at most: a device checks them.
 PROMPT_SHARE, ANSWER_SHARE = 4, 8
 MAX_PROMPT, MAX_ANSWER = 32, 16
+#: Tokens after which a prompt begins anew, where it does.
+PERIOD = 8
+#: Of a position's logits the largest, whose order could change.
+NUM_RIVALS = 16
 
 
 def make_golden(
@@ -50,31 +55,44 @@ def make_golden(
     context = weights.spec.max_seq_len
     num_prompt = max(1, min(MAX_PROMPT, context // PROMPT_SHARE))
     num_answer = max(1, min(MAX_ANSWER, context // ANSWER_SHARE))
+    # A text that goes round is what a model is surest of.
+    asked = [prompt[:num_prompt] for prompt in prompts] + [np.resize(prompt[:PERIOD], num_prompt) for prompt in prompts]
     decoder = OnnxruntimeEngine(bundle)
-    answers = [_answer(decoder, prompt[:num_prompt], num_answer) for prompt in prompts]
+    answers = [_answer(decoder, prompt, num_answer) for prompt in asked]
     # Teacher-forced: each token of an answer is followed by the next logits.
-    fed = [np.stack([prompt[:num_prompt] for prompt in prompts]), np.stack([tokens[:-1] for tokens, _ in answers])]
+    fed = [np.stack(asked), np.stack([tokens[:-1] for tokens, _ in answers])]
     loads = (_dequantized(weights, artifact.prefill), _dequantized(weights, artifact.decode))
     pieces = [Piece(ids, load) for ids, load in zip(fed, loads) if ids.size]
     first, *rest = layerwise_logits(weights.spec, pieces, torch.float32)
     exact = torch.cat((first[:, -1:], *rest), dim=1).numpy()
-    noise = max(float(np.abs(row - logits).max()) for row, (_, logits) in zip(exact, answers))
+    noise = max(_distance_error(logits, row) for row, (_, logits) in zip(exact, answers))
     tolerance = max(2 * noise, rounding_error)
     golden = []
-    for prompt, (tokens, logits) in zip(prompts, answers):
+    for prompt, (tokens, logits) in zip(asked, answers):
         best = np.partition(logits, -2, axis=-1)[:, -2:]
         margins = best[:, 1] - best[:, 0]
         unsure = np.flatnonzero(margins <= tolerance)
         sure = int(unsure[0]) if len(unsure) else len(tokens)
         golden.append(
             {
-                "ids": prompt[:num_prompt].tolist(),
+                "ids": prompt.tolist(),
                 "tokens": tokens[:sure].tolist(),
                 "margins": [round(float(m), 6) for m in margins[:sure]],
             }
         )
     golden.sort(key=lambda g: -len(g["tokens"]))
     return [g for g in golden[:NUM_GOLDEN] if g["tokens"]], tolerance
+
+
+def _distance_error(found_TV: FloatArray, exact_TV: FloatArray) -> float:
+    """By how much the distance of a rival from the token that was chosen is off, at most."""
+    rivals_TR = np.argpartition(found_TV, -min(NUM_RIVALS, found_TV.shape[-1]), axis=-1)[:, -NUM_RIVALS:]
+    chosen_T1 = found_TV.argmax(axis=-1, keepdims=True)
+    found_TR, exact_TR = (
+        np.take_along_axis(logits, chosen_T1, -1) - np.take_along_axis(logits, rivals_TR, -1)
+        for logits in (found_TV, exact_TV)
+    )
+    return float(np.abs(found_TR - exact_TR).max())
 
 
 def _dequantized(weights: DecoderWeights, matrices: Mapping[str, Matrix]) -> Load:

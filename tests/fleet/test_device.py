@@ -42,6 +42,15 @@ print(*sorted({m.split(".")[0] for m in sys.modules} - set(sys.stdlib_module_nam
     assert done.stdout.split() == ["ryot"]
 
 
+def test_pushing_takes_a_base_install_alone() -> None:
+    code = """
+import sys
+import ryot.fleet.kit, ryot.fleet.push, ryot.fleet.status
+print(*sorted({"torch", "onnx", "onnxruntime", "ray", "cryptography", "zstandard", "matplotlib"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
 def test_a_release_runs_read_only_as_another_user_without_home_or_network(version_1: Path, tmp_path: Path) -> None:
     """Written under umask 077, then run as `nobody` under strace: no socket is opened, no file written."""
     root = Root(tmp_path / "device")

@@ -12,6 +12,7 @@ from ryot.artifact import ArtifactId
 from ryot.edge.bundle import load_bundle
 from ryot.edge.protocol import MeasureResult
 from ryot.fleet.records import join_reports, judge_device
+from ryot.report.compare import compare_reports
 from ryot.report.render import render
 from ryot.report.rows import load_report, load_schema, report_to_dict, save_report
 from ryot.report.targets import build_target
@@ -35,6 +36,8 @@ def test_devices_are_rows_of_one_report_each_with_its_own_verdicts(version_1: Pa
     jsonschema.validate(json.loads(json.dumps(report_to_dict(report))), load_schema())
     save_report(report, tmp_path / "report.json")
     assert load_report(tmp_path / "report.json") == report
+    # A device is compared with itself where it is in both, and any with what was measured here.
+    assert {line.subject for line in compare_reports(report, reports[1]).lines} == {"tiny/fp32@hall"}
     shown = render(report)
     assert re.search(r"^kitchen +tiny .* PASS$", shown, re.M) and re.search(r"^hall +tiny .* FAIL$", shown, re.M)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ryot.deploy.bundle import copy_runtime, write_json, write_manifest, write_requirements
+from ryot.deploy.bundle import write_json, write_manifest, write_requirements
+from ryot.deploy.runtime import copy_runtime
 from ryot.deploy.sbom import SBOM_NAME, build_sbom
 from tests.edge.tiny_bundle import write_bundle
 

@@ -24,6 +24,7 @@ from ryot.deploy.oracle import NO_ORACLE, OracleResult
 from ryot.deploy.precisions import build_graphs, pair_matrices, serialize, split_pair
 from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
+from ryot.deploy.runtime import copy_runtime
 from ryot.deploy.sbom import SBOM_NAME, build_sbom
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.text_check import TextCheck
@@ -127,7 +128,7 @@ def build_artifact(
         bundle.write_checkpoint_files(origin.checkpoint, stage)
         bundle.write_requirements(stage, onnxruntime_min(settings))
         bundle.write_genai_config(stage, weights.spec, origin.text.token_ids, shared_buffer=True)
-        bundle.copy_runtime(stage)
+        copy_runtime(stage)
         values = _manifest_values(origin, precision, singles, cache, scores)
         bundle.write_manifest(stage, values)
         golden, tolerance = make_golden(

@@ -15,8 +15,12 @@ from typing import Any
 import ryot
 
 SBOM_NAME = "sbom.cdx.json"
-#: SPDX ids of what a device installs, as the packages' own metadata say (onnxruntime 1.32, numpy 2.4, tokenizers 0.23).
-_LICENSES = {"onnxruntime": "MIT", "numpy": "BSD-3-Clause", "tokenizers": "Apache-2.0"}
+#: SPDX expressions of what a device installs, by the packages' metadata (onnxruntime 1.32, numpy 2.4, tokenizers 0.23).
+_LICENSES = {
+    "onnxruntime": "MIT",
+    "numpy": "BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0",
+    "tokenizers": "Apache-2.0",
+}
 
 
 def build_sbom(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def build_sbom(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _package(requirement: str) -> dict[str, Any]:
     name = requirement.partition(">")[0].partition("<")[0].partition("=")[0].strip()
-    license_ = {"licenses": [{"license": {"id": _LICENSES[name]}}]} if name in _LICENSES else {}
+    license_ = {"licenses": [{"expression": _LICENSES[name]}]} if name in _LICENSES else {}
     return {
         "type": "library",
         "bom-ref": f"pkg:pypi/{name}",

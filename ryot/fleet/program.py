@@ -7,7 +7,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from ryot.deploy.bundle import PACKAGE, find_modules
+from ryot.deploy.runtime import PACKAGE, find_modules
 
 _MAIN = "import sys\nfrom ryot.fleet.device.main import main\nsys.exit(main())\n"
 

@@ -144,10 +144,8 @@ def _push(
     result: PushResult,
     tell: Callable[[str], None],
 ) -> None:
-    session = secrets.token_hex(16)
-    pauses = iter(RETRY_AFTER_S)
+    session, pauses, reached = secrets.token_hex(16), iter(RETRY_AFTER_S), False
     while True:
-        reached = False
         try:
             with connect(host, options.ssh_config, links, tell) as device:
                 reached = True
@@ -155,7 +153,7 @@ def _push(
         except ConnectionLost as error:
             pause = next(pauses, None)
             # A device that was never reached is not there; one that was may come back.
-            if pause is None or links.stopped or (not reached and result.sent_bytes == 0):
+            if pause is None or links.stopped or not reached:
                 raise
             tell(f"{error}; trying again in {pause:g} s")
             time.sleep(pause)
@@ -175,30 +173,19 @@ def _push_once(
     result.notes = check_device(facts, parcel.bundle, own_peak_bytes(parcel.bundle), host.root)
     for note in result.notes:
         tell(f"note: {note}")
-    pieces = list(parcel.files.values())
     taken = wheels.get(parcel, device) if host.offline else []
     device.start(op="push", root=host.root, session=session, who=whoami())
     if options.trusted_keys is not None:
         answer = device.ask(op="trust", keys=options.trusted_keys.read_text(encoding="utf-8"))
         if answer["changed"]:
             tell("its trusted keys were replaced")
-    found = device.ask(op="missing", files={p.sha256: p.bytes for p in (*pieces, *(w for _, w in taken))})
-    have: dict[str, int] = found["missing"]
-    lacking = {p.sha256: p for p in (*pieces, *(w for _, w in taken)) if p.sha256 in have}
-    to_send = sum(p.bytes - have[p.sha256] for p in lacking.values())
-    unpacked = sum(w.bytes for _, w in taken if w.sha256 in have) * _UNPACKED
-    check_disk(found["disk_free_bytes"], to_send + unpacked)
-    resumed = sum(have.values())
-    tell(f"sending {to_send / 1e6:,.2f} MB" + (f", {resumed / 1e6:,.2f} MB came before" if resumed else ""))
-    result.sent_bytes = max(result.sent_bytes, 1)
-    device.send_files([(piece, have[digest]) for digest, piece in lacking.items()])
-    result.sent_bytes = max(result.sent_bytes, to_send)
+    _send_missing(parcel, taken, device, result, tell)
     built = device.ask(
         op="build",
         bundle=parcel.id,
         files={name: piece.sha256 for name, piece in parcel.files.items()},
         python=facts.python,
-        wheels=[(name, wheel.sha256) for name, wheel in taken],
+        wheels=_named(taken),
     )
     limits = limits_under(targets, facts.cores or 1)
     brief = _BRIEF if options.rounds == 0 else effort([parcel.bundle], quick=False)
@@ -221,6 +208,37 @@ def _push_once(
     done = device.ask(op="activate", release=release, **host.owner_commands)
     result.outcome = "switched" if done["switched"] else "unchanged"
     tell(result.outcome)
+
+
+def _send_missing(
+    parcel: Parcel,
+    wheels: Sequence[tuple[str, Piece]],
+    device: Connection,
+    result: PushResult,
+    tell: Callable[[str], None],
+) -> None:
+    """Send what the device lacks of a bundle, and wheels unless an environment is made from them already."""
+    pieces = list(parcel.files.values())
+    if wheels:
+        requirements = parcel.files["requirements.txt"].path.read_text(encoding="utf-8")
+        python, names = device.facts.python, _named(wheels)
+        if device.ask(op="python", requirements=requirements, python=python, wheels=names)["python"]:
+            wheels = ()
+    pieces += [wheel for _, wheel in wheels]
+    found = device.ask(op="missing", files={piece.sha256: piece.bytes for piece in pieces})
+    have: dict[str, int] = found["missing"]
+    lacking = {piece.sha256: piece for piece in pieces if piece.sha256 in have}
+    to_send = sum(piece.bytes - have[digest] for digest, piece in lacking.items())
+    check_disk(found["disk_free_bytes"], to_send + sum(wheel.bytes for _, wheel in wheels) * _UNPACKED)
+    resumed = sum(have.values())
+    tell(f"sending {to_send / 1e6:,.2f} MB" + (f", {resumed / 1e6:,.2f} MB came before" if resumed else ""))
+    device.send_files([(piece, have[digest]) for digest, piece in lacking.items()])
+    result.sent_bytes = max(result.sent_bytes, to_send)
+
+
+def _named(wheels: Sequence[tuple[str, Piece]]) -> list[tuple[str, str]]:
+    """Names and hashes."""
+    return [(name, wheel.sha256) for name, wheel in wheels]
 
 
 def _missed(report: Report) -> str:

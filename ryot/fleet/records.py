@@ -26,6 +26,7 @@ def judge_device(
 ) -> Report:
     """The report of one device: its row, and the verdicts of `targets` about it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = own_record(bundle)
     [artifact] = [dataclasses.replace(a, device=device, path="") for a in find_artifacts(bundle.path)]
     report = build_report(
         run_id=f"pushed-{now}",
@@ -34,7 +35,8 @@ def judge_device(
         results={artifact.id: results},
         targets=targets,
         machine=machine,
-        corpus={},
+        corpus={} if record is None else record.corpus,
+        variants=() if record is None else record.variants,
         created_at=now,
     )
     # It is on its device already: nothing is to be chosen.
@@ -66,12 +68,15 @@ def describe_devices(report: Report) -> list[str]:
     return [f"{name}: {cpu_name(machine)}" for name, machine in report.devices.items()]
 
 
-def own_peak_bytes(bundle: Bundle) -> int | None:
-    """The memory that a bundle took where it was measured last; None where its record does not say."""
-    if not has_report(bundle.path):
-        return None
+def own_record(bundle: Bundle) -> Report | None:
+    """What was found out about a bundle when it was made; None where it has no record, or none that can be read."""
     try:
-        peaks = [row.peak_rss_bytes for row in load_report(bundle.path).rows if row.peak_rss_bytes]
+        return load_report(bundle.path) if has_report(bundle.path) else None
     except ConfigError:
         return None
-    return max(peaks, default=None)
+
+
+def own_peak_bytes(bundle: Bundle) -> int | None:
+    """The memory that a bundle took where it was measured last; None where its record does not say."""
+    record = own_record(bundle)
+    return None if record is None else max((r.peak_rss_bytes for r in record.rows if r.peak_rss_bytes), default=None)

@@ -218,6 +218,8 @@ def _pair_artifacts(
 ) -> list[tuple[ArtifactRow, ArtifactRow]]:
     if name_a or name_b:
         return [(_find_artifact(a, name_a or name_b), _find_artifact(b, name_b or name_a))]
+    if common := [(x, y) for x in a.rows for y in b.rows if x.device and name_of(x) == name_of(y)]:
+        return common
     right = {(r.variant, r.precision): r for r in b.rows}
     common = [(r, right[r.variant, r.precision]) for r in a.rows if (r.variant, r.precision) in right]
     return common or [(_find_artifact(a, None), _find_artifact(b, None))]
@@ -259,8 +261,8 @@ def machine_key(report: Report) -> tuple[Any, ...]:
 
 
 def name_of(row: ArtifactRow) -> str:
-    """`variant/precision`"""
-    return f"{row.variant}/{row.precision}"
+    """`variant/precision`, and `@device` of one that was measured elsewhere."""
+    return f"{row.variant}/{row.precision}" + (f"@{row.device}" if row.device else "")
 
 
 def number_text(value: float | None) -> str:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from ryot.config import PRECISIONS, ModelConfig
 from ryot.deploy.artifact import ExportOptions
-from ryot.deploy.bundle import finish_bundle, runtime_modules
+from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import export_variant
 from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
 from ryot.deploy.quantize import Quantizer
+from ryot.deploy.runtime import runtime_modules
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.verify import check_parity, reference_logits
 from ryot.deploy.weights import load_decoder_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -98,17 +99,20 @@ class Sshd:
 
     def close(self) -> None:
         """End it and every session of its."""
-        for pid in (*self.sessions(), self.process.pid):
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
+        kill(*self.sessions(), self.process.pid)
         self.process.wait()
         self.log.close()
 
     def sessions(self) -> list[int]:
         """Its descendants, the deepest first: what it runs for clients."""
         return descendants(self.process.pid)
+
+
+def kill(*pids: int) -> None:
+    """SIGKILL those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 9)
 
 
 def descendants(pid: int) -> list[int]:

@@ -20,7 +20,10 @@ from ryot.fleet.device.store import Release, Root
 from ryot.fleet.kit import INSTALL_NAME, PROGRAM_NAME, write_kit
 from ryot.fleet.program import build_program, write_program
 from tests.edge.test_telemetry import trace_calls
-from tests.fleet.conftest import plain_environment, ryot
+from tests.fleet.conftest import Push, plain_environment, run_current, ryot
+
+#: This Python without the packages of its environment.
+BARE_PYTHON = getattr(sys, "_base_executable", sys.executable)
 
 
 def test_the_program_for_devices_needs_the_standard_library_alone(tmp_path: Path) -> None:
@@ -37,6 +40,15 @@ print(*sorted({m.split(".")[0] for m in sys.modules} - set(sys.stdlib_module_nam
         [sys.executable, "-I", "-S", "-c", code, tmp_path / "device.pyz"], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["ryot"]
+
+
+def test_pushing_takes_a_base_install_alone() -> None:
+    code = """
+import sys
+import ryot.fleet.kit, ryot.fleet.push, ryot.fleet.status
+print(*sorted({"torch", "onnx", "onnxruntime", "ray", "cryptography", "zstandard", "matplotlib"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_a_release_runs_read_only_as_another_user_without_home_or_network(version_1: Path, tmp_path: Path) -> None:
@@ -105,27 +117,48 @@ def test_a_wheel_is_unpacked_as_pip_would(tmp_path: Path) -> None:
     assert not list((tmp_path / "library").rglob("run"))
 
 
+def test_it_needs_no_memory_that_is_written_and_executed(version_1: Path) -> None:
+    """As `MemoryDenyWriteExecute=` of the unit in deploy/systemd asks, by the kernel's own switch for it."""
+    program = """
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, Linux 6.3
+    sys.exit(77)
+os.execv(sys.executable, [sys.executable, "-B", *sys.argv[1:]])
+"""
+    for engine in ("capi", "python"):
+        command = [sys.executable, "-c", program, version_1 / "run.py", "--verify", "--engine", engine]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+        if done.returncode == 77:
+            pytest.skip("this kernel has no such switch")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="session")
+def wheels(version_1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a bundle needs, as wheels for this machine; skips where there is no index."""
+    folder = tmp_path_factory.mktemp("wheels")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    made = ryot("pack", version_1, "--kit", folder / "kit", "--machine", os.uname().machine, "--python", python)
+    if made.returncode:
+        pytest.skip(f"no package index can be reached: {made.stderr}")
+    return folder / "kit" / "wheels"
+
+
 @pytest.mark.slow
 def test_a_kit_installs_on_a_device_without_network_and_goes_back(
-    version_1: Path, version_2: Path, owner_key: Path, tmp_path: Path
+    version_1: Path, version_2: Path, wheels: Path, owner_key: Path, tmp_path: Path
 ) -> None:
-    """With real wheels from pip's index, into an environment that has nothing else."""
+    """With real wheels, into an environment that has nothing else."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    kits = []
-    for number, bundle in enumerate((version_1, version_2)):
-        kit = tmp_path / f"kit{number}"
-        wheels = () if number == 0 else ("--wheels", tmp_path / "kit0" / "wheels")
-        made = ryot("pack", bundle, "--kit", kit, "--machine", os.uname().machine, "--python", python, *wheels)
-        if number == 0 and "no wheels for" in made.stderr:
-            pytest.skip(f"no package index can be reached: {made.stderr}")
-        assert made.returncode == 0, made.stderr
-        assert {path.name for path in kit.iterdir()} == {"bundle", "wheels", PROGRAM_NAME, INSTALL_NAME}
-        kits.append(kit)
+    kits = [
+        write_kit(bundle, tmp_path / f"kit{number}", machine=os.uname().machine, python=python, wheels=wheels)
+        for number, bundle in enumerate((version_1, version_2))
+    ]
+    assert {path.name for path in kits[0].iterdir()} == {"bundle", "wheels", PROGRAM_NAME, INSTALL_NAME}
     root = tmp_path / "device"
-    # No network: a namespace of its own has none; without the right to make one, an index that is not there.
+    # A network namespace of its own has no network; where none can be made, an index is named that is not there.
     alone = ["unshare", "--net"] if os.geteuid() == 0 and shutil.which("unshare") else []
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": getattr(sys, "_base_executable", sys.executable)}
-    environment["PIP_INDEX_URL"] = "http://127.0.0.1:1/"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": BARE_PYTHON, "PIP_INDEX_URL": "http://127.0.0.1:1/"}
 
     def run(*command: object) -> subprocess.CompletedProcess[str]:
         words = [*alone, *map(str, command)]
@@ -139,13 +172,28 @@ def test_a_kit_installs_on_a_device_without_network_and_goes_back(
     assert "making an environment from" in first.stderr and "runs: tiny-0 fp32" in first.stdout
     second = run("sh", kits[1] / INSTALL_NAME, "--root", root)
     assert second.returncode == 0, second.stderr
+    assert "making an environment" not in second.stderr
     assert "runs: tiny-second fp32" in second.stdout and "before: tiny-0" in second.stdout
     assert run(root / "current" / "run", "--verify").returncode == 0
-    python_there = environment["PYTHON"]
-    back = run(python_there, "-I", kits[1] / PROGRAM_NAME, "--root", root, "rollback")
+    back = run(BARE_PYTHON, "-I", kits[1] / PROGRAM_NAME, "--root", root, "rollback")
     assert "runs: tiny-0 fp32" in back.stdout
-    status = run(python_there, "-I", kits[1] / PROGRAM_NAME, "--root", root, "status")
+    status = run(BARE_PYTHON, "-I", kits[1] / PROGRAM_NAME, "--root", root, "status")
     assert "24 of 24 golden tokens" in status.stdout
+
+
+@pytest.mark.slow
+def test_an_offline_push_takes_wheels_along_once(
+    version_1: Path, version_2: Path, wheels: Path, push: Push, root: Path
+) -> None:
+    host = {"python": BARE_PYTHON, "offline": True}
+    first = push(version_1, host=host, wheels=wheels)
+    assert first.outcome == "switched", first.reason
+    [environment] = (root / "environments").iterdir()
+    assert run_current(root).returncode == 0
+    second = push(version_2, host=host, wheels=wheels)
+    assert second.outcome == "switched", second.reason
+    assert [environment] == list((root / "environments").iterdir())
+    assert second.sent_bytes < 1_000_000 < first.sent_bytes
 
 
 def test_a_kit_is_for_devices_that_there_are(version_1: Path, tmp_path: Path) -> None:

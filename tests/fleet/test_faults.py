@@ -20,7 +20,7 @@ from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from tests.fleet.conftest import Push, rewrite_manifest, run_current
-from tests.fleet.sshd import Sshd, descendants, is_sshd_there
+from tests.fleet.sshd import Sshd, descendants, is_sshd_there, kill
 
 pytestmark = pytest.mark.slow
 
@@ -134,15 +134,46 @@ def test_a_device_whose_desk_vanished_takes_the_next_push(link: Link, heavy: Pat
     assert result.outcome == "switched", result.reason
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("proves", [True, False])
+def test_a_switch_whose_watcher_was_killed_is_proved_or_taken_back_by_the_next_connection(
+    version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path, tmp_path: Path, proves: bool
+) -> None:
+    push(version_1)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    health = f"[ -e {bad} ] && exit 1; [ -e {good} ] || sleep 30"
+    said: list[str] = []
+
+    def kill_after_the_switch() -> None:
+        while run_current(root).stdout.startswith("tiny-0"):
+            time.sleep(0.1)
+        assert Root(root).read_state().pending is not None
+        (good if proves else bad).touch()
+        kill(*sshd.sessions())
+
+    watcher = threading.Thread(target=kill_after_the_switch)
+    watcher.start()
+    host = Host(name="host", root=str(root), python=sys.executable, health=health, health_wait_s=0.5)
+    options = PushOptions(rounds=0, ssh_config=sshd.config)
+    [result] = push_all(
+        prepare(version_2, None), [host], options, jobs=1, scratch=tmp_path, tell=lambda _, what: said.append(what)
+    )
+    watcher.join()
+    assert "proving a switch that was interrupted" in said
+    assert any(line.startswith("took back a switch that was interrupted") for line in said) == (not proves)
+    assert result.outcome == ("unchanged" if proves else "failed"), result.reason
+    assert run_current(root).stdout.startswith("tiny-second: " if proves else "tiny-0: ")
+    state = Root(root).read_state()
+    assert state.pending is None and state.good[-1] == Root(root).current_id()
+
+
 def test_killed_at_any_moment_the_device_runs_a_whole_version(
-    version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path, seed: int
+    version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path
 ) -> None:
     """`benchmarks/fleet.py` does the same 50 times and more."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     push(version_1)
     names = {"tiny-0", "tiny-second"}
-    for number in range(4):
+    for number in range(5):
         action = rng.choice(["push", "push", "rollback"])
         bundle = (version_2, version_1)[number % 2]
         where = ["--ssh-config", str(sshd.config), "--root", str(root)]
@@ -160,12 +191,7 @@ def test_killed_at_any_moment_the_device_runs_a_whole_version(
         deadline = time.monotonic() + delay
         while time.monotonic() < deadline and desk.poll() is None:
             time.sleep(0.01)
-        victims = sshd.sessions() if rng.random() < 0.6 else [*descendants(desk.pid), desk.pid]
-        for pid in victims:
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
+        kill(*(sshd.sessions() if rng.random() < 0.6 else [*descendants(desk.pid), desk.pid]))
         done = run_current(root)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split(":")[0] in names

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -56,7 +57,7 @@ def test_an_update_sends_what_changed_and_a_rollback_returns(
 ) -> None:
     assert push(version_1).outcome == "switched"
     again = push(version_1)
-    assert (again.outcome, again.sent_bytes) == ("unchanged", 1)
+    assert (again.outcome, again.sent_bytes) == ("unchanged", 0)
     update = push(version_2)
     assert update.outcome == "switched"
     changed = [version_2 / name for name in ("ryot_manifest.json", "requirements.txt")]
@@ -276,3 +277,13 @@ def test_an_interrupt_ends_all_pushes_and_leaves_the_device_as_it_was(
     assert desk.wait(timeout=10) == 130, rest
     assert run_current(root).stdout.startswith("tiny-0: ")
     assert push(version_2).outcome == "switched"
+
+
+@pytest.mark.slow
+def test_a_host_that_says_nothing_is_given_up(version_1: Path, push: Push, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = tmp_path / "config"
+        config.write_text(f"Host host\n  HostName 127.0.0.1\n  Port {silent.getsockname()[1]}\n")
+        result = push(version_1, ssh_config=config)
+    assert result.outcome == "failed" and result.reason.startswith("cannot be reached: "), result.reason
+    assert "timed out" in result.reason and result.wall_s < 40

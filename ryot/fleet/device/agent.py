@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ryot.edge.trust import parse_trusted_keys
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device import checks, processes
-from ryot.fleet.device.environment import find_python
+from ryot.fleet.device.environment import existing_python, find_python
 from ryot.fleet.device.store import DamagedFile, Release, Root, State, identify, write_whole
 from ryot.fleet.device.wire import Wire, WireError
 
@@ -77,6 +77,12 @@ class Agent:
         missing = self._root.find_missing(request["files"])
         free = shutil.disk_usage(self._root.path).free
         return {"missing": missing, "disk_free_bytes": free}
+
+    def python(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The Python that is there for a bundle already, so that wheels need not be sent."""
+        wheels = [(name, digest) for name, digest in request["wheels"]]
+        found = existing_python(self._root, request["requirements"], python=request["python"], wheels=wheels)
+        return {"python": found}
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
         """The bundle and a Python for it, put together, verified, and its golden tokens compared."""
@@ -200,6 +206,7 @@ def _serve(wire: Wire, request: dict[str, Any]) -> None:
         operations = {
             "trust": agent.trust,
             "missing": agent.missing,
+            "python": agent.python,
             "build": agent.build,
             "measure": agent.measure,
             "activate": agent.activate,

@@ -36,15 +36,11 @@ def find_python(
 
     `wheels` are the names and hashes of those that came along; without any, pip on the device installs from its index.
     """
-    wanted = [line.strip() for line in requirements.splitlines() if line[:1].isalpha()]
-    if not _lacking(python, wanted):
-        return python
-    version = _output([python, "-I", "-c", "import sys; print(*sys.version_info[:2], sys.executable)"])
-    names = [name for pair in sorted(wheels) for name in pair]
-    target = root.environment(identify(version, *wanted, *names))
+    if there := existing_python(root, requirements, python=python, wheels=wheels):
+        return there
+    wanted = _wanted(requirements)
+    target = _place(root, wanted, python, wheels)
     own = str(target / "bin" / "python")
-    if target.exists() and not _lacking(own, wanted):
-        return own
     shutil.rmtree(target, ignore_errors=True)
     # pip may outlive a push that was killed: what it goes on to write must not be in the way of the next one.
     stage = target.with_name(f".{target.name}-{os.getpid()}")
@@ -71,6 +67,25 @@ def find_python(
         shutil.rmtree(target, ignore_errors=True)
         raise FleetError(f"the environment that was made lacks {', '.join(lacking)}")
     return own
+
+
+def existing_python(root: Root, requirements: str, *, python: str, wheels: Sequence[tuple[str, str]]) -> str | None:
+    """What `find_python` would give, where that is there already."""
+    wanted = _wanted(requirements)
+    if not _lacking(python, wanted):
+        return python
+    own = str(_place(root, wanted, python, wheels) / "bin" / "python")
+    return own if Path(own).exists() and not _lacking(own, wanted) else None
+
+
+def _wanted(requirements: str) -> list[str]:
+    return [line.strip() for line in requirements.splitlines() if line[:1].isalpha()]
+
+
+def _place(root: Root, wanted: Sequence[str], python: str, wheels: Sequence[tuple[str, str]]) -> Path:
+    """Where an environment made from just these lies."""
+    version = _output([python, "-I", "-c", "import sys; print(*sys.version_info[:2], sys.executable)"])
+    return root.environment(identify(version, *wanted, *(name for pair in sorted(wheels) for name in pair)))
 
 
 def unpack_wheel(wheel: Path, name: str, library: Path) -> None:

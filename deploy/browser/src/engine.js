@@ -26,9 +26,24 @@ const KEPT_CALLS = 8;
 /** A prompt that the context cannot hold. */
 export class ContextError extends Error {}
 
+/**
+ * Throw `ContextError` where ids do not fit behind `held` tokens, `BundleError` for an unknown one.
+ * @param {Manifest} manifest @param {number} held @param {number[]} ids
+ */
+export function checkPrompt({ model: { context_length: context, vocab_size: size } }, held, ids) {
+  if (held + ids.length > context) {
+    throw new ContextError(`the prompt has ${held + ids.length} tokens, the context holds ${context}`);
+  }
+  if (ids.some(id => id < 0 || id >= size)) {
+    throw new BundleError(`prompt: a token id is outside the vocabulary, 0 to ${size - 1}`);
+  }
+}
+
 export class Engine {
   /** Ids that keys and values are held of. @type {number[]} */
   held = [];
+  /** Whether `logits` are wanted; here they are there in any case. */
+  readsLogits = false;
   capacity = 0;
   /** @type {[string, Tensor][]} */
   #cache = [];
@@ -46,8 +61,9 @@ export class Engine {
     this.sessions = sessions;
     this.maxLen = manifest.model.context_length;
     // Until graphs of another kind came, those of a pair that round keys and values behind the prompt took no past.
-    this.takesPast = manifest.prefill_takes_past
-      ?? (manifest.graphs.prefill === manifest.graphs.decode || manifest.kv_dtype === 'float32');
+    this.takesPast =
+      manifest.prefill_takes_past ??
+      (manifest.graphs.prefill === manifest.graphs.decode || manifest.kv_dtype === 'float32');
     this.#lastIndex = runtime.newTensor('int32', [1]);
     this.#total = runtime.newTensor('int32', []);
     this.#token = runtime.newTensor('int64', [1, 1]);
@@ -59,6 +75,11 @@ export class Engine {
   #total;
   #token;
   #logits;
+
+  /** Bytes of the runtime's memory: weights, cache and all else. */
+  get memoryBytes() {
+    return this.runtime.memoryBytes;
+  }
 
   /** [V] logits behind the last token; a view of the runtime's own memory. @returns {Float32Array} */
   get logits() {
@@ -102,13 +123,7 @@ export class Engine {
    */
   extend(ids) {
     const start = this.held.length;
-    if (start + ids.length > this.maxLen) {
-      throw new ContextError(`the prompt has ${start + ids.length} tokens, the context holds ${this.maxLen}`);
-    }
-    const last = this.manifest.model.vocab_size - 1;
-    if (ids.some(id => id < 0 || id > last)) {
-      throw new BundleError(`prompt: a token id is outside the vocabulary, 0 to ${last}`);
-    }
+    checkPrompt(this.manifest, start, ids);
     this.#grow(start + ids.length);
     const oneByOne = start > 0 && !this.takesPast;
     const size = oneByOne ? 1 : this.takesPast ? PIECE_TOKENS : ids.length;
@@ -157,13 +172,16 @@ export class Engine {
       const positions = this.manifest.position_ids ? this.runtime.newTensor('int64', [1, count]) : null;
       /** @type {[string, Tensor][]} */
       const inputs = [
-        ['input_ids', ids], ['seqlens_k', this.#lastIndex], ['total_sequence_length', this.#total],
+        ['input_ids', ids],
+        ['seqlens_k', this.#lastIndex],
+        ['total_sequence_length', this.#total],
         ...this.#cache.map(([name, tensor]) => /** @type {[string, Tensor]} */ ([`past_key_values.${name}`, tensor])),
       ];
       if (positions) inputs.push(['position_ids', positions]);
       /** @type {[string, Tensor][]} */
       const outputs = [
-        ['next_token', this.#token], ['logits', this.#logits],
+        ['next_token', this.#token],
+        ['logits', this.#logits],
         ...this.#cache.map(([name, tensor]) => /** @type {[string, Tensor]} */ ([`present.${name}`, tensor])),
       ];
       found = { call: this.sessions[role].newCall(inputs, outputs), ids, positions };
@@ -239,21 +257,22 @@ export async function openEngine(runtime, manifest, files, { expand = true } = {
  *
  * Tokens must be equal up to the first position where the reference's margin between its two best logits is below the
  * bundle's tolerance. Throws `BundleError` at the first difference before that.
- * @param {Engine} engine
+ * @param {Engine | import('./gpu-engine.js').GpuEngine} engine
  */
-export function checkGolden(engine) {
+export async function checkGolden(engine) {
   const { golden, tolerance } = engine.manifest;
   let compared = 0;
   for (const [number, { ids, tokens, margins }] of golden.entries()) {
-    engine.prefill(ids);
+    await engine.prefill(ids);
     for (const [position, expected] of tokens.entries()) {
       if (margins[position] < tolerance) break;
-      if (position) engine.step();
+      if (position) await engine.step();
       if (engine.nextToken !== expected) {
         throw new BundleError(
           `golden prompt ${number + 1}: token ${position + 1} is ${engine.nextToken}, expected ${expected} ` +
-          `(margin ${margins[position]}, tolerance ${tolerance}); this browser computes something else than the ` +
-          'bundle was checked with');
+            `(margin ${margins[position]}, tolerance ${tolerance}); this browser computes something else than the ` +
+            'bundle was checked with',
+        );
       }
       compared++;
     }

@@ -14,6 +14,7 @@ import { checkRuntimeVersion, neededFiles, openBundle } from './bundle.js';
 import { encodeConversation, loadChatTemplate } from './chat.js';
 import { checkGolden, openEngine } from './engine.js';
 import { generate } from './generate.js';
+import { fitsGpu, openGpuEngine } from './gpu-engine.js';
 import { openRuntime } from './runtime.js';
 import { GREEDY } from './sampling.js';
 import { Tokenizer } from './tokenizer.js';
@@ -21,10 +22,13 @@ import { Tokenizer } from './tokenizer.js';
 /** Weights below this are read so fast that handing work to other threads costs more than it saves. */
 const THREADS_FROM_BYTES = 16e6;
 const MAX_THREADS = 4;
+/** And below this a step on the CPU is over before a GPU has begun. */
+const GPU_FROM_BYTES = 16e6;
+const VENDOR = new URL('./vendor/', self.location.href).href;
 /** Text is sent this often; a model can be faster than a page needs to be. */
 const SEND_EVERY_MS = 16;
 
-/** @type {import('./engine.js').Engine} */
+/** @type {import('./generate.js').Engine} */
 let engine;
 /** @type {Tokenizer} */
 let tokenizer;
@@ -43,34 +47,41 @@ const send = event => postMessage(event);
 
 /** @type {Record<string, (request: any) => Promise<void>>} */
 const requests = {
-  async load({ bundle: folder, threads }) {
+  async load({ bundle: folder, threads, device }) {
     const began = performance.now();
     const bundle = await openBundle(folder);
     const { manifest } = bundle;
     checkRuntimeVersion(RUNTIME_VERSION, manifest.onnxruntime_min);
-    const weightBytes = Object.entries(manifest.files)
-      .reduce((sum, [name, { bytes }]) => sum + (name.endsWith('.data') ? bytes : 0), 0);
+    const weightBytes = Object.entries(manifest.files).reduce(
+      (sum, [name, { bytes }]) => sum + (name.endsWith('.data') ? bytes : 0),
+      0,
+    );
     const wanted = threads || (weightBytes < THREADS_FROM_BYTES ? 1 : Math.ceil(navigator.hardwareConcurrency / 2));
     const usable = self.crossOriginIsolated ? Math.min(wanted, MAX_THREADS) : 1;
-    const opening = code.then(module => openRuntime(new URL('./vendor/', self.location.href).href, usable, module));
+    const opening = code.then(module => openRuntime(VENDOR, usable, module));
     opening.catch(() => {}); // awaited below, behind the files
     let loaded = 0;
-    const files = new Map(await Promise.all(neededFiles(manifest).map(async name => {
-      const bytes = await bundle.read(name, arrived => {
-        loaded += arrived;
-        send({ type: 'progress', loaded, total: bundle.sizeBytes });
-      });
-      return /** @type {[string, Uint8Array]} */ ([name, bytes]);
-    })));
+    const files = new Map(
+      await Promise.all(
+        neededFiles(manifest).map(async name => {
+          const bytes = await bundle.read(name, arrived => {
+            loaded += arrived;
+            send({ type: 'progress', loaded, total: bundle.sizeBytes });
+          });
+          return /** @type {[string, Uint8Array]} */ ([name, bytes]);
+        }),
+      ),
+    );
     const read = performance.now();
-    const json = (/** @type {string} */ name) => JSON.parse(new TextDecoder().decode(files.get(name) ?? new Uint8Array([123, 125])));
+    const json = (/** @type {string} */ name) =>
+      JSON.parse(new TextDecoder().decode(files.get(name) ?? new Uint8Array([123, 125])));
     const config = json('tokenizer_config.json');
     const special = 'added_tokens_decoder' in config ? {} : json('special_tokens_map.json');
     tokenizer = new Tokenizer(json('tokenizer.json'), { ...config, ...special });
     template = await loadChatTemplate(bundle, config, tokenizer.namedTokens);
-    const runtime = await opening;
+    const gpu = await tryGpu(manifest, files, device ?? (weightBytes < GPU_FROM_BYTES ? 'cpu' : 'any'));
     const opened = performance.now();
-    engine = await openEngine(runtime, manifest, files);
+    engine = gpu.engine ?? (await openEngine(await opening, manifest, files));
     await bundle.forgetOthers();
     send({
       type: 'ready',
@@ -82,7 +93,9 @@ const requests = {
       threads: usable,
       sizeBytes: bundle.sizeBytes,
       fetchedBytes: bundle.fetchedBytes,
-      memoryBytes: runtime.memoryBytes,
+      memoryBytes: engine.memoryBytes,
+      device: gpu.engine ? 'WebGPU' : 'WebAssembly',
+      gpuProblem: gpu.problem,
       files: neededFiles(manifest).length,
       readMs: read - began,
       runtimeMs: opened - read,
@@ -100,9 +113,16 @@ const requests = {
     const began = performance.now();
     const chat = messages && template;
     const { ids, forgotten } = chat
-      ? encodeConversation(/** @type {import('./chat.js').ChatTemplate} */ (template), tokenizer, messages, engine.maxLen)
+      ? encodeConversation(
+          /** @type {import('./chat.js').ChatTemplate} */ (template),
+          tokenizer,
+          messages,
+          engine.maxLen,
+        )
       : { ids: encodePrompt(prompt), forgotten: 0 };
-    let waiting = '', sent = 0, firstMs = 0;
+    let waiting = '',
+      sent = 0,
+      firstMs = 0;
     const flush = () => {
       if (waiting) send({ type: 'text', text: waiting });
       waiting = '';
@@ -129,13 +149,13 @@ const requests = {
       sharedTokens,
       forgotten,
       firstMs,
-      tokensPerS: tokens.length > 1 ? (tokens.length - 1) / decodeMs * 1e3 : 0,
-      memoryBytes: engine.runtime.memoryBytes,
+      tokensPerS: tokens.length > 1 ? ((tokens.length - 1) / decodeMs) * 1e3 : 0,
+      memoryBytes: engine.memoryBytes,
     });
   },
 
   async verify() {
-    const compared = checkGolden(engine);
+    const compared = await checkGolden(engine);
     send({ type: 'verified', compared, files: neededFiles(engine.manifest).length });
   },
 
@@ -143,6 +163,30 @@ const requests = {
     running.abort();
   },
 };
+
+/**
+ * The bundle on WebGPU, where there is one that gives the golden tokens; else why not, where one was tried.
+ * @param {import('./bundle.js').Manifest} manifest @param {Map<string, Uint8Array>} files
+ * @param {string} device  `webgpu` takes one that computes in software too, `any` only real ones, anything else none
+ * @returns {Promise<{engine?: import('./gpu-engine.js').GpuEngine, problem?: string}>}
+ */
+async function tryGpu(manifest, files, device) {
+  const asked = device === 'webgpu';
+  const graph = /** @type {Uint8Array} */ (files.get(manifest.graphs.decode));
+  if (!asked && device !== 'any') return {};
+  if (!fitsGpu(manifest, graph))
+    return asked ? { problem: 'WebGPU has no kernels for the matrices of this bundle' } : {};
+  const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
+  if (!adapter || (!asked && adapter.info?.isFallbackAdapter))
+    return asked ? { problem: 'this browser offers no WebGPU' } : {};
+  try {
+    const opened = await openGpuEngine(VENDOR, manifest, files);
+    await checkGolden(opened);
+    return { engine: opened };
+  } catch (error) {
+    return { problem: `not on WebGPU: ${error.message}` };
+  }
+}
 
 /** The ids of a text; of an empty one, the id that begins a text. @param {string} text */
 function encodePrompt(text) {

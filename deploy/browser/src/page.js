@@ -194,7 +194,10 @@ function showFacts() {
     Model: `${model.name}, ${model.precision}, context ${model.context}`,
     Files: `${model.files}, ${megabytes(model.sizeBytes)}, each as its sha256 in the manifest`,
     Loaded: `in ${milliseconds(model.loadMs)}, ${fetched}`,
-    Computed: model.device === 'WebGPU' ? 'by WebGPU' : `by WebAssembly, ${threads}${isolated ? '' : ' (not cross-origin isolated)'}`,
+    Computed:
+      model.device === 'WebGPU'
+        ? 'by WebGPU'
+        : `by WebAssembly, ${threads}${isolated ? '' : ' (not cross-origin isolated)'}`,
     ...(model.gpuProblem && { Note: model.gpuProblem }),
   };
   $('facts').replaceChildren(

@@ -1,7 +1,7 @@
 /**
  * Chromium, led by the lines that come on stdin: one JSON command a line, one JSON answer a line.
  *
- *     node driver.mjs PROFILE_FOLDER CHROMIUM
+ *     node driver.mjs PROFILE_FOLDER CHROMIUM [webgpu]
  *
  * {do: "open", url, width?, height?}  {do: "evaluate", code}  {do: "wait", code, timeout_s?}  {do: "type", text}
  * {do: "offline", on}  {do: "screenshot", path}  {do: "close"}; the answer is {value} or {error}.
@@ -20,18 +20,20 @@ const FLAGS = [
   '--disable-background-networking',
   '--disable-component-update',
   '--disable-sync',
-  // WebGPU computed in software: slow, and its own implementation of what the graphs need.
+];
+/** WebGPU computed in software: slow, and an implementation of its own of what the graphs need. */
+const WEBGPU_FLAGS = [
   '--enable-unsafe-webgpu',
   '--use-webgpu-adapter=swiftshader',
   '--enable-features=Vulkan',
   '--use-vulkan=swiftshader',
   '--disable-vulkan-surface',
 ];
-const [profile, executablePath] = process.argv.slice(2);
+const [profile, executablePath, webgpu] = process.argv.slice(2);
 const context = await chromium.launchPersistentContext(profile, {
   executablePath,
   headless: true,
-  args: FLAGS,
+  args: [...FLAGS, ...(webgpu ? WEBGPU_FLAGS : ['--disable-gpu'])],
   viewport: { width: 1100, height: 760 },
 });
 let page = context.pages()[0];

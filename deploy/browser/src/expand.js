@@ -28,13 +28,19 @@ export function expandMatrices(model, files) {
   const graph = new Graph(model);
   /** @type {Map<string, DataFile>} */
   const all = new Map(files);
-  /** @param {string} name @param {number[]} dims @param {() => Float32Array} unpack */
+  // The runtime copies a matrix before it asks for the next one, so all are unpacked into the same place.
+  let scratch = new Float32Array(0);
+  /** @param {string} name @param {number[]} dims @param {(out: Float32Array) => void} unpack */
   const addMatrix = (name, dims, unpack) => {
     const matrix = newConstant(`${name}.float32`, dims, FLOAT, `expanded/${name}`);
     graph.constants.set(matrix.name, matrix);
     all.set(matrix.file, {
       byteLength: matrix.length,
-      subarray: (begin, end) => new Uint8Array(unpack().buffer, begin, end - begin),
+      subarray: (begin, end) => {
+        if (scratch.byteLength < matrix.length) scratch = new Float32Array(matrix.length / 4);
+        unpack(scratch.subarray(0, matrix.length / 4));
+        return new Uint8Array(scratch.buffer, begin, end - begin);
+      },
     });
     return matrix.name;
   };
@@ -47,13 +53,14 @@ export function expandMatrices(model, files) {
     if (node.op === 'MatMulNBits') {
       const [x, codes, scales, zeros, , bias] = node.inputs;
       const { N, K } = node.attributes;
-      const matrix = addMatrix(codes, [N, K], () =>
+      const matrix = addMatrix(codes, [N, K], out =>
         unpackBlocks(
           node.attributes,
           constantBytes(constant(codes), files),
           floats(constantBytes(constant(scales), files)),
           zeros ? constant(zeros) : null,
           files,
+          out,
         ),
       );
       return product(node, x, matrix, bias, 1);
@@ -62,8 +69,8 @@ export function expandMatrices(model, files) {
       const [x, codes, scales, zeros, bias] = node.inputs;
       const stored = constant(codes);
       if (zeros || stored.type === UINT8) return [node];
-      const matrix = addMatrix(codes, stored.dims, () =>
-        unpackColumns(constantBytes(stored, files), stored.dims, floats(constantBytes(constant(scales), files))),
+      const matrix = addMatrix(codes, stored.dims, out =>
+        unpackColumns(constantBytes(stored, files), stored.dims, floats(constantBytes(constant(scales), files)), out),
       );
       return product(node, x, matrix, bias, 0);
     }
@@ -90,13 +97,9 @@ export function centerEmbeddings(model, files) {
     const [N, blocks] = scales.dims,
       K = (table.dims[1] * 8) / bits;
     const codes = new Uint8Array(N * K);
-    const values = unpackBlocks(
-      { N, K, bits, block_size: size },
-      constantBytes(table, files),
-      new Float32Array(N * blocks).fill(1),
-      zeros,
-      files,
-    );
+    const values = new Float32Array(N * K);
+    const shape = { N, K, bits, block_size: size };
+    unpackBlocks(shape, constantBytes(table, files), new Float32Array(N * blocks).fill(1), zeros, files, values);
     for (let i = 0; i < codes.length; i++) codes[i] = 128 + values[i];
     const centered = newConstant(`${table.name}.centered`, [N, K], UINT8, `centered/${table.name}`);
     graph.constants.set(centered.name, centered);
@@ -132,15 +135,15 @@ function product(node, x, matrix, bias, transB) {
  * @param {Float32Array} scale
  * @param {Constant | null} zeros
  * @param {Map<string, Uint8Array>} files
+ * @param {Float32Array} out
  */
-function unpackBlocks({ N, K, bits, block_size: size }, codes, scale, zeros, files) {
+function unpackBlocks({ N, K, bits, block_size: size }, codes, scale, zeros, files, out) {
   const blocks = Math.ceil(K / size),
     mask = (1 << bits) - 1;
   const zeroBytes = zeros ? constantBytes(zeros, files) : null;
   const zeroFloats = zeroBytes && zeros?.type === FLOAT ? floats(zeroBytes) : null;
   const zeroRow = Math.ceil((blocks * bits) / 8),
     blockBytes = (size * bits) / 8;
-  const out = new Float32Array(N * K);
   // What each code stands for in the block at hand.
   const values = new Float32Array(1 << bits);
   for (let n = 0, at = 0; n < N; n++) {
@@ -149,11 +152,11 @@ function unpackBlocks({ N, K, bits, block_size: size }, codes, scale, zeros, fil
       let zero = 1 << (bits - 1);
       if (zeroFloats) zero = zeroFloats[n * blocks + block];
       else if (zeroBytes) zero = (zeroBytes[n * zeroRow + ((block * bits) >> 3)] >> ((block * bits) & 7)) & mask;
-      for (let code = 0; code <= mask; code++) values[code] = (code - zero) * step;
+      if (bits < 8) for (let code = 0; code <= mask; code++) values[code] = (code - zero) * step;
       const first = (n * blocks + block) * blockBytes,
         count = Math.min(size, K - block * size);
       if (bits === 8) {
-        for (let k = 0; k < count; k++) out[at++] = values[codes[first + k]];
+        for (let k = 0; k < count; k++) out[at++] = (codes[first + k] - zero) * step;
       } else if (bits === 4 && count % 2 === 0) {
         for (let byte = first, end = first + count / 2; byte < end; byte++) {
           const pair = codes[byte];
@@ -168,7 +171,6 @@ function unpackBlocks({ N, K, bits, block_size: size }, codes, scale, zeros, fil
       }
     }
   }
-  return out;
 }
 
 /**
@@ -176,14 +178,13 @@ function unpackBlocks({ N, K, bits, block_size: size }, codes, scale, zeros, fil
  * @param {Uint8Array} codes
  * @param {number[]} dims
  * @param {Float32Array} scales
+ * @param {Float32Array} out
  */
-function unpackColumns(codes, [K, N], scales) {
+function unpackColumns(codes, [K, N], scales, out) {
   const signed = new Int8Array(codes.buffer, codes.byteOffset, codes.byteLength);
-  const out = new Float32Array(K * N);
   for (let k = 0, at = 0; k < K; k++) {
     for (let n = 0; n < N; n++, at++) out[at] = signed[at] * (scales.length > 1 ? scales[n] : scales[0]);
   }
-  return out;
 }
 
 /** Bytes as float32, wherever they begin. @param {Uint8Array} bytes */

@@ -19,8 +19,9 @@ const engines = {
   async ryot({ model, threads, expand = true }) {
     const opening = openRuntime(new URL('vendor/', self.location).href, threads);
     const bundle = await openBundle(new URL(`${model}/`, self.location).href);
-    const files = new Map(await Promise.all(
-      neededFiles(bundle.manifest).map(async name => [name, await bundle.read(name)])));
+    const files = new Map(
+      await Promise.all(neededFiles(bundle.manifest).map(async name => [name, await bundle.read(name)])),
+    );
     const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(files.get('tokenizer.json'))), {});
     const engine = await openEngine(await opening, { ...bundle.manifest, eos_token_ids: [] }, files, { expand });
     return async (prompt, count) => {
@@ -29,7 +30,10 @@ const engines = {
       const ids = typeof prompt === 'string' ? tokenizer.encode(prompt) : prompt;
       const began = now();
       const { tokens, prefillMs, decodeMs } = await generate(engine, tokenizer, ids, {
-        sampling: GREEDY, maxNewTokens: count, onText: () => times.push(now()) });
+        sampling: GREEDY,
+        maxNewTokens: count,
+        onText: () => times.push(now()),
+      });
       return { tokens, ttftMs: prefillMs, tokenMs: decodeMs / Math.max(1, count - 1), firstAt: began + prefillMs };
     };
   },
@@ -45,7 +49,9 @@ const engines = {
     const folder = new URL('peer/', self.location).href;
     // Its own choice, the build with WebGPU, lacks the operator of a quantized embedding.
     env.backends.onnx.wasm.wasmPaths = {
-      mjs: `${folder}ort-wasm-simd-threaded.mjs`, wasm: `${folder}ort-wasm-simd-threaded.wasm` };
+      mjs: `${folder}ort-wasm-simd-threaded.mjs`,
+      wasm: `${folder}ort-wasm-simd-threaded.wasm`,
+    };
     const [tokenizer, loaded] = await Promise.all([
       AutoTokenizer.from_pretrained(model),
       AutoModelForCausalLM.from_pretrained(model, { device: 'wasm', dtype: 'fp32', use_external_data_format: true }),
@@ -63,10 +69,13 @@ const engines = {
         streamer: { put: () => times.push(now()), end() {} },
       });
       // The streamer gets the prompt first.
-      const [, first] = times, last = times.at(-1);
+      const [, first] = times,
+        last = times.at(-1);
       return {
         tokens: Array.from(output.data, Number).slice(ids.length),
-        ttftMs: first - began, tokenMs: (last - first) / Math.max(1, count - 1), firstAt: first,
+        ttftMs: first - began,
+        tokenMs: (last - first) / Math.max(1, count - 1),
+        firstAt: first,
       };
     };
   },

@@ -7,7 +7,16 @@
  */
 
 import { createHash } from 'node:crypto';
-import { copyFileSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  readdirSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
@@ -19,8 +28,11 @@ const RUNTIME_FOLDER = join(here, 'node_modules', 'onnxruntime-web');
 const MANIFEST = 'ryot_manifest.json';
 /** The WebAssembly build, and the larger one that has WebGPU with the JavaScript that drives it. */
 const RUNTIME = [
-  'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm',
-  'ort.webgpu.bundle.min.mjs', 'ort-wasm-simd-threaded.asyncify.mjs', 'ort-wasm-simd-threaded.asyncify.wasm',
+  'ort-wasm-simd-threaded.mjs',
+  'ort-wasm-simd-threaded.wasm',
+  'ort.webgpu.bundle.min.mjs',
+  'ort-wasm-simd-threaded.asyncify.mjs',
+  'ort-wasm-simd-threaded.asyncify.wasm',
 ];
 const AS_THEY_ARE = ['index.html', 'style.css', 'app.webmanifest', 'icon.svg'];
 
@@ -37,20 +49,41 @@ function addPage(folder, define) {
   for (const name of RUNTIME) copyFileSync(join(RUNTIME_FOLDER, 'dist', name), join(folder, 'vendor', name));
   bundleScripts(folder, ['page.js', 'worker.js'], define);
   // The service worker names every other file, and the build by what is in them.
-  const names = ['vendor/', ''].flatMap(part => readdirSync(join(folder, part), { withFileTypes: true })
-    .filter(entry => entry.isFile()).map(entry => part + entry.name)).sort();
+  const names = ['vendor/', '']
+    .flatMap(part =>
+      readdirSync(join(folder, part), { withFileTypes: true })
+        .filter(entry => entry.isFile())
+        .map(entry => part + entry.name),
+    )
+    .sort();
   const hash = createHash('sha256');
   for (const name of names) hash.update(name).update(readFileSync(join(folder, name)));
   bundleScripts(folder, ['sw.js'], {
-    BUILD: JSON.stringify(hash.digest('hex').slice(0, 16)), FILES: JSON.stringify(names),
+    BUILD: JSON.stringify(hash.digest('hex').slice(0, 16)),
+    FILES: JSON.stringify(names),
   });
 }
 
-/** Each script with all that it imports in one file: a start does not wait for one import after another. @param {string} folder @param {string[]} names @param {Record<string, string>} define */
+/**
+ * Each script with all that it imports in one file: a start does not wait for one import after another.
+ * @param {string} folder
+ * @param {string[]} names
+ * @param {Record<string, string>} define
+ */
 function bundleScripts(folder, names, define) {
   buildSync({
-    absWorkingDir: here, entryPoints: names.map(name => `src/${name}`), outdir: folder, bundle: true, minifyWhitespace: true, format: 'iife',
-    target: 'es2023', charset: 'utf8', legalComments: 'none', logLevel: 'warning', define, supported: { 'dynamic-import': true },
+    absWorkingDir: here,
+    entryPoints: names.map(name => `src/${name}`),
+    outdir: folder,
+    bundle: true,
+    minifyWhitespace: true,
+    format: 'iife',
+    target: 'es2023',
+    charset: 'utf8',
+    legalComments: 'none',
+    logLevel: 'warning',
+    define,
+    supported: { 'dynamic-import': true },
   });
 }
 
@@ -67,14 +100,18 @@ function addBundle(bundle, folder, runtimeVersion) {
     const bytes = readFileSync(join(bundle, name));
     const found = createHash('sha256').update(bytes).digest('hex');
     if (found !== manifest.files[name].sha256) {
-      throw new Error(`${name}: its sha256 is ${found.slice(0, 12)}…, the manifest says ${manifest.files[name].sha256.slice(0, 12)}…`);
+      const expected = manifest.files[name].sha256;
+      throw new Error(`${name}: its sha256 is ${found.slice(0, 12)}…, the manifest says ${expected.slice(0, 12)}…`);
     }
     writeFileSync(join(folder, name), bytes);
   }
 }
 
 if (!existsSync(RUNTIME_FOLDER)) stop(`onnxruntime-web is not installed; run 'npm ci' in ${here} first`);
-const { values, positionals } = parseArgs({ allowPositionals: true, options: { output: { type: 'string', short: 'o' } } });
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: { output: { type: 'string', short: 'o' } },
+});
 if (positionals.length !== 1) stop('expected one bundle: npm run build -- BUNDLE [-o FOLDER]');
 const output = values.output ?? join(here, 'dist');
 if (existsSync(output) && readdirSync(output).length && !existsSync(join(output, 'sw.js'))) {

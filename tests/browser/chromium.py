@@ -67,9 +67,10 @@ def served(folder: Path) -> Iterator[str]:
 class Browser:
     """A headless Chromium with a profile of its own; one page at a time."""
 
-    def __init__(self, profile: Path):
+    def __init__(self, profile: Path, *, webgpu: bool = False):
+        """With `webgpu` there is one, computed in software."""
         assert NODE and CHROMIUM
-        command = [NODE, Path(__file__).with_name("driver.mjs"), profile, CHROMIUM]
+        command = [NODE, Path(__file__).with_name("driver.mjs"), profile, CHROMIUM, *(["webgpu"] if webgpu else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Browser:

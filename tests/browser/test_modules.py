@@ -129,27 +129,29 @@ def one_node_model(op: str, inputs: list[str], constants: dict[str, np.ndarray],
 
 
 EXPAND = """
-    const { expandMatrices } = modules;
+    const change = modules[name];
     const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
     const text = bytes => btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''));
-    const { model: written, files } = expandMatrices(bytes(model), new Map([['model.onnx.data', bytes(data)]]));
-    return {model: text(written), files: [...files].filter(([name]) => name.startsWith('expanded/'))
+    const { model: written, files } = change(bytes(model), new Map([['model.onnx.data', bytes(data)]]));
+    return {model: text(written), files: [...files].filter(([name]) => name.includes('/'))
       .map(([name, file]) => [name, text(file.subarray(0, file.byteLength))])};
 """
 
 
-def expand(run_module: Run, folder: Path, model: onnx.ModelProto, *, external: bool) -> tuple[Path, list[str]]:
-    """The file of the graph as the page unpacks it, and the operators in it."""
+def expand(
+    run_module: Run, folder: Path, model: onnx.ModelProto, *, external: bool, name: str = "expandMatrices"
+) -> tuple[Path, list[str]]:
+    """The file of the graph as the page changes it, and the operators in it."""
     data = b""
     if external:
         onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
         model = onnx.load(folder / "m.onnx", load_external_data=False)
         data = (folder / "model.onnx.data").read_bytes()
     encode = lambda raw: base64.b64encode(raw).decode()  # noqa: E731
-    found = run_module(EXPAND, model=encode(model.SerializeToString()), data=encode(data))
-    (folder / "expanded").mkdir()
-    for name, values in found["files"]:
-        (folder / name).write_bytes(base64.b64decode(values))
+    found = run_module(EXPAND, name=name, model=encode(model.SerializeToString()), data=encode(data))
+    for file, values in found["files"]:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(base64.b64decode(values))
     path = folder / "expanded.onnx"
     path.write_bytes(base64.b64decode(found["model"]))
     return path, [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
@@ -184,3 +186,33 @@ def test_dynamic_products_are_unpacked_too(per_column: bool, run_module: Run, tm
     y = x.astype(np.float64) @ (constants["codes"] * constants["scales"].astype(np.float64)) + constants["bias"]
     z = ort.InferenceSession(path).run(None, {"x": x})[0]
     assert np.abs(y - z).max() <= 80 * 2.0**-24 * np.abs(y).max()
+
+
+def test_embeddings_without_zero_points_are_the_same(run_module: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows, width, size = 40, 64, 16
+    constants = {
+        "codes": rng.integers(0, 256, (rows, width // 2), np.uint8),
+        "scales": rng.random((rows, width // size), np.float32),
+        "zeros": rng.integers(0, 256, (rows, width // size // 2), np.uint8),
+    }
+    attributes = {"bits": 4, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+    node = helper.make_node(
+        "GatherBlockQuantized", ["codes", "ids", "scales", "zeros"], ["y"], domain="com.microsoft", **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "embedding",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["S"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["S", width])],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    path, operators = expand(run_module, tmp_path, model, external=True, name="centerEmbeddings")
+    assert operators == ["GatherBlockQuantized"]
+    (changed,) = onnx.load(path, load_external_data=False).graph.node
+    assert len(changed.input) == 3
+    ids = {"ids": np.arange(rows)}
+    y, z = (ort.InferenceSession(m).run(None, ids)[0] for m in (tmp_path / "m.onnx", path))
+    assert np.array_equal(y, z)

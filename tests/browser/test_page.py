@@ -79,26 +79,31 @@ def test_threads_give_the_same_tokens(browser: Browser, show: Show) -> None:
     assert "golden tokens equal" in verdict(browser)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bundle", "opt"])
-def test_webgpu_gives_the_same_tokens(kind: str, browser: Browser, site: Path, show: Show) -> None:
+def test_webgpu_gives_the_same_tokens(kind: str, site: Path, address: str, tmp_path: Path) -> None:
     if kind == "opt":
         write_bundle(site / kind, position_ids=True, seed=3)
-    assert show(device="webgpu", bundle=f"{kind}/") == ""
-    if "offers no WebGPU" in (browser.evaluate("ryot.model.gpuProblem") or ""):
-        pytest.skip("this Chromium has no WebGPU, not even in software")
-    assert browser.evaluate("ryot.model.device") == "WebGPU"
-    assert "golden tokens equal" in verdict(browser)
-    browser.evaluate("document.querySelector('#tokens').value = 4")
-    tokens = []
-    for _ in range(2):
-        browser.type("def add")
-        browser.wait(DONE)
-        tokens.append(browser.evaluate("ryot.last.tokens"))
-    assert show(bundle=f"{kind}/", device="cpu") == ""
-    browser.evaluate("document.querySelector('#tokens').value = 4")
-    browser.type("def add")
-    browser.wait(DONE)
-    assert tokens == [browser.evaluate("ryot.last.tokens")] * 2
+
+    def answers(browser: Browser, device: str, count: int) -> list[list[int]]:
+        browser.open(f"{address}?bundle={kind}/&device={device}")
+        browser.wait(READY)
+        browser.evaluate("document.querySelector('#tokens').value = 4")
+        found = []
+        for _ in range(count):
+            browser.type("def add")
+            browser.wait(DONE)
+            found.append(browser.evaluate("ryot.last.tokens"))
+        return found
+
+    with Browser(tmp_path, webgpu=True) as browser:
+        tokens = answers(browser, "webgpu", 2)
+        if "offers no WebGPU" in (browser.evaluate("ryot.model.gpuProblem") or ""):
+            pytest.skip("this Chromium has no WebGPU, not even in software")
+        assert browser.evaluate("ryot.model.gpuProblem ?? ryot.model.device") == "WebGPU"
+        assert "golden tokens equal" in verdict(browser)
+        assert tokens == answers(browser, "cpu", 1) * 2
+        assert browser.evaluate("ryot.model.device") == "WebAssembly"
 
 
 def test_other_tokens_than_the_golden_ones_are_reported(browser: Browser, site: Path, show: Show) -> None:
@@ -278,6 +283,7 @@ def test_the_pages_own_files_name_no_other_host(site: Path) -> None:
         assert "http://" not in path.read_text() and "https://" not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_types_hold() -> None:
     """TypeScript's own checker over the JSDoc types."""
     if reason := missing():

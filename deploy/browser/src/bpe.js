@@ -19,7 +19,8 @@ export class Bpe {
   /** @param {any} spec  `model` of tokenizer.json */
   constructor(spec) {
     const { type, vocab, merges } = spec;
-    if (type !== undefined && type !== 'BPE') throw new Error(`tokenizer.json: model ${type} is not supported, only BPE`);
+    if (type !== undefined && type !== 'BPE')
+      throw new Error(`tokenizer.json: model ${type} is not supported, only BPE`);
     for (const name of ['dropout', 'continuing_subword_prefix', 'end_of_word_suffix']) {
       if (spec[name]) throw new Error(`tokenizer.json: model.${name} is not supported`);
     }
@@ -71,7 +72,9 @@ export class Bpe {
         unknownBefore = false;
         continue;
       }
-      const bytes = this.byteFallback ? Array.from(encoder.encode(char), byte => this.vocab.get(fallbackName(byte))) : [];
+      const bytes = this.byteFallback
+        ? Array.from(encoder.encode(char), byte => this.vocab.get(fallbackName(byte)))
+        : [];
       if (bytes.length && !bytes.includes(undefined)) {
         ids.push(.../** @type {number[]} */ (bytes));
         unknownBefore = false;
@@ -99,7 +102,9 @@ export class Bpe {
     };
     for (let i = 0; i < count - 1; i++) offer(i);
     for (let top; (top = queue.pop()) !== undefined;) {
-      const left = top % count, rank = (top - left) / count, right = next[left];
+      const left = top % count,
+        rank = (top - left) / count,
+        right = next[left];
       // The pair that was offered may be gone by now.
       if (ids[left] < 0 || right >= count) continue;
       const now = this.#ranks.get(ids[left] * this.size + ids[right]);
@@ -140,8 +145,9 @@ class Queue {
   pop() {
     if (!this.size) return undefined;
     const { items } = this;
-    const top = items[0], item = items[--this.size];
-    for (let at = 0;;) {
+    const top = items[0],
+      item = items[--this.size];
+    for (let at = 0; ;) {
       let child = 2 * at + 1;
       if (child >= this.size) {
         items[at] = item;

@@ -12,7 +12,11 @@ const MANIFEST = 'ryot_manifest.json';
 const CACHE = 'ryot-bundle';
 /** Files beside the graphs that text needs; a bundle may lack all but the first. */
 const TEXT_FILES = [
-  'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja', 'chat_template.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'chat_template.jinja',
+  'chat_template.json',
 ];
 const REBUILD = "export it again with 'ryot-deploy export', and build the page again";
 
@@ -61,11 +65,13 @@ export function parseManifest(text) {
   if (manifest.schema > SCHEMA) {
     throw new BundleError(
       `${MANIFEST}: schema ${manifest.schema} is newer than ${SCHEMA}, the newest that this page reads; ` +
-      'build the page with a newer ryot');
+        'build the page with a newer ryot',
+    );
   }
   for (const role of ['prefill', 'decode']) {
     const name = manifest.graphs?.[role];
-    if (!(name in (manifest.files ?? {}))) throw new BundleError(`${MANIFEST}: graphs.${role}: ${name} is not among files`);
+    if (!(name in (manifest.files ?? {})))
+      throw new BundleError(`${MANIFEST}: graphs.${role}: ${name} is not among files`);
   }
   if (!('tokenizer.json' in manifest.files)) throw new BundleError(`${MANIFEST}: files: has no tokenizer.json`);
   const strange = Object.keys(manifest.files).find(name => name.startsWith('/') || name.split('/').includes('..'));
@@ -73,7 +79,11 @@ export function parseManifest(text) {
   return manifest;
 }
 
-/** Throw `BundleError` where `installed` is older than `required`. @param {string} installed @param {string} required */
+/**
+ * Throw `BundleError` where `installed` is older than `required`.
+ * @param {string} installed
+ * @param {string} required
+ */
 export function checkRuntimeVersion(installed, required) {
   const [have, need] = [installed, required].map(version => version.split('.').map(part => parseInt(part, 10) || 0));
   for (let i = 0; i < 3; i++) {
@@ -82,7 +92,8 @@ export function checkRuntimeVersion(installed, required) {
     if (difference < 0) {
       throw new BundleError(
         `onnxruntime-web ${installed} is too old for this bundle, which needs ${required} or later; ` +
-        'raise it in package.json and build the page again');
+          'raise it in package.json and build the page again',
+      );
     }
   }
 }
@@ -119,7 +130,7 @@ export class Bundle {
     const kept = await this.cache?.match(key);
     if (kept) {
       const bytes = new Uint8Array(await kept.arrayBuffer());
-      if (await hash(bytes) === entry.sha256) {
+      if ((await hash(bytes)) === entry.sha256) {
         onProgress(bytes.byteLength);
         return bytes;
       }
@@ -129,12 +140,14 @@ export class Bundle {
     if (bytes.byteLength !== entry.bytes) {
       const word = bytes.byteLength < entry.bytes ? 'cut short' : 'changed';
       throw new BundleError(
-        `${name} is ${word}: it has ${bytes.byteLength} bytes, the manifest says ${entry.bytes}; ${REBUILD}`);
+        `${name} is ${word}: it has ${bytes.byteLength} bytes, the manifest says ${entry.bytes}; ${REBUILD}`,
+      );
     }
     const found = await hash(bytes);
     if (found !== entry.sha256) {
       throw new BundleError(
-        `sha256 of ${name} is ${found.slice(0, 12)}…, expected ${entry.sha256.slice(0, 12)}…; ${REBUILD}`);
+        `sha256 of ${name} is ${found.slice(0, 12)}…, expected ${entry.sha256.slice(0, 12)}…; ${REBUILD}`,
+      );
     }
     await this.#keep(key, bytes);
     return bytes;
@@ -148,8 +161,9 @@ export class Bundle {
   /** Drop what the cache holds of other versions. */
   async forgetOthers() {
     if (!this.cache) return;
-    const current = new Set(neededFiles(this.manifest).map(
-      name => `${this.folder}${name}?sha256=${this.manifest.files[name].sha256}`));
+    const current = new Set(
+      neededFiles(this.manifest).map(name => `${this.folder}${name}?sha256=${this.manifest.files[name].sha256}`),
+    );
     current.add(this.folder + MANIFEST);
     for (const request of await this.cache.keys()) {
       if (!current.has(request.url)) await this.cache.delete(request);
@@ -174,7 +188,9 @@ export class Bundle {
       if (done) break;
       if (filled + value.byteLength > size) {
         await reader.cancel();
-        throw new BundleError(`${name} is changed: it has more than the ${size} bytes that the manifest says; ${REBUILD}`);
+        throw new BundleError(
+          `${name} is changed: it has more than the ${size} bytes that the manifest says; ${REBUILD}`,
+        );
       }
       bytes.set(value, filled);
       filled += value.byteLength;

@@ -66,7 +66,8 @@ export function encodeConversation(template, tokenizer, messages, context) {
     if (kept.length < 3) {
       throw new ContextError(
         `a message of ${ids.length} tokens, template included, and ${room} for its answer do not fit the context of ` +
-        `${context} tokens; shorten the message`);
+          `${context} tokens; shorten the message`,
+      );
     }
   }
 }

@@ -61,8 +61,9 @@ export class Engine {
     this.sessions = sessions;
     this.maxLen = manifest.model.context_length;
     // Until graphs of another kind came, those of a pair that round keys and values behind the prompt took no past.
-    this.takesPast = manifest.prefill_takes_past
-      ?? (manifest.graphs.prefill === manifest.graphs.decode || manifest.kv_dtype === 'float32');
+    this.takesPast =
+      manifest.prefill_takes_past ??
+      (manifest.graphs.prefill === manifest.graphs.decode || manifest.kv_dtype === 'float32');
     this.#lastIndex = runtime.newTensor('int32', [1]);
     this.#total = runtime.newTensor('int32', []);
     this.#token = runtime.newTensor('int64', [1, 1]);
@@ -171,13 +172,16 @@ export class Engine {
       const positions = this.manifest.position_ids ? this.runtime.newTensor('int64', [1, count]) : null;
       /** @type {[string, Tensor][]} */
       const inputs = [
-        ['input_ids', ids], ['seqlens_k', this.#lastIndex], ['total_sequence_length', this.#total],
+        ['input_ids', ids],
+        ['seqlens_k', this.#lastIndex],
+        ['total_sequence_length', this.#total],
         ...this.#cache.map(([name, tensor]) => /** @type {[string, Tensor]} */ ([`past_key_values.${name}`, tensor])),
       ];
       if (positions) inputs.push(['position_ids', positions]);
       /** @type {[string, Tensor][]} */
       const outputs = [
-        ['next_token', this.#token], ['logits', this.#logits],
+        ['next_token', this.#token],
+        ['logits', this.#logits],
         ...this.#cache.map(([name, tensor]) => /** @type {[string, Tensor]} */ ([`present.${name}`, tensor])),
       ];
       found = { call: this.sessions[role].newCall(inputs, outputs), ids, positions };
@@ -266,8 +270,9 @@ export async function checkGolden(engine) {
       if (engine.nextToken !== expected) {
         throw new BundleError(
           `golden prompt ${number + 1}: token ${position + 1} is ${engine.nextToken}, expected ${expected} ` +
-          `(margin ${margins[position]}, tolerance ${tolerance}); this browser computes something else than the ` +
-          'bundle was checked with');
+            `(margin ${margins[position]}, tolerance ${tolerance}); this browser computes something else than the ` +
+            'bundle was checked with',
+        );
       }
       compared++;
     }

@@ -5,9 +5,14 @@ import { Sampler } from './sampling.js';
 
 /** @typedef {import('./engine.js').Engine | import('./gpu-engine.js').GpuEngine} Engine */
 /** @typedef {import('./tokenizer.js').Tokenizer} Tokenizer */
-/** `eos`: the model ended the text; `length`: as many tokens as asked for, or as fit; `stopped`: the reader had enough. */
+/**
+ * `eos`: the model ended the text; `length`: as many tokens as asked for, or as fit; `stopped`: the reader had enough.
+ */
 /** @typedef {'eos' | 'length' | 'stopped'} FinishReason */
-/** @typedef {{tokens: number[], finishReason: FinishReason, sharedTokens: number, prefillMs: number, decodeMs: number}} Completion */
+/**
+ * @typedef {{tokens: number[], finishReason: FinishReason, sharedTokens: number, prefillMs: number, decodeMs: number}}
+ *   Completion
+ */
 
 /** A page must be able to say stop, so the worker looks at its messages this often. */
 const PAUSE_EVERY_MS = 16;
@@ -25,7 +30,8 @@ const PAUSE_EVERY_MS = 16;
  */
 export async function generate(engine, tokenizer, ids, { sampling, maxNewTokens, continues = false, onText, signal }) {
   const room = engine.maxLen - ids.length;
-  if (room < 1) throw new ContextError(`a prompt of ${ids.length} tokens leaves no room in a context of ${engine.maxLen}`);
+  if (room < 1)
+    throw new ContextError(`a prompt of ${ids.length} tokens leaves no room in a context of ${engine.maxLen}`);
   const count = Math.min(maxNewTokens ?? room, room);
   const sampler = new Sampler(sampling, ids);
   const stream = tokenizer.stream(continues ? ids : []);

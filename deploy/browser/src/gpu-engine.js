@@ -1,11 +1,12 @@
 /**
  * A bundle on WebGPU, through onnxruntime-web's own JavaScript: weights stay quantized, keys and values on the GPU.
  *
- * It answers as `Engine` does, but that its calls have to be awaited. Keys and values are new buffers after each call, as
- * long as what is held, so a prompt is computed anew unless it begins with all of that.
+ * It answers as `Engine` does, but that its calls have to be awaited. Keys and values are new buffers after each call,
+ * as long as what is held, so a prompt is computed anew unless it begins with all of that.
  */
 
 import { ContextError, checkPrompt } from './engine.js';
+import { centerEmbeddings } from './expand.js';
 import { Graph } from './onnx.js';
 
 /** @typedef {import('./bundle.js').Manifest} Manifest */
@@ -15,10 +16,17 @@ const CPU_ONLY = ['FusedMatMul', 'DynamicQuantizeMatMul'];
 /** The most tokens that go through the graph in one call. */
 const PIECE_TOKENS = 256;
 
-/** Whether a graph and its bundle are made of what WebGPU computes. @param {Manifest} manifest @param {Uint8Array} model */
+/**
+ * Whether a graph and its bundle are made of what WebGPU computes.
+ * @param {Manifest} manifest
+ * @param {Uint8Array} model
+ */
 export function fitsGpu(manifest, model) {
-  return manifest.graphs.prefill === manifest.graphs.decode && manifest.kv_dtype === 'float32'
-    && !new Graph(model).nodes.some(node => CPU_ONLY.includes(node.op));
+  return (
+    manifest.graphs.prefill === manifest.graphs.decode &&
+    manifest.kv_dtype === 'float32' &&
+    !new Graph(model).nodes.some(node => CPU_ONLY.includes(node.op))
+  );
 }
 
 /**
@@ -31,13 +39,15 @@ export async function openGpuEngine(folder, manifest, files) {
   ort.env.wasm.wasmPaths = folder;
   ort.env.wasm.numThreads = 1;
   ort.env.logLevel = 'error';
-  const names = Array.from({ length: manifest.model.num_layers }, (_, layer) => [`${layer}.key`, `${layer}.value`]).flat();
-  const model = /** @type {Uint8Array} */ (files.get(manifest.graphs.decode));
-  // Of an embedding with zero points in 4 bits WebGPU's kernel expects another layout; a row a token costs little.
-  const rows = new Graph(model).nodes.filter(node => node.op === 'GatherBlockQuantized').map(node => node.name);
-  const session = await ort.InferenceSession.create(model, {
-    executionProviders: [{ name: 'webgpu', forceCpuNodeNames: rows }],
-    externalData: [...files].filter(([name]) => name.endsWith('.data')).map(([path, data]) => ({ path, data })),
+  const names = Array.from({ length: manifest.model.num_layers }, (_, layer) => [
+    `${layer}.key`,
+    `${layer}.value`,
+  ]).flat();
+  const graph = centerEmbeddings(/** @type {Uint8Array} */ (files.get(manifest.graphs.decode)), files);
+  const data = [...graph.files].filter(([name]) => name.endsWith('.data') || name.startsWith('centered/'));
+  const session = await ort.InferenceSession.create(graph.model, {
+    executionProviders: ['webgpu'],
+    externalData: data.map(([path, bytes]) => ({ path, data: bytes })),
     preferredOutputLocation: Object.fromEntries(names.map(name => [`present.${name}`, 'gpu-buffer'])),
     logSeverityLevel: 3,
   });
@@ -86,7 +96,8 @@ export class GpuEngine {
   /** @param {number[]} ids */
   async extend(ids) {
     checkPrompt(this.manifest, this.held.length, ids);
-    for (let first = 0; first < ids.length; first += PIECE_TOKENS) await this.#run(ids.slice(first, first + PIECE_TOKENS));
+    for (let first = 0; first < ids.length; first += PIECE_TOKENS)
+      await this.#run(ids.slice(first, first + PIECE_TOKENS));
   }
 
   async step() {
@@ -97,7 +108,8 @@ export class GpuEngine {
   /** @param {number[]} ids */
   async #run(ids) {
     const { Tensor } = this.ort;
-    const start = this.held.length, length = start + ids.length;
+    const start = this.held.length,
+      length = start + ids.length;
     const { num_kv_heads: heads, head_dim: width } = this.manifest.model;
     /** @type {Record<string, any>} */
     const feeds = {
@@ -106,12 +118,21 @@ export class GpuEngine {
       total_sequence_length: new Tensor('int32', Int32Array.of(length), []),
     };
     if (this.manifest.position_ids) {
-      feeds.position_ids = new Tensor('int64', BigInt64Array.from(ids, (_, i) => BigInt(start + i)), [1, ids.length]);
+      feeds.position_ids = new Tensor(
+        'int64',
+        BigInt64Array.from(ids, (_, i) => BigInt(start + i)),
+        [1, ids.length],
+      );
     }
     for (const name of this.names) {
-      feeds[`past_key_values.${name}`] = this.#past.get(name) ?? new Tensor('float32', new Float32Array(0), [1, heads, 0, width]);
+      feeds[`past_key_values.${name}`] =
+        this.#past.get(name) ?? new Tensor('float32', new Float32Array(0), [1, heads, 0, width]);
     }
-    const fetches = ['next_token', ...this.readsLogits ? ['logits'] : [], ...this.names.map(name => `present.${name}`)];
+    const fetches = [
+      'next_token',
+      ...(this.readsLogits ? ['logits'] : []),
+      ...this.names.map(name => `present.${name}`),
+    ];
     const results = await this.session.run(feeds, fetches);
     for (const name of this.names) {
       this.#past.get(name)?.dispose();

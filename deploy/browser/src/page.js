@@ -15,11 +15,15 @@ const milliseconds = (/** @type {number} */ ms) => `${ms < 10 ? ms.toFixed(1) : 
 let model = null;
 /** @type {{role: string, content: string}[]} */
 let messages = [];
-/** The answer that is being written. @type {{element: HTMLElement, text: string, asked: number, first: number} | null} */
+/**
+ * The answer that is being written.
+ * @type {{element: HTMLElement, text: string, asked: number, first: number} | null}
+ */
 let answer = null;
 
 worker.onmessage = (/** @type {MessageEvent<Told>} */ { data }) => handlers[data.type](data);
-worker.onerror = (/** @type {ErrorEvent} */ event) => showError(`the page's worker cannot start: ${event.message || 'see the browser’s console'}`);
+worker.onerror = (/** @type {ErrorEvent} */ event) =>
+  showError(`the page's worker cannot start: ${event.message || 'see the browser’s console'}`);
 worker.postMessage({
   type: 'load',
   bundle: new URL(options.get('bundle') ?? 'bundle/', location.href).href,
@@ -33,18 +37,20 @@ navigator.serviceWorker?.register('sw.js').catch(() => {}); // without one there
 const handlers = {
   progress({ loaded, total }) {
     $('progress').value = loaded / total;
-    $('status').textContent = loaded < total
-      ? `Loading ${megabytes(loaded)} of ${megabytes(total)}` : 'Making the model ready…';
+    $('status').textContent =
+      loaded < total ? `Loading ${megabytes(loaded)} of ${megabytes(total)}` : 'Making the model ready…';
   },
 
   ready(event) {
     model = event;
     performance.mark('ryot-ready');
     document.title = $('name').textContent = event.name;
-    $('about').textContent = `${(event.parameters / 1e6).toFixed(1)} M parameters · ${event.precision} · runs on this device`;
+    $('about').textContent =
+      `${(event.parameters / 1e6).toFixed(1)} M parameters · ${event.precision} · runs on this device`;
     $('progress').hidden = true;
     $('status').textContent = event.chat
-      ? 'Ready. Ask something.' : 'Ready. Begin a text, and the model goes on with it.';
+      ? 'Ready. Ask something.'
+      : 'Ready. Begin a text, and the model goes on with it.';
     $('text').placeholder = event.chat ? 'Message' : 'Beginning of a text';
     $('text').disabled = $('send').disabled = false;
     $('system-label').hidden = !event.chat;
@@ -85,7 +91,9 @@ const handlers = {
   },
 
   verified({ compared, files }) {
-    $('verdict').textContent = `${files} files as in the manifest, ${compared} golden tokens equal`;
+    $('verdict').textContent =
+      `${files} files as in the manifest, ` +
+      (compared ? `${compared} golden tokens equal` : 'no golden tokens in the bundle');
     $('verify').disabled = false;
   },
 
@@ -104,13 +112,26 @@ const handlers = {
 
 /** For tests and benchmarks: the figures of the last answer. @type {Told | null} */
 let lastDone = null;
-Object.defineProperty(globalThis, 'ryot', { value: { get model() { return model; }, get last() { return lastDone; } } });
+Object.defineProperty(globalThis, 'ryot', {
+  value: {
+    get model() {
+      return model;
+    },
+    get last() {
+      return lastDone;
+    },
+  },
+});
 
 /** @param {string} content */
 function ask(content) {
   $('welcome').hidden = true;
   $('clear').hidden = false;
-  const sampling = { temperature: Number($('temperature').value), topP: Number($('top-p').value), seed: Date.now() % 2 ** 32 };
+  const sampling = {
+    temperature: Number($('temperature').value),
+    topP: Number($('top-p').value),
+    seed: Date.now() % 2 ** 32,
+  };
   const request = { type: 'generate', sampling, maxNewTokens: Number($('tokens').value) };
   const asked = performance.now();
   lastDone = null;
@@ -118,7 +139,10 @@ function ask(content) {
     messages.push({ role: 'user', content });
     show('message user', content);
     const system = $('system').value.trim();
-    worker.postMessage({ ...request, messages: [...(system ? [{ role: 'system', content: system }] : []), ...messages] });
+    worker.postMessage({
+      ...request,
+      messages: [...(system ? [{ role: 'system', content: system }] : []), ...messages],
+    });
     answer = { element: show('message assistant', ''), text: '', asked, first: 0 };
   } else {
     worker.postMessage({ ...request, prompt: content });
@@ -164,26 +188,38 @@ function follow() {
 function showFacts() {
   if (!model) return;
   const isolated = self.crossOriginIsolated;
+  const threads = `${model.threads} thread${model.threads > 1 ? 's' : ''}`;
+  const fetched = model.fetchedBytes ? `${megabytes(model.fetchedBytes)} fetched` : 'nothing fetched';
   const facts = {
     Model: `${model.name}, ${model.precision}, context ${model.context}`,
     Files: `${model.files}, ${megabytes(model.sizeBytes)}, each as its sha256 in the manifest`,
-    Loaded: `in ${milliseconds(model.loadMs)}, ${model.fetchedBytes ? `${megabytes(model.fetchedBytes)} fetched` : 'nothing fetched'}`,
-    Computed: model.device === 'WebGPU' ? 'by WebGPU'
-      : `by WebAssembly, ${model.threads} thread${model.threads > 1 ? 's' : ''}${isolated ? '' : ' (not cross-origin isolated)'}`,
-    ...model.gpuProblem && { Note: model.gpuProblem },
+    Loaded: `in ${milliseconds(model.loadMs)}, ${fetched}`,
+    Computed:
+      model.device === 'WebGPU'
+        ? 'by WebGPU'
+        : `by WebAssembly, ${threads}${isolated ? '' : ' (not cross-origin isolated)'}`,
+    ...(model.gpuProblem && { Note: model.gpuProblem }),
   };
-  $('facts').replaceChildren(...Object.entries(facts).flatMap(([name, value]) => {
-    const term = document.createElement('dt'), detail = document.createElement('dd');
-    term.textContent = name;
-    detail.textContent = value;
-    return [term, detail];
-  }));
+  $('facts').replaceChildren(
+    ...Object.entries(facts).flatMap(([name, value]) => {
+      const term = document.createElement('dt'),
+        detail = document.createElement('dd');
+      term.textContent = name;
+      detail.textContent = value;
+      return [term, detail];
+    }),
+  );
 }
 
 /** @param {number} bytes */
 function showMemory(bytes) {
-  const parts = [`${model?.device === 'WebGPU' ? 'Keys and values' : 'Runtime memory'} ${megabytes(bytes)}`, navigator.onLine ? 'Nothing that is typed here leaves this device.' : 'Offline'];
-  $('figures').replaceChildren(...parts.map(text => Object.assign(document.createElement('span'), { textContent: text })));
+  const parts = [
+    `${model?.device === 'WebGPU' ? 'Keys and values' : 'Runtime memory'} ${megabytes(bytes)}`,
+    navigator.onLine ? 'Nothing that is typed here leaves this device.' : 'Offline',
+  ];
+  $('figures').replaceChildren(
+    ...parts.map(text => Object.assign(document.createElement('span'), { textContent: text })),
+  );
 }
 
 $('form').addEventListener('submit', (/** @type {SubmitEvent} */ event) => {

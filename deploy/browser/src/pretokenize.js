@@ -7,7 +7,10 @@ import { byteToChar } from './bytes.js';
 import { literalPattern, translatePattern } from './regex.js';
 
 /** @typedef {(text: string) => string} Normalizer */
-/** Words of a word; `first` says that the text begins with it. @typedef {(text: string, first: boolean) => string[]} Cutter */
+/**
+ * Words of a word; `first` says that the text begins with it.
+ * @typedef {(text: string, first: boolean) => string[]} Cutter
+ */
 
 const GPT2_WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 const PUNCTUATION = /[!-/:-@[-`{-~]|\p{P}/gu;
@@ -21,7 +24,10 @@ export function buildNormalizer(spec) {
       const parts = spec.normalizers.map(buildNormalizer);
       return text => parts.reduce((/** @type {string} */ t, /** @type {Normalizer} */ part) => part(t), text);
     }
-    case 'NFC': case 'NFD': case 'NFKC': case 'NFKD':
+    case 'NFC':
+    case 'NFD':
+    case 'NFKC':
+    case 'NFKD':
       return text => text.normalize(spec.type);
     case 'Lowercase':
       return text => text.toLowerCase();
@@ -43,9 +49,12 @@ export function buildCutter(spec) {
       return text => [text];
     case 'Sequence': {
       const parts = spec.pretokenizers.map(buildCutter);
-      return (text, first) => parts.reduce(
-        (/** @type {string[]} */ words, /** @type {Cutter} */ part) => words.flatMap((word, i) => part(word, first && i === 0)),
-        [text]);
+      return (text, first) =>
+        parts.reduce(
+          (/** @type {string[]} */ words, /** @type {Cutter} */ part) =>
+            words.flatMap((word, i) => part(word, first && i === 0)),
+          [text],
+        );
     }
     case 'ByteLevel': {
       const words = spec.use_regex === false ? null : translatePattern(GPT2_WORDS);

@@ -3,7 +3,10 @@
 /** A field's number, its wire type, and its value: a number for a varint, bytes for anything else. */
 /** @typedef {{number: number, wire: number, value: number | Uint8Array}} Field */
 
-const VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5;
+const VARINT = 0,
+  FIXED64 = 1,
+  BYTES = 2,
+  FIXED32 = 5;
 const decoder = new TextDecoder();
 const encoder = new TextEncoder();
 
@@ -23,7 +26,8 @@ export function readFields(bytes) {
   };
   while (at < bytes.length) {
     const key = varint();
-    const number = Math.floor(key / 8), wire = key % 8;
+    const number = Math.floor(key / 8),
+      wire = key % 8;
     if (wire === VARINT) {
       fields.push({ number, wire, value: varint() });
       continue;

@@ -13,14 +13,33 @@ const ARRAYS = { float32: Float32Array, int8: Int8Array, int32: Int32Array, int6
 const ON_CPU = 1;
 /** Buffers start on cache-line boundaries, as those of the runtime's own kernels do. */
 const ALIGNMENT_BYTES = 64;
-const ALL_OPTIMIZATIONS = 99;
+/** The export has fused what can be fused; looking for more took a third of the time in which a small graph opens. */
+const NO_OPTIMIZATIONS = 0;
 const SEQUENTIAL = 0;
 const ERRORS_ONLY = 3;
 const NEEDED = [
-  '_OrtInit', '_OrtCreateSessionOptions', '_OrtAddSessionConfigEntry', '_OrtReleaseSessionOptions',
-  '_OrtCreateSession', '_OrtReleaseSession', '_OrtCreateTensor', '_OrtReleaseTensor', '_OrtRun', '_OrtGetLastError',
-  '_malloc', '_free', 'stackSave', 'stackAlloc', 'stackRestore', 'setValue', 'getValue', 'UTF8ToString',
-  'stringToUTF8', 'lengthBytesUTF8', 'mountExternalData', 'unmountExternalData',
+  '_OrtInit',
+  '_OrtCreateSessionOptions',
+  '_OrtAddSessionConfigEntry',
+  '_OrtReleaseSessionOptions',
+  '_OrtCreateSession',
+  '_OrtReleaseSession',
+  '_OrtCreateTensor',
+  '_OrtReleaseTensor',
+  '_OrtRun',
+  '_OrtGetLastError',
+  '_malloc',
+  '_free',
+  'stackSave',
+  'stackAlloc',
+  'stackRestore',
+  'setValue',
+  'getValue',
+  'UTF8ToString',
+  'stringToUTF8',
+  'lengthBytesUTF8',
+  'mountExternalData',
+  'unmountExternalData',
 ];
 
 /** @typedef {'float32' | 'int8' | 'int32' | 'int64'} ElementType */
@@ -45,12 +64,12 @@ export async function openRuntime(folder, threads, compiled) {
   const module = await factory({
     numThreads: threads,
     locateFile: (/** @type {string} */ name) => folder + name,
-    ...compiled && {
+    ...(compiled && {
       instantiateWasm: (/** @type {WebAssembly.Imports} */ imports, /** @type {Function} */ receive) => {
         WebAssembly.instantiate(compiled, imports).then(instance => receive(instance, compiled));
         return {};
       },
-    },
+    }),
   });
   const missing = NEEDED.filter(name => typeof module[name] !== 'function');
   if (missing.length) {
@@ -80,7 +99,17 @@ export class Runtime {
   async openSession(graph, dataFiles) {
     const { module } = this;
     const options = module._OrtCreateSessionOptions(
-      ALL_OPTIMIZATIONS, false, true, SEQUENTIAL, false, 0, 0, ERRORS_ONLY, 0, 0);
+      NO_OPTIMIZATIONS,
+      false,
+      true,
+      SEQUENTIAL,
+      false,
+      0,
+      0,
+      ERRORS_ONLY,
+      0,
+      0,
+    );
     if (!options) this.fail('session options');
     const bytes = module._malloc(graph.byteLength);
     try {
@@ -110,7 +139,9 @@ export class Runtime {
     if (!pointer) throw new RangeError(`memory: ${size} bytes for a tensor are not to be had`);
     const start = pointer + ((ALIGNMENT_BYTES - (pointer % ALIGNMENT_BYTES)) % ALIGNMENT_BYTES);
     this.module.getValue(pointer, 'i8'); // refreshes the views where another thread made the memory grow
-    const elements = new kind(this.module.HEAPU8.buffer, start, count).fill(/** @type {never} */ (type === 'int64' ? 0n : 0));
+    const elements = new kind(this.module.HEAPU8.buffer, start, count).fill(
+      /** @type {never} */ (type === 'int64' ? 0n : 0),
+    );
     return { handle: this.#handle(type, dims, start, size), pointer, elements };
   }
 
@@ -174,7 +205,9 @@ export class Session {
     const block = module._malloc(8 * rows.length);
     // Names of inputs, their tensors, names of outputs, their tensors.
     const words = [inputs, outputs].flatMap(part => [
-      ...part.map(([name]) => this.#string(name)), ...part.map(([, tensor]) => tensor.handle)]);
+      ...part.map(([name]) => this.#string(name)),
+      ...part.map(([, tensor]) => tensor.handle),
+    ]);
     words.forEach((word, i) => module.setValue(block + 4 * i, word, '*'));
     return { block, numInputs: inputs.length, numOutputs: outputs.length };
   }
@@ -188,7 +221,15 @@ export class Session {
   run({ block, numInputs, numOutputs }) {
     const outputs = block + 8 * numInputs;
     const status = this.runtime.module._OrtRun(
-      this.handle, block, block + 4 * numInputs, numInputs, outputs, numOutputs, outputs + 4 * numOutputs, 0);
+      this.handle,
+      block,
+      block + 4 * numInputs,
+      numInputs,
+      outputs,
+      numOutputs,
+      outputs + 4 * numOutputs,
+      0,
+    );
     this.runtime.check(status, 'running the graph');
   }
 

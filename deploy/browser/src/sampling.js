@@ -66,7 +66,8 @@ export class Sampler {
  * @param {Float32Array} logits @param {SamplingParams} params @param {number} uniform
  */
 export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) {
-  let max = -Infinity, best = 0;
+  let max = -Infinity,
+    best = 0;
   for (let id = 0; id < logits.length; id++) {
     if (logits[id] > max) {
       max = logits[id];
@@ -80,7 +81,14 @@ export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) 
   for (let head = topK || HEAD; ; head = logits.length) {
     const order = bestIds(logits, Math.min(head, logits.length));
     const mass = topK ? order.reduce((sum, id) => sum + weights[id], 0) : total;
-    const chosen = chooseFrom(order, weights, mass, { topP, minP }, uniform, topK > 0 || order.length === logits.length);
+    const chosen = chooseFrom(
+      order,
+      weights,
+      mass,
+      { topP, minP },
+      uniform,
+      topK > 0 || order.length === logits.length,
+    );
     if (chosen !== undefined) return chosen;
   }
 }
@@ -91,7 +99,9 @@ export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) 
  * @param {{topP: number, minP: number}} cuts @param {number} uniform @param {boolean} all
  */
 function chooseFrom(order, weights, mass, { topP, minP }, uniform, all) {
-  let keep = order.length, cut = all, sum = 0;
+  let keep = order.length,
+    cut = all,
+    sum = 0;
   for (let i = 0; i < order.length; i++) {
     const share = weights[order[i]] / mass;
     // A token is kept while those before it add up to less than topP.
@@ -120,7 +130,8 @@ function bestIds(logits, k) {
   // The k-th best so far is at the root, and most logits are below it.
   /** @type {number[]} */
   const heap = [];
-  const worse = (/** @type {number} */ a, /** @type {number} */ b) => logits[a] < logits[b] || (logits[a] === logits[b] && a > b);
+  const worse = (/** @type {number} */ a, /** @type {number} */ b) =>
+    logits[a] < logits[b] || (logits[a] === logits[b] && a > b);
   const sink = () => {
     for (let at = 0; ;) {
       let least = at;

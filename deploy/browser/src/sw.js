@@ -21,10 +21,14 @@ const sw = /** @type {any} */ (self);
 sw.addEventListener('install', (/** @type {any} */ event) => {
   event.waitUntil(fill().then(() => sw.skipWaiting()));
   // Where browsers know how, files come from the cache without this worker being started for them.
-  event.addRoutes?.(EARLY.map(name => ({
-    condition: { urlPattern: { pathname: new URL(here + name).pathname, search: '' }, requestMethod: 'GET' },
-    source: { cacheName: CACHE },
-  }))).catch(() => {});
+  event
+    .addRoutes?.(
+      EARLY.map(name => ({
+        condition: { urlPattern: { pathname: new URL(here + name).pathname, search: '' }, requestMethod: 'GET' },
+        source: { cacheName: CACHE },
+      })),
+    )
+    .catch(() => {});
 });
 
 sw.addEventListener('activate', (/** @type {any} */ event) => {
@@ -34,7 +38,8 @@ sw.addEventListener('activate', (/** @type {any} */ event) => {
 sw.addEventListener('fetch', (/** @type {any} */ event) => {
   const url = new URL(event.request.url);
   const name = url.href.startsWith(here) ? url.pathname.slice(new URL(here).pathname.length) : null;
-  if (name !== null && event.request.method === 'GET' && ['', ...FILES].includes(name)) event.respondWith(fromCache(name));
+  if (name !== null && event.request.method === 'GET' && ['', ...FILES].includes(name))
+    event.respondWith(fromCache(name));
 });
 
 async function fill() {
@@ -53,12 +58,14 @@ async function keep(cache, name) {
 
 async function forgetOthers() {
   const names = await caches.keys();
-  await Promise.all(names.filter(name => name.startsWith('ryot-page-') && name !== CACHE).map(name => caches.delete(name)));
+  await Promise.all(
+    names.filter(name => name.startsWith('ryot-page-') && name !== CACHE).map(name => caches.delete(name)),
+  );
 }
 
 /** @param {string} name */
 async function fromCache(name) {
   const cache = await caches.open(CACHE);
-  if (isLate(name) && !await cache.match(here + name)) await keep(cache, name).catch(() => {});
-  return await cache.match(here + name) ?? fetch(here + name);
+  if (isLate(name) && !(await cache.match(here + name))) await keep(cache, name).catch(() => {});
+  return (await cache.match(here + name)) ?? fetch(here + name);
 }

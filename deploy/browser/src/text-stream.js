@@ -9,7 +9,10 @@ import { literalPattern, translatePattern } from './regex.js';
 const UNKNOWN = '\ufffd';
 const encoder = new TextEncoder();
 
-/** @typedef {{byteLevel: boolean, byteFallback: boolean, perToken: ((name: string, first: boolean) => string)[], strip: string, stripCount: number}} Decoding */
+/**
+ * @typedef {{byteLevel: boolean, byteFallback: boolean, perToken: ((name: string, first: boolean) => string)[], strip:
+ *   string, stripCount: number}} Decoding
+ */
 
 /** @param {any} spec  `decoder` of tokenizer.json @returns {Decoding} */
 export function readDecoding(spec) {
@@ -27,7 +30,9 @@ export function readDecoding(spec) {
     decoding.stripCount = stages[at++].start;
   }
   if (at < stages.length || !stages.length) {
-    throw new Error(`tokenizer.json: decoder ${kinds.join(' + ') || 'none'} cannot turn tokens into text one at a time`);
+    throw new Error(
+      `tokenizer.json: decoder ${kinds.join(' + ') || 'none'} cannot turn tokens into text one at a time`,
+    );
   }
   return decoding;
 }
@@ -130,7 +135,10 @@ function readBytes(name) {
   return bytes.includes(undefined) ? encoder.encode(name) : Uint8Array.from(/** @type {number[]} */ (bytes));
 }
 
-/** Whether bytes are the beginning of a character: a decoder that waits for more finds no fault in them. @param {number[]} bytes */
+/**
+ * Whether bytes are the beginning of a character: a decoder that waits for more finds no fault in them.
+ * @param {number[]} bytes
+ */
 function couldBecomeCharacter(bytes) {
   try {
     new TextDecoder('utf-8', { fatal: true }).decode(Uint8Array.from(bytes), { stream: true });

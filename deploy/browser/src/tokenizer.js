@@ -9,7 +9,10 @@ import { literalPattern } from './regex.js';
 import { buildCutter, buildNormalizer } from './pretokenize.js';
 import { TextStream, readDecoding } from './text-stream.js';
 
-/** @typedef {{id: number, content: string, special: boolean, normalized: boolean, single_word: boolean, lstrip: boolean, rstrip: boolean}} AddedToken */
+/**
+ * @typedef {{id: number, content: string, special: boolean, normalized: boolean, single_word: boolean, lstrip: boolean,
+ *   rstrip: boolean}} AddedToken
+ */
 /** A stretch of text, or the id of an added token in its place. @typedef {string | number} Piece */
 
 const NAMED_TOKENS = ['bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token'];
@@ -40,7 +43,8 @@ export class Tokenizer {
     const all = [...this.added.values()];
     this.rawMatcher = matcher(all.filter(token => !token.normalized).map(token => [token.content, token]));
     this.normalizedMatcher = matcher(
-      all.filter(token => token.normalized).map(token => [this.normalize(token.content), token]));
+      all.filter(token => token.normalized).map(token => [this.normalize(token.content), token]),
+    );
   }
 
   /** Special tokens by the names that chat templates call them. @returns {Record<string, string>} */
@@ -80,8 +84,12 @@ export class Tokenizer {
 
   /** Reads tokens as they come; those `after` a text that has begun continue it. @param {number[]} after */
   stream(after = []) {
-    const name = (/** @type {number} */ id) => this.special.has(id) ? undefined : this.names[id];
-    return new TextStream(this.decoding, name, after.some(id => name(id) !== undefined));
+    const name = (/** @type {number} */ id) => (this.special.has(id) ? undefined : this.names[id]);
+    return new TextStream(
+      this.decoding,
+      name,
+      after.some(id => name(id) !== undefined),
+    );
   }
 
   /** Add the tokens that tokenizer_config.json lists and names, as transformers does. */
@@ -90,7 +98,9 @@ export class Tokenizer {
     const listed = Object.entries(config.added_tokens_decoder ?? {}).sort(([a], [b]) => Number(a) - Number(b));
     for (const [, token] of listed) this.#add(token.content, token);
     const extra = config.extra_special_tokens ?? config.additional_special_tokens;
-    const named = Object.entries(config).filter(([key]) => key.endsWith('_token')).map(([, value]) => value);
+    const named = Object.entries(config)
+      .filter(([key]) => key.endsWith('_token'))
+      .map(([, value]) => value);
     if (extra && !Array.isArray(extra)) named.push(...Object.values(extra));
     for (const value of named) {
       const text = tokenText(value);
@@ -126,7 +136,10 @@ function matcher(tokens) {
   const written = new Map(tokens.filter(([text]) => text));
   if (!written.size) return null;
   const longestFirst = [...written.keys()].sort((a, b) => b.length - a.length);
-  return { pattern: new RegExp(longestFirst.map(text => literalPattern(text).source).join('|'), 'gu'), tokens: written };
+  return {
+    pattern: new RegExp(longestFirst.map(text => literalPattern(text).source).join('|'), 'gu'),
+    tokens: written,
+  };
 }
 
 /** @param {string} text @param {ReturnType<typeof matcher>} found @returns {Piece[]} */
@@ -137,9 +150,11 @@ function split(text, found) {
   let last = 0;
   for (const { index, 0: match } of text.matchAll(found.pattern)) {
     const token = /** @type {AddedToken} */ (found.tokens.get(match));
-    let start = index, end = index + match.length;
+    let start = index,
+      end = index + match.length;
     if (token.single_word) {
-      const before = [...text.slice(0, start)].at(-1) ?? '', after = String.fromCodePoint(text.codePointAt(end) ?? 32);
+      const before = [...text.slice(0, start)].at(-1) ?? '',
+        after = String.fromCodePoint(text.codePointAt(end) ?? 32);
       if (WORD.test(before) || WORD.test(after)) continue;
     }
     if (start < last) continue;
@@ -159,7 +174,8 @@ function readTemplate(spec) {
   const around = { before: [], after: [] };
   for (const part of spec?.type === 'Sequence' ? spec.processors : spec ? [spec] : []) {
     if (part.type === 'ByteLevel') continue; // changes offsets, not ids
-    if (part.type !== 'TemplateProcessing') throw new Error(`tokenizer.json: post-processor ${part.type} is not supported`);
+    if (part.type !== 'TemplateProcessing')
+      throw new Error(`tokenizer.json: post-processor ${part.type} is not supported`);
     let seen = false;
     for (const item of part.single) {
       if (item.Sequence) seen = true;

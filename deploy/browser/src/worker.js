@@ -52,29 +52,36 @@ const requests = {
     const bundle = await openBundle(folder);
     const { manifest } = bundle;
     checkRuntimeVersion(RUNTIME_VERSION, manifest.onnxruntime_min);
-    const weightBytes = Object.entries(manifest.files)
-      .reduce((sum, [name, { bytes }]) => sum + (name.endsWith('.data') ? bytes : 0), 0);
+    const weightBytes = Object.entries(manifest.files).reduce(
+      (sum, [name, { bytes }]) => sum + (name.endsWith('.data') ? bytes : 0),
+      0,
+    );
     const wanted = threads || (weightBytes < THREADS_FROM_BYTES ? 1 : Math.ceil(navigator.hardwareConcurrency / 2));
     const usable = self.crossOriginIsolated ? Math.min(wanted, MAX_THREADS) : 1;
     const opening = code.then(module => openRuntime(VENDOR, usable, module));
     opening.catch(() => {}); // awaited below, behind the files
     let loaded = 0;
-    const files = new Map(await Promise.all(neededFiles(manifest).map(async name => {
-      const bytes = await bundle.read(name, arrived => {
-        loaded += arrived;
-        send({ type: 'progress', loaded, total: bundle.sizeBytes });
-      });
-      return /** @type {[string, Uint8Array]} */ ([name, bytes]);
-    })));
+    const files = new Map(
+      await Promise.all(
+        neededFiles(manifest).map(async name => {
+          const bytes = await bundle.read(name, arrived => {
+            loaded += arrived;
+            send({ type: 'progress', loaded, total: bundle.sizeBytes });
+          });
+          return /** @type {[string, Uint8Array]} */ ([name, bytes]);
+        }),
+      ),
+    );
     const read = performance.now();
-    const json = (/** @type {string} */ name) => JSON.parse(new TextDecoder().decode(files.get(name) ?? new Uint8Array([123, 125])));
+    const json = (/** @type {string} */ name) =>
+      JSON.parse(new TextDecoder().decode(files.get(name) ?? new Uint8Array([123, 125])));
     const config = json('tokenizer_config.json');
     const special = 'added_tokens_decoder' in config ? {} : json('special_tokens_map.json');
     tokenizer = new Tokenizer(json('tokenizer.json'), { ...config, ...special });
     template = await loadChatTemplate(bundle, config, tokenizer.namedTokens);
     const gpu = await tryGpu(manifest, files, device ?? (weightBytes < GPU_FROM_BYTES ? 'cpu' : 'any'));
     const opened = performance.now();
-    engine = gpu.engine ?? await openEngine(await opening, manifest, files);
+    engine = gpu.engine ?? (await openEngine(await opening, manifest, files));
     await bundle.forgetOthers();
     send({
       type: 'ready',
@@ -106,9 +113,16 @@ const requests = {
     const began = performance.now();
     const chat = messages && template;
     const { ids, forgotten } = chat
-      ? encodeConversation(/** @type {import('./chat.js').ChatTemplate} */ (template), tokenizer, messages, engine.maxLen)
+      ? encodeConversation(
+          /** @type {import('./chat.js').ChatTemplate} */ (template),
+          tokenizer,
+          messages,
+          engine.maxLen,
+        )
       : { ids: encodePrompt(prompt), forgotten: 0 };
-    let waiting = '', sent = 0, firstMs = 0;
+    let waiting = '',
+      sent = 0,
+      firstMs = 0;
     const flush = () => {
       if (waiting) send({ type: 'text', text: waiting });
       waiting = '';
@@ -135,7 +149,7 @@ const requests = {
       sharedTokens,
       forgotten,
       firstMs,
-      tokensPerS: tokens.length > 1 ? (tokens.length - 1) / decodeMs * 1e3 : 0,
+      tokensPerS: tokens.length > 1 ? ((tokens.length - 1) / decodeMs) * 1e3 : 0,
       memoryBytes: engine.memoryBytes,
     });
   },
@@ -160,9 +174,11 @@ async function tryGpu(manifest, files, device) {
   const asked = device === 'webgpu';
   const graph = /** @type {Uint8Array} */ (files.get(manifest.graphs.decode));
   if (!asked && device !== 'any') return {};
-  if (!fitsGpu(manifest, graph)) return asked ? { problem: 'WebGPU has no kernels for the matrices of this bundle' } : {};
+  if (!fitsGpu(manifest, graph))
+    return asked ? { problem: 'WebGPU has no kernels for the matrices of this bundle' } : {};
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
-  if (!adapter || (!asked && adapter.info?.isFallbackAdapter)) return asked ? { problem: 'this browser offers no WebGPU' } : {};
+  if (!adapter || (!asked && adapter.info?.isFallbackAdapter))
+    return asked ? { problem: 'this browser offers no WebGPU' } : {};
   try {
     const opened = await openGpuEngine(VENDOR, manifest, files);
     await checkGolden(opened);

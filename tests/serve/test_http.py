@@ -219,16 +219,16 @@ def test_a_reader_that_does_not_read_stalls_nobody(server: Server) -> None:
         assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
 
 
-def test_many_connections_at_once_all_get_their_answer(server: Server) -> None:
+def test_two_hundred_connections_at_once_all_get_their_answer(server: Server) -> None:
     def ask(number: int) -> str:
         body = PROMPT | {"prompt": f"number {number % 5}", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
         status, found = post(server, "/v1/completions", body)
         assert status == 200, found
         return json.dumps(found["choices"])
 
-    with ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(ask, range(100)))
-    assert [answers[number] == answers[number % 5] for number in range(100)] == [True] * 100
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, range(200)))
+    assert [answers[number] == answers[number % 5] for number in range(200)] == [True] * 200
 
 
 def test_random_requests_never_give_a_500(server: Server) -> None:
@@ -346,3 +346,30 @@ def test_a_server_that_cannot_start_says_why(
     run = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == code, run.stderr
     assert message in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_killed_server_starts_again_with_what_it_kept(plain_bundle: Bundle, tmp_path: Path) -> None:
+    body = {"prompt": "a text that is worth keeping, as it is long", "max_tokens": 3, "temperature": 0}
+
+    def ask(server: Server) -> tuple[object, int]:
+        status, found = post(server, "/v1/completions", body)
+        assert status == 200, found
+        usage = found["usage"]
+        assert isinstance(usage, dict)
+        return found["choices"], usage["prompt_tokens_details"]["cached_tokens"]
+
+    kept = ("--prefix-folder", tmp_path / "prefixes")
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        first, _ = ask(server)
+        assert server.end() == 0
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        connection = connect(server)
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body | {"stream": True, "max_tokens": 200, "ignore_eos": True}), JSON
+        )
+        assert connection.getresponse().read(10)
+        server.process.kill()
+        server.process.wait(30)
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        again, cached = ask(server)
+        assert again == first and cached > 10

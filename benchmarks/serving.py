@@ -88,7 +88,7 @@ def _take(
 ) -> list[dict[str, Any]]:
     """All samples, those of earlier runs included."""
     began_s, samples = time.monotonic(), []
-    identity = hashlib.sha256(json.dumps([models, options.quick, options.soak]).encode()).hexdigest()[:10]
+    identity = hashlib.sha256(json.dumps([models, options.quick]).encode()).hexdigest()[:10]
     folder = options.work / f"samples-{identity}"
     folder.mkdir(exist_ok=True)
     jobs = [
@@ -103,7 +103,8 @@ def _take(
         if number == 0 or part not in ("soak", "poisson")
     ]
     for position, (number, cores, name, part, engine) in enumerate(jobs):
-        file = folder / f"{number}-{cores}-{name}-{part}-{engine.name.replace('/', '-').replace(' ', '-')}.json"
+        size = f"-{options.soak}" if part == "soak" else ""
+        file = folder / f"{number}-{cores}-{name}-{part}{size}-{engine.name.replace(' ', '-')}.json"
         if not file.exists():
             if time.monotonic() - began_s > options.minutes * 60:
                 _tell(f"{options.minutes:g} minutes are over with {len(jobs) - position} of {len(jobs)} jobs left")

@@ -234,16 +234,21 @@ def test_two_hundred_connections_at_once_all_get_their_answer(server: Server) ->
 def test_random_requests_never_give_a_500(server: Server) -> None:
     rng = random.Random(0)
     values: list[object] = [None, True, -1, 0, 1, 2**70, 1.5, -1e300, "", "a", "\ud800", [], ["a"], [[]], [1], {}]
-    values += [{"type": "json_object"}, {"\ud800": 1}, {"1": 5}]
+    values += [{"type": "json_object"}, {"\ud800": 1}, {"1": 5}, "required", [{"type": "function"}], [{"role": "user"}]]
+    values += [[{"type": "function", "function": {"name": "f", "parameters": {"type": "\ud800"}}}], [{"type": [1]}]]
+    values += [{"format": {"type": "json_schema", "schema": {"$ref": "#"}}}, {"type": "regex", "regex": "(" * 40}]
     names = [
         "temperature", "top_p", "min_p", "top_k", "n", "best_of", "stop", "seed", "echo", "logprobs", "top_logprobs",
         "logit_bias", "max_tokens", "max_completion_tokens", "presence_penalty", "frequency_penalty", "stream_options",
         "response_format", "structured_outputs", "repetition_penalty", "ignore_eos", "prompt", "messages", "tools",
-        "chat_template_kwargs", "stream", "model", "user", "metadata", "\ud800",
+        "chat_template_kwargs", "stream", "model", "user", "metadata", "\ud800", "tool_choice", "input", "text",
     ]  # fmt: skip
     statuses = set()
     for _ in range(400):
-        path, body = rng.choice([("completions", dict(PROMPT)), ("chat/completions", dict(CHAT))])
+        response = {"model": "tiny-7", "input": "a", "max_output_tokens": 2}
+        path, body = rng.choice(
+            [("completions", dict(PROMPT)), ("chat/completions", dict(CHAT)), ("responses", response)]
+        )
         for name in rng.sample(names, rng.randrange(1, 4)):
             body[name] = rng.choice(values)
         connection = connect(server)

@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/serving"), metavar="DIR", help="models and samples")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="where the result goes")
     options = parser.parse_args()
+    # Told to end, it ends the server that it has started too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parts, names = options.parts.split(","), options.models.split(",")
     if wrong := set(parts) - set(PARTS):
         parser.error(f"--parts: {min(wrong)} is none of {', '.join(PARTS)}")

@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/serving"), metavar="DIR", help="models and samples")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="where the result goes")
     options = parser.parse_args()
+    # Told to end, it ends the server that it has started too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parts, names = options.parts.split(","), options.models.split(",")
     if wrong := set(parts) - set(PARTS):
         parser.error(f"--parts: {min(wrong)} is none of {', '.join(PARTS)}")
@@ -88,7 +91,7 @@ def _take(
 ) -> list[dict[str, Any]]:
     """All samples, those of earlier runs included."""
     began_s, samples = time.monotonic(), []
-    identity = hashlib.sha256(json.dumps([models, options.quick, options.soak]).encode()).hexdigest()[:10]
+    identity = hashlib.sha256(json.dumps([models, options.quick]).encode()).hexdigest()[:10]
     folder = options.work / f"samples-{identity}"
     folder.mkdir(exist_ok=True)
     jobs = [
@@ -103,7 +106,8 @@ def _take(
         if number == 0 or part not in ("soak", "poisson")
     ]
     for position, (number, cores, name, part, engine) in enumerate(jobs):
-        file = folder / f"{number}-{cores}-{name}-{part}-{engine.name.replace('/', '-').replace(' ', '-')}.json"
+        size = f"-{options.soak}" if part == "soak" else ""
+        file = folder / f"{number}-{cores}-{name}-{part}{size}-{engine.name.replace(' ', '-')}.json"
         if not file.exists():
             if time.monotonic() - began_s > options.minutes * 60:
                 _tell(f"{options.minutes:g} minutes are over with {len(jobs) - position} of {len(jobs)} jobs left")

@@ -183,11 +183,12 @@ def poisson(engine: Engine, setting: Setting) -> Found:
     found: Found = {}
     with served(engine, setting, rows=16) as server:
         send(server, setting, [{"body": body(setting.prompt(10_000), 4)}], at_once=1)
-        for share in SHARES:
+        for number, share in enumerate(SHARES):
             rate = share * setting.capacity
             count = max(8, min(60, int(rate * (5 if setting.quick else 15))))
             arrivals = np.cumsum(np.random.default_rng(5).exponential(1 / rate, count)).tolist()
-            requests = [{"body": body(setting.prompt(5000 + i), setting.tokens)} for i in range(count)]
+            asked = range(5000 + 100 * number, 5000 + 100 * number + count)
+            requests = [{"body": body(setting.prompt(i), setting.tokens)} for i in asked]
             found[f"{share:.0%}"] = load(server, setting, requests, arrivals_s=arrivals) | {"rate": rate}
     return found
 

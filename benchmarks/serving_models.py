@@ -37,7 +37,7 @@ CONTEXT = 4096
 #: The first one stands for ours where only our server is looked at. At SmolLM2 int8-dyn breaches its quality limit.
 BUNDLES = {
     "M": (("int8", "int8"), ("int8-dyn", "int8"), ("int4", "float32")),
-    "SmolLM2": (("int8", "int8"), ("int4", "float32")),
+    "SmolLM2": (("int8", "float32"), ("int8", "int8"), ("int4", "float32")),
 }
 #: The bundle that onnxruntime-genai runs too.
 GENAI_PRECISION = "int4"

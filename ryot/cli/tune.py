@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import click
 
@@ -22,14 +23,32 @@ from ryot.cli.options import HELP, cache_dir, data_option, format_option, preset
     show_default=True,
     help="Which half to measure",
 )
+@click.option(
+    "--bundle",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="BUNDLE",
+    help="Measure instead how many requests 'serve' and 'batch' should compute together with this bundle",
+)
 @click.option("--again", is_flag=True, help="Measure although a decision is cached")
 @format_option("table", "json")
 @verbose_option
-def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what: str, again: bool, fmt: str) -> None:
+def command(
+    variant: str,
+    preset: str,
+    data: tuple[str, ...],
+    threads: int,
+    what: str,
+    bundle: Path | None,
+    again: bool,
+    fmt: str,
+) -> None:
     """Time real candidates for training steps and for inference on this machine, and show what is chosen and why.
 
     Example: ryot-deploy tune --what inference
     """
+    if bundle is not None:
+        _show_widths(bundle, threads, fmt)
+        return
     from ryot.cli.progress import Progress
     from ryot.config import resolve_variant
     from ryot.scratch import scratch_folder
@@ -61,3 +80,21 @@ def command(variant: str, preset: str, data: tuple[str, ...], threads: int, what
                 click.echo(format_inference(inference))
     if fmt == "json":
         click.echo(json.dumps({"schema": 1, "variant": recipe.name, **decisions}, indent=1))
+
+
+def _show_widths(path: Path, threads: int, fmt: str) -> None:
+    """What a step of each width takes, and the `--rows` to give."""
+    from tabulate import tabulate
+
+    from ryot.edge.bundle import load_bundle
+    from ryot.edge.widths import choose_width, measure_widths
+
+    widths = measure_widths(load_bundle(path), threads=threads)
+    chosen = choose_width(widths)
+    if fmt == "json":
+        shown = [dataclasses.asdict(width) for width in widths]
+        click.echo(json.dumps({"schema": 1, "bundle": str(path), "widths": shown, "rows": chosen.rows}, indent=1))
+        return
+    table = [(width.rows, f"{width.step_ms:.3f}", f"{width.tok_s:.0f}") for width in widths]
+    click.echo(tabulate(table, headers=("rows", "step ms", "tok/s"), colalign=("right",) * 3, disable_numparse=True))
+    click.echo(f"--rows {chosen.rows}: wider steps bring hardly more")

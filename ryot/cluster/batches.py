@@ -8,6 +8,7 @@ process alone: a run that is killed goes on like any other batch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ def _answer_on_ray(batch: Batch, files: dict[str, bytes], options: ModelOptions)
         raise ClusterError(
             f"a batch on a cluster needs Ray Data ({error})", hint='pip install "ray[data]" here and on every node'
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     block_size = READ_AHEAD * options.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ def deploy(
 
         from ryot.cluster.replicas import APP_NAME, ReplicaOptions, build_application
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
         asked = ReplicaOptions(
             bundles=tuple(path.resolve() for path in bundles),

@@ -66,8 +66,8 @@ class Format(Protocol):
     def chunk(self, piece: Choice) -> Body:
         """A piece of a stream: what has come since the last one."""
 
-    def usage_chunk(self) -> Body:
-        """The piece of a stream that holds its usage."""
+    def last_chunks(self) -> Iterable[Body]:
+        """What a stream ends with: its usage, where that was asked for."""
 
 
 async def collect(answer: Format) -> Body:
@@ -101,9 +101,7 @@ async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncI
         async for events in answer.answers:
             if data := b"".join(writer.write(numbers[event.sequence], event) for event in events):
                 yield data
-        if answer.include_usage:
-            yield _event(answer.usage_chunk())
-        yield b"data: [DONE]\n\n"
+        yield b"".join(_event(body) for body in answer.last_chunks()) + b"data: [DONE]\n\n"
     except RyotError as error:
         refused = api_error(error)
         on_error(refused)

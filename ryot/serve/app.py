@@ -30,6 +30,7 @@ from ryot.serve.fields import Fields, parse_body, show
 from ryot.serve.metrics import render_metrics
 from ryot.serve.model import ServedModel
 from ryot.serve.openapi import describe_api
+from ryot.serve.responses import ResponseAnswer
 
 _log = logging.getLogger(__name__)
 access_log = logging.getLogger("ryot.serve.access")
@@ -94,6 +95,7 @@ def build_app(service: Service) -> ASGIApp:
         Route("/v1/models/{name:path}", _model),
         Route("/v1/completions", _completions, methods=["POST"]),
         Route("/v1/chat/completions", _chat, methods=["POST"]),
+        Route("/v1/responses", _responses, methods=["POST"]),
         Route("/tokenize", _tokenize, methods=["POST"]),
         Route("/detokenize", _detokenize, methods=["POST"]),
         Route("/admin/reload", _reload, methods=["POST"]),
@@ -229,7 +231,13 @@ async def _chat(request: Request) -> Response:
     return await _answer(request, ChatCompletion)
 
 
-async def _answer(request: Request, kind: type[TextCompletion] | type[ChatCompletion]) -> Response:
+async def _responses(request: Request) -> Response:
+    return await _answer(request, ResponseAnswer)
+
+
+async def _answer(
+    request: Request, kind: type[TextCompletion] | type[ChatCompletion] | type[ResponseAnswer]
+) -> Response:
     service = _service(request)
     fields = await _read_fields(request, service)
     answer = kind(fields, service.find(fields), service.owner(request))

@@ -134,9 +134,10 @@ class ChatCompletion:
         }
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
-    def usage_chunk(self) -> Body:
-        usage = count_usage(self.answers, self.num_per_prompt)
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
+    def last_chunks(self) -> Iterable[Body]:
+        if self.include_usage:
+            usage = count_usage(self.answers, self.num_per_prompt)
+            yield self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
 
     def _read_call_form(self, grammar: str | None) -> str | None:
         """The form of the answer: that of a call where one is required, else what was asked for."""

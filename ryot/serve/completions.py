@@ -84,8 +84,9 @@ class TextCompletion:
         self._echoed.add(piece.index)
         return self._head | {"choices": [self._body(piece, piece.index // self.num_per_prompt, echo=first)]}
 
-    def usage_chunk(self) -> Body:
-        return self._head | {"choices": [], "usage": count_usage(self.answers, self.num_per_prompt)}
+    def last_chunks(self) -> Iterable[Body]:
+        if self.include_usage:
+            yield self._head | {"choices": [], "usage": count_usage(self.answers, self.num_per_prompt)}
 
     def _request(self, ids: Sequence[int], choice: int, owner: str) -> Request:
         params, scored = self._params, self._logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -15,10 +16,12 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
+from ryot.errors import ConfigError
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 ROOT = CLUSTER.parent
 RAY_UP = ["onprem.yaml", "aws.yaml"]
-MANIFESTS = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
+MANIFESTS = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/rayservice.yaml"]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -35,7 +38,10 @@ def ray_version() -> str:
 def ray_cluster(name: str) -> dict[str, Any]:
     """The RayCluster spec of a manifest."""
     manifest = load(name)
-    return manifest["spec"] if manifest["kind"] == "RayCluster" else manifest["spec"]["rayClusterSpec"]
+    spec = manifest["spec"]
+    return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}[
+        manifest["kind"]
+    ]
 
 
 def start_commands(config: dict[str, Any]) -> list[str]:
@@ -82,7 +88,6 @@ def test_the_on_prem_cluster_always_uses_all_its_machines() -> None:
 def test_a_manifest_is_of_kuberays_api_with_the_tested_ray_in_every_image(name: str) -> None:
     manifest, spec = load(name), ray_cluster(name)
     assert manifest["apiVersion"] == "ray.io/v1"
-    assert manifest["kind"] in ("RayCluster", "RayJob")
     assert spec["rayVersion"] == ray_version()
     assert spec["authOptions"] == {"mode": "token"}
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
@@ -129,11 +134,30 @@ def test_the_jobs_command_is_one_that_ryot_has() -> None:
 
 
 def test_the_measuring_nodes_carry_the_resource_that_bench_on_names() -> None:
-    for name in MANIFESTS:
+    for name in MANIFESTS[:2]:
         [group] = [g for g in ray_cluster(name)["workerGroupSpecs"] if g["groupName"] == "measure"]
         # KubeRay wants the JSON quoted once more.
         assert json.loads(json.loads(group["rayStartParams"]["resources"].strip("'"))) == {"measure": 1}
     assert load("aws.yaml")["available_node_types"]["measure"]["resources"] == {"measure": 1}
+
+
+def test_the_service_imports_what_is_there_and_gives_it_what_it_takes(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")  # what Ray Serve needs
+    config = yaml.safe_load(load("kuberay/rayservice.yaml")["spec"]["serveConfigV2"])
+    [application] = config["applications"]
+    module, name = application["import_path"].split(":")
+    build = getattr(importlib.import_module(module), name)
+    keys = tmp_path / "keys"
+    keys.write_text("one two\n")
+    mounts = ray_cluster("kuberay/rayservice.yaml")["headGroupSpec"]["template"]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
+    folders = [mount["mountPath"] for mount in mounts]
+    args = application["args"]
+    assert all(path.startswith(tuple(folders)) for path in (*args["bundles"], args["api_keys_file"]))
+    assert build(args | {"api_keys_file": str(keys)}) is not None
+    with pytest.raises(ConfigError, match="rowz"):
+        build({"bundles": ["x"], "rowz": 3})
 
 
 def test_the_worker_image_has_the_tested_versions_and_what_the_manifests_call() -> None:
@@ -145,7 +169,7 @@ def test_the_worker_image_has_the_tested_versions_and_what_the_manifests_call() 
     for path in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         for name in path.split():
             assert (ROOT / name).exists(), name
-    extra = re.search(r'"\.\[(\w+)\]"', text)
+    extra = re.search(r'"\.\[([\w-]+)\]"', text)
     assert extra
     assert extra[1] in project["project"]["optional-dependencies"]
     python = re.search(r"^FROM python:(\d+\.\d+)-", text, re.MULTILINE)

@@ -44,6 +44,15 @@ def test_the_text_goes_to_stdout(llama_path: Path) -> None:
     assert run.stdout == expected_text(llama_path, "def ", max_new_tokens=12) + "\n"
 
 
+def test_drafts_change_no_text(llama_path: Path) -> None:
+    options = ("--prompt", "def def def def ", "--max-new-tokens", "40", "--ignore-eos")
+    run = run_cli(llama_path, *options, "--speculate")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == run_cli(llama_path, *options).stdout
+    run = run_cli(llama_path, *options, "--speculate", "--best-of", "2", "--reward", "json", "--temperature", "1")
+    assert run.returncode == 2 and "--speculate: is for --prompt alone" in run.stderr
+
+
 def test_sampling_options_are_passed_on(llama_path: Path) -> None:
     flags = ["--temperature", "1.2", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--seed", "3"]
     more = ["--repetition-penalty", "1.1", "--ignore-eos", "--max-new-tokens", "9"]

@@ -219,31 +219,36 @@ def test_a_reader_that_does_not_read_stalls_nobody(server: Server) -> None:
         assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
 
 
-def test_many_connections_at_once_all_get_their_answer(server: Server) -> None:
+def test_two_hundred_connections_at_once_all_get_their_answer(server: Server) -> None:
     def ask(number: int) -> str:
         body = PROMPT | {"prompt": f"number {number % 5}", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
         status, found = post(server, "/v1/completions", body)
         assert status == 200, found
         return json.dumps(found["choices"])
 
-    with ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(ask, range(100)))
-    assert [answers[number] == answers[number % 5] for number in range(100)] == [True] * 100
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, range(200)))
+    assert [answers[number] == answers[number % 5] for number in range(200)] == [True] * 200
 
 
 def test_random_requests_never_give_a_500(server: Server) -> None:
     rng = random.Random(0)
     values: list[object] = [None, True, -1, 0, 1, 2**70, 1.5, -1e300, "", "a", "\ud800", [], ["a"], [[]], [1], {}]
-    values += [{"type": "json_object"}, {"\ud800": 1}, {"1": 5}]
+    values += [{"type": "json_object"}, {"\ud800": 1}, {"1": 5}, "required", [{"type": "function"}], [{"role": "user"}]]
+    values += [[{"type": "function", "function": {"name": "f", "parameters": {"type": "\ud800"}}}], [{"type": [1]}]]
+    values += [{"format": {"type": "json_schema", "schema": {"$ref": "#"}}}, {"type": "regex", "regex": "(" * 40}]
     names = [
         "temperature", "top_p", "min_p", "top_k", "n", "best_of", "stop", "seed", "echo", "logprobs", "top_logprobs",
         "logit_bias", "max_tokens", "max_completion_tokens", "presence_penalty", "frequency_penalty", "stream_options",
         "response_format", "structured_outputs", "repetition_penalty", "ignore_eos", "prompt", "messages", "tools",
-        "chat_template_kwargs", "stream", "model", "user", "metadata", "\ud800",
+        "chat_template_kwargs", "stream", "model", "user", "metadata", "\ud800", "tool_choice", "input", "text",
     ]  # fmt: skip
     statuses = set()
     for _ in range(400):
-        path, body = rng.choice([("completions", dict(PROMPT)), ("chat/completions", dict(CHAT))])
+        response = {"model": "tiny-7", "input": "a", "max_output_tokens": 2}
+        path, body = rng.choice(
+            [("completions", dict(PROMPT)), ("chat/completions", dict(CHAT)), ("responses", response)]
+        )
         for name in rng.sample(names, rng.randrange(1, 4)):
             body[name] = rng.choice(values)
         connection = connect(server)
@@ -346,3 +351,30 @@ def test_a_server_that_cannot_start_says_why(
     run = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == code, run.stderr
     assert message in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_killed_server_starts_again_with_what_it_kept(plain_bundle: Bundle, tmp_path: Path) -> None:
+    body = {"prompt": "a text that is worth keeping, as it is long", "max_tokens": 3, "temperature": 0}
+
+    def ask(server: Server) -> tuple[object, int]:
+        status, found = post(server, "/v1/completions", body)
+        assert status == 200, found
+        usage = found["usage"]
+        assert isinstance(usage, dict)
+        return found["choices"], usage["prompt_tokens_details"]["cached_tokens"]
+
+    kept = ("--prefix-folder", tmp_path / "prefixes")
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        first, _ = ask(server)
+        assert server.end() == 0
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        connection = connect(server)
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body | {"stream": True, "max_tokens": 200, "ignore_eos": True}), JSON
+        )
+        assert connection.getresponse().read(10)
+        server.process.kill()
+        server.process.wait(30)
+    with running(tmp_path, plain_bundle.path, *kept) as server:
+        again, cached = ask(server)
+        assert again == first and cached > 10

@@ -228,8 +228,9 @@ def run_distill(bench: Bench) -> list[list[str]]:
         differences = (np.array(a["window_bits"]) - np.array(b["window_bits"])) / np.mean(a["window_bytes"])
         half = t_quantile(len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
         low, high = differences.mean() - half, differences.mean() + half
+        difference = f"{differences.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
         rows.append([
-            f"seed {seed}", f"{a['bpb']:.4f}", f"{b['bpb']:.4f}", f"{differences.mean():+.4f} [{low:+.4f}, {high:+.4f}]",
+            f"seed {seed}", f"{a['bpb']:.4f}", f"{b['bpb']:.4f}", difference,
             f"{with_teacher['train_wall_s']:.0f} / {best[2]['train_wall_s']:.0f}", verdict(high < 0),
         ])  # fmt: skip
     return [["test bpb", "taught", "text alone", "difference [98 %]", "seconds, both", ""], *rows]

@@ -147,7 +147,7 @@ def run_lora(bench: Bench) -> list[list[str]]:
     args = bench.args
     domain = write_command_language(bench.work / "commands", 40_000 if args.tiny else 300_000)
     general = write_library_part(bench.work / "general", 300_000 if args.tiny else 3_000_000)
-    values = {"source": bench.source, "rank": RANK, "length": LENGTH, "batch": BATCH, "accumulate": BATCH, "rate": 5e-4}
+    values = {"source": bench.source, "rank": RANK, "length": LENGTH, "batch": BATCH, "accumulate": 2, "rate": 5e-4}
     probe = bench.recipe("probe", LORA.format(**values, tokens=BATCH * LENGTH * 100))
     measured = bench.run("train", recipe=probe, data=str(domain), seed=0, max_steps=1 if args.tiny else 4)
     per_s = measured["tokens"] / measured["train_wall_s"]

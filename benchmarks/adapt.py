@@ -38,7 +38,7 @@ PARTS = ("lora", "speed", "distill", "qat")
 #: What issue J asks for.
 MAX_DOMAIN_RATIO, MAX_GENERAL_RATIO, MAX_RSS = 0.85, 1.02, 3e9
 MIN_SPEED, MAX_INT4 = 1.3, 1.002
-LENGTH, BATCH, RANK = 256, 8, 16
+BATCH, RANK = 8, 16
 
 LORA = """
 summary = "LoRA on the command language"
@@ -96,6 +96,7 @@ fused_optimizer = true
 ROUNDED = """
 [rounding]
 share = 0.2
+block_size = {block_size}
 """
 
 
@@ -104,6 +105,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.work = args, args.work
+        self.length = 64 if args.tiny else 256
         self.work.mkdir(parents=True, exist_ok=True)
         checkpoint = open_checkpoint(str(args.source))
         self.source, self.vocab_size = str(args.source.absolute()), read_spec(checkpoint.config, "source").vocab_size
@@ -139,7 +141,13 @@ class Bench:
     def score(self, model: str, data: Path) -> dict[str, Any]:
         windows = 8 if self.args.tiny else 256
         return self.run(
-            "score", model=model, tokenizer=self.source, data=str(data), split="test", windows=windows, length=LENGTH
+            "score",
+            model=model,
+            tokenizer=self.source,
+            data=str(data),
+            split="test",
+            windows=windows,
+            length=self.length,
         )
 
 
@@ -147,12 +155,23 @@ def run_lora(bench: Bench) -> list[list[str]]:
     args = bench.args
     domain = write_command_language(bench.work / "commands", 40_000 if args.tiny else 300_000)
     general = write_library_part(bench.work / "general", 300_000 if args.tiny else 3_000_000)
-    values = {"source": bench.source, "rank": RANK, "length": LENGTH, "batch": BATCH, "accumulate": 2, "rate": 5e-4}
-    probe = bench.recipe("probe", LORA.format(**values, tokens=BATCH * LENGTH * 100))
+    values = {
+        "source": bench.source,
+        "rank": RANK,
+        "length": bench.length,
+        "batch": BATCH,
+        "accumulate": 2,
+        "rate": 5e-4,
+    }
+    probe = bench.recipe("probe", LORA.format(**values, tokens=100 * step_tokens))
     measured = bench.run("train", recipe=probe, data=str(domain), seed=0, max_steps=1 if args.tiny else 4)
     per_s = measured["tokens"] / measured["train_wall_s"]
     # Losses on the way and at the end take part of the minutes.
-    tokens = BATCH * LENGTH * (3 if args.tiny else max(20, int(per_s * args.minutes * 60 * 0.7 / BATCH / LENGTH)))
+    tokens = (
+        BATCH
+        * bench.length
+        * (3 if args.tiny else max(20, int(per_s * args.minutes * 60 * 0.7 / BATCH / bench.length)))
+    )
     recipe = bench.recipe("lora", LORA.format(**values, tokens=tokens))
     output = bench.output("lora")
     found = bench.run("train", recipe=recipe, data=str(domain), seed=0, output=output)
@@ -176,9 +195,9 @@ def run_speed(bench: Bench) -> list[list[str]]:
     args = bench.args
     rounds, steps = (1, 1) if args.tiny else (args.rounds, 4)
     batch = 1 if args.tiny else 4
-    common = {"batch": batch, "length": LENGTH, "vocab_size": bench.vocab_size, "steps": steps}
+    common = {"batch": batch, "length": bench.length, "vocab_size": bench.vocab_size, "steps": steps}
     rows, ours_all, theirs_all = [], [], []
-    values = {"source": bench.source, "rank": RANK, "length": LENGTH, "batch": batch, "rate": 5e-4}
+    values = {"source": bench.source, "rank": RANK, "length": bench.length, "batch": batch, "rate": 5e-4}
     ours_recipe = bench.recipe("speed", LORA.format(**values, accumulate=1, tokens=10**6))
     for number in range(rounds):
         ours_all.append(bench.run("speed_ours", again=number, recipe=ours_recipe, **common))
@@ -245,7 +264,7 @@ def run_qat(bench: Bench) -> list[list[str]]:
     rows = []
     for seed in range(1 if args.tiny else args.seeds):
         found = {}
-        for name, more in (("plain", ""), ("rounded", ROUNDED)):
+        for name, more in (("plain", ""), ("rounded", ROUNDED.format(block_size=args.qat_block))):
             recipe = bench.recipe(name, base.replace("tune = true", "tune = false") + more)
             output = bench.output(f"qat-{name}-{seed}")
             trained = bench.run(
@@ -256,13 +275,13 @@ def run_qat(bench: Bench) -> list[list[str]]:
             )
         uniform = bench.run(
             "export_uniform", model=bench.output(f"qat-plain-{seed}"), dataset=trained["dataset"],
-            output=str(bench.work / f"uniform-{seed}"),
+            output=str(bench.work / f"uniform-{seed}"), block_size=args.qat_block,
         )["gptq"]  # fmt: skip
         fp32 = found["plain"]["fp32"]["bpb"]
         for label, bpb, size in (
             ("fp32, never rounded", fp32, found["plain"]["fp32"]["size_bytes"]),
             ("int4, trained rounded", found["rounded"]["int4"]["bpb"], found["rounded"]["int4"]["size_bytes"]),
-            ("4 bits/32 by GPTQ, the same size", uniform["bpb"], None),
+            (f"4 bits/{args.qat_block} by GPTQ, the same size", uniform["bpb"], None),
             ("int4 by GPTQ, smallest within 1 %", found["plain"]["int4"]["bpb"], found["plain"]["int4"]["size_bytes"]),
         ):
             ratio = bpb / fp32
@@ -297,6 +316,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--distill-steps", type=int, default=1200)
     parser.add_argument("--qat-tokens", type=int, default=2_000_000)
+    parser.add_argument("--qat-block", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("adapt-work"))
     parser.add_argument("--tiny", action="store_true", help="to try the script; not to be quoted")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)

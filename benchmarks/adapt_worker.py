@@ -139,16 +139,16 @@ def export(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_uniform(job: dict[str, Any]) -> dict[str, Any]:
-    """GPTQ at the size of a rounded training: all matrices at 4 bits in blocks of 32, tables at 8 bits."""
+    """GPTQ at the size of a rounded training: all matrices at 4 bits in its blocks, tables at 8 bits."""
     dataset = load_dataset(Path(job["dataset"]))
     weights = load_decoder_weights(open_folder(Path(job["model"])))
     scratch = Path(job["output"])
     scratch.mkdir(parents=True, exist_ok=True)
-    settings = ExportSettings(int4_block_size=32, int8_block_size=32)
+    settings = ExportSettings(int4_block_size=job["block_size"], int8_block_size=job["block_size"])
     quantizer = Quantizer(weights, dataset, settings, 1.01, scratch)
     tables = table_names(weights)
     chosen = {
-        name: next(o for o in options if o.label.startswith("8" if name in tables else "4")).matrix
+        name: next(o for o in options if o.label.startswith("8 " if name in tables else "4 ")).matrix
         for name, options in quantizer._options().items()
     }
     windows = quality_windows(dataset, "test", weights.spec.max_seq_len)

@@ -155,23 +155,15 @@ def run_lora(bench: Bench) -> list[list[str]]:
     args = bench.args
     domain = write_command_language(bench.work / "commands", 40_000 if args.tiny else 300_000)
     general = write_library_part(bench.work / "general", 300_000 if args.tiny else 3_000_000)
-    values = {
-        "source": bench.source,
-        "rank": RANK,
-        "length": bench.length,
-        "batch": BATCH,
-        "accumulate": 2,
-        "rate": 5e-4,
-    }
+    step_tokens = BATCH * bench.length
+    values = {"source": bench.source, "rank": RANK, "length": bench.length, "rate": 5e-4, "batch": BATCH}
+    values["accumulate"] = 2
     probe = bench.recipe("probe", LORA.format(**values, tokens=100 * step_tokens))
     measured = bench.run("train", recipe=probe, data=str(domain), seed=0, max_steps=1 if args.tiny else 4)
     per_s = measured["tokens"] / measured["train_wall_s"]
     # Losses on the way and at the end take part of the minutes.
-    tokens = (
-        BATCH
-        * bench.length
-        * (3 if args.tiny else max(20, int(per_s * args.minutes * 60 * 0.7 / BATCH / bench.length)))
-    )
+    steps = 3 if args.tiny else max(20, int(per_s * args.minutes * 60 * 0.7 / step_tokens))
+    tokens = steps * step_tokens
     recipe = bench.recipe("lora", LORA.format(**values, tokens=tokens))
     output = bench.output("lora")
     found = bench.run("train", recipe=recipe, data=str(domain), seed=0, output=output)

@@ -153,7 +153,7 @@ class Bench:
 
 def run_lora(bench: Bench) -> list[list[str]]:
     args = bench.args
-    domain = write_command_language(bench.work / "commands", 40_000 if args.tiny else 300_000)
+    domain = write_command_language(bench.work / "commands", 150_000 if args.tiny else 300_000)
     general = write_library_part(bench.work / "general", 300_000 if args.tiny else 3_000_000)
     step_tokens = BATCH * bench.length
     values = {"source": bench.source, "rank": RANK, "length": bench.length, "rate": 5e-4, "batch": BATCH}

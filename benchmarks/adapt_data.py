@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from ryot.train.corpus import load_corpus
+from ryot.train.corpus import cut_document, load_corpus
 
 _VERBS = ("arm", "bleed", "couple", "dwell", "evict", "flux", "gate", "hoist", "latch", "mesh", "nudge", "purge")
 _PARTS = ("vane", "spool", "ferrule", "gimbal", "rotor", "shunt", "baffle", "collet", "drogue", "manifold", "plenum")
@@ -45,11 +45,10 @@ def write_command_language(folder: Path, num_bytes: int, seed: int = 0) -> Path:
 
 
 def write_library_part(folder: Path, num_bytes: int) -> Path:
-    """Files of the standard library, evenly spread over it, of about so many bytes."""
-    documents = load_corpus().documents
-    total = sum(len(d.text) for d in documents)
-    step = max(1, round(total / num_bytes))
+    """Blocks of the standard library's files, evenly spread over it, of about so many bytes: each split has some."""
+    blocks = [block for document in load_corpus().documents for block in cut_document(document)]
+    step = max(1, round(sum(len(b.text) for b in blocks) / num_bytes))
     folder.mkdir(parents=True, exist_ok=True)
-    for document in documents[::step]:
-        (folder / document.name.replace("/", "-")).write_text(document.text)
+    for block in blocks[::step]:
+        (folder / block.name.replace("/", "-")).write_text(block.text)
     return folder

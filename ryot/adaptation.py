@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ryot.errors import ConfigError
 from ryot.mapping import also_called
+from ryot.models.block_sizes import BLOCK_SIZES
 from ryot.models.sources.naming import find_source
 from ryot.models.spec import DecoderSpec, bounded_spec
 
@@ -117,7 +118,7 @@ class RoundingConfig:
         _require(0 < self.share <= 1, "share", self.share, "a number above 0, at most 1")
         _require(self.bits in (4, 8), "bits", self.bits, "4 or 8")
         _require(self.table_bits in (4, 8), "table_bits", self.table_bits, "4 or 8")
-        _require(self.block_size in (16, 32, 64, 128, 256), "block_size", self.block_size, "16, 32, 64, 128 or 256")
+        _require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {BLOCK_SIZES}")
 
 
 #: The tables of a recipe that are told here, and what each is read into.

@@ -288,7 +288,7 @@ class VariantConfig:
         )
         for width in self.train.elastic_widths:
             narrow_spec(self.model.spec, width)
-        for name in ("init", "distill", "rounding"):
+        for name in ("init", "tokenizer", "distill", "rounding"):
             chosen = getattr(self, name) is not None
             _require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
             # Prompts are made of the tokens and the vocabulary that are learned from the task's own text.

@@ -1,22 +1,67 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from ryot import errors
-from ryot.config import list_named, replace, resolve_variant, to_mapping
+from ryot.config import find_named, list_named, replace, resolve_variant, to_mapping
 from ryot.deploy.settings import ExportSettings
-from ryot.errors import ConfigError, RyotError, worst_exit_code
+from ryot.errors import CheckpointError, ConfigError, RyotError, worst_exit_code
 from ryot.run.options import RunOptions
 from ryot.run.plan import load_plan, plan_to_toml, resolve_plan
 
+#: Recipes that start from a model, which `--init` names.
+STARTED = ("finetune", "lora")
+
 
 @pytest.mark.parametrize("preset", list_named("presets"))
-@pytest.mark.parametrize("variant", list_named("variants"))
+@pytest.mark.parametrize("variant", sorted(set(list_named("variants")) - set(STARTED)))
 def test_every_packaged_recipe_resolves_at_every_size(variant: str, preset: str) -> None:
     config = resolve_variant(variant, preset)
     assert config.name == variant and config.num_steps > config.warmup_steps
+
+
+@pytest.mark.parametrize("variant", STARTED)
+def test_a_recipe_that_starts_from_a_model_takes_its_shape_and_keeps_it(
+    variant: str, hf_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    text = find_named("variants", variant).read_text()
+    recipe.write_text(text.replace("sequence_length = 256", "sequence_length = 64"))
+    source = hf_checkpoint("gemma3_text")
+    plan = resolve_plan(RunOptions(variants=(str(recipe),), init=str(source)))
+    [config] = plan.variants
+    assert config.init.source == str(source) and len(config.init.sha256) == 64
+    assert config.model.spec.family == "gemma3_text" and config.sequence_length == 64
+    (tmp_path / "run.toml").write_text(plan_to_toml(plan))
+    assert load_plan(tmp_path / "run.toml") == plan
+
+
+def test_a_recipe_that_starts_from_a_model_asks_for_it() -> None:
+    with pytest.raises(ConfigError, match=r"variant lora at reference: init\.from is missing") as error:
+        resolve_plan(RunOptions(variants=("lora",)))
+    assert "--init SOURCE" in str(error.value.hint)
+    with pytest.raises(ConfigError, match="init: none of the variants starts from a model"):
+        resolve_plan(RunOptions(init="somewhere"))
+    with pytest.raises(ConfigError, match="'no/such/folder' is no folder or file here"):
+        resolve_plan(RunOptions(variants=("lora",), init="no/such/folder"))
+
+
+def test_a_model_of_a_family_that_is_not_known_cannot_be_started_from(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="model_type is 'mamba', expected one of"):
+        resolve_plan(RunOptions(variants=("finetune",), init=str(tmp_path)))
+
+
+def test_a_shape_beside_a_start_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(find_named("variants", "lora").read_text() + "\n[model]\ndim = 64\n")
+    with pytest.raises(ConfigError, match=r"model: got \['dim'\], expected nothing with \[init\]"):
+        resolve_variant(str(recipe), "reference", init="anything")
 
 
 def test_the_optimized_variant_is_smaller_than_the_baseline_at_every_size() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ryot.deploy.matrices import BlockMatrix
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 from ryot.models.tensors import FloatArray
 
 #: Shares of a block's range that are tried as its end, on either side.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ryot.models.blocks import ByteArray, block_scales, block_size_for, encode_blocks, split_blocks
+from ryot.models.block_sizes import block_size_for
+from ryot.models.blocks import ByteArray, block_scales, encode_blocks, split_blocks
 from ryot.models.tensors import FloatArray
 
 

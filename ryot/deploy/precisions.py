@@ -14,7 +14,7 @@ from ryot.deploy.matrices import Matrix, quantize_blocks, quantize_dynamic
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.errors import ConfigError
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 
 STANDARD_GRAPH = "model.onnx"
 

@@ -38,7 +38,7 @@ from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from ryot.config import GraphAttention
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.errors import ConfigError
-from ryot.models.blocks import BLOCK_SIZES
+from ryot.models.block_sizes import BLOCK_SIZES
 
 KVDtype = Literal["float32", "int8"]
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from ryot.deploy.gptq import round_by_search
 from ryot.deploy.matrices import BlockMatrix, OffsetBlockMatrix
-from ryot.models.blocks import BLOCK_SIZES, ByteArray
+from ryot.models.block_sizes import BLOCK_SIZES
+from ryot.models.blocks import ByteArray
 from ryot.models.registry import tensor_maps
 from ryot.models.sources.checkpoint import Checkpoint, QuantBlocks
 from ryot.models.spec import DecoderSpec

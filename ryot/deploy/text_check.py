@@ -21,6 +21,8 @@ from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import load_tokenizer
 from ryot.train.corpus import Corpus
 from ryot.train.dataset import HeldOutText
+from ryot.train.records import RecordEncoder
+from ryot.train.source_text import read_source_text
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,8 @@ def open_text(checkpoint: Checkpoint, corpus: Corpus, spec: DecoderSpec) -> Held
         write_checkpoint_files(checkpoint, folder)
         token_ids = check_text(folder, vocab_size=spec.vocab_size).token_ids
         tokenizer = load_tokenizer(folder)
-    text = HeldOutText(corpus, tokenizer, token_ids.separator)
+    records = RecordEncoder(read_source_text(checkpoint, spec.vocab_size)) if corpus.has_records else None
+    text = HeldOutText(corpus, tokenizer, token_ids.separator, records)
     text.check_sequences(min(spec.max_seq_len, WINDOW_TOKENS))
     return text
 

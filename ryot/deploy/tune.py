@@ -37,7 +37,7 @@ from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
 from ryot.edge.machine import describe_cpu
 from ryot.edge.session import OnnxruntimeEngine
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
 from ryot.scratch import scratch_folder
 

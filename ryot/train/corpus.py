@@ -31,15 +31,18 @@ class Document:
     """One text and the name it is sorted and split by; the name is the same on every machine."""
 
     name: str
-    text: str
-    """Of a record all of it, as JSON: what it is hashed and compared by."""
-    record: Record | None = None
-    """Of a row of prompt and completion, or of messages."""
+    content: str | Record
+    """What is learned from: a text, or a row of prompt and completion, or of messages."""
 
     @property
-    def content(self) -> str | Record:
-        """What is learned from."""
-        return self.text if self.record is None else self.record
+    def text(self) -> str:
+        """Of a record all of it, as JSON: what it is hashed and compared by. Not kept: it is as large as the record."""
+        return self.content if isinstance(self.content, str) else record_text(self.content)
+
+    @property
+    def key(self) -> bytes:
+        """What copies have in common."""
+        return hashlib.blake2b(self.text.encode(), digest_size=16).digest()
 
     @property
     def own_split(self) -> str:
@@ -47,7 +50,7 @@ class Document:
 
         Of the usual hashes, BLAKE2s splits the default corpus nearest to 92/4/4 in bytes: 92.2/4.0/3.8.
         """
-        key = self.name if self.record is None else question_text(self.record)
+        key = self.name if isinstance(self.content, str) else question_text(self.content)
         bucket = int.from_bytes(hashlib.blake2s(key.encode()).digest()[:4]) % 100
         return SPLITS[sum(bucket >= bound for bound in _BOUNDS)]
 
@@ -75,13 +78,13 @@ class Corpus:
 
         A text that is in training under one name and in validation or test under another would be scored from memory.
         """
-        first: dict[str, str] = {}
-        return tuple(first.setdefault(d.text, d.own_split) for d in self.documents)
+        first: dict[bytes, str] = {}
+        return tuple(first.setdefault(d.key, d.own_split) for d in self.documents)
 
     @cached_property
     def num_copies(self) -> int:
         """Documents whose text an earlier one has."""
-        return len(self.documents) - len({d.text for d in self.documents})
+        return len(self.documents) - len({d.key for d in self.documents})
 
     @property
     def has_moved_copies(self) -> bool:
@@ -91,7 +94,7 @@ class Corpus:
     @property
     def has_records(self) -> bool:
         """Whether any document is a record."""
-        return any(d.record is not None for d in self.documents)
+        return any(not isinstance(d.content, str) for d in self.documents)
 
     def split(self, name: str) -> list[Document]:
         """The documents of one split, in order."""
@@ -120,7 +123,7 @@ def load_corpus(paths: Sequence[str] = ()) -> Corpus:
                     if content and not content.isspace():
                         documents.append(Document(name, content))
                 elif has_answer(content):
-                    documents.append(Document(name, record_text(content), content))
+                    documents.append(Document(name, content))
                 else:
                     empty.append(name)
     if empty:
@@ -128,9 +131,9 @@ def load_corpus(paths: Sequence[str] = ()) -> Corpus:
     if not documents:
         what = "no record with an answer" if empty else "no text"
         raise DataError(f"data: {', '.join(map(show_path, paths))} holds {what}")
-    documents.sort(key=lambda d: (d.name, d.text))
-    if len({d.text for d in documents}) < _FEW_DOCUMENTS:
-        documents = [block for d in documents for block in ([d] if d.record else cut_document(d))]
+    documents.sort(key=lambda d: (d.name, d.content if isinstance(d.content, str) else ""))
+    if len(documents) < _FEW_DOCUMENTS or len({d.key for d in documents}) < _FEW_DOCUMENTS:
+        documents = [b for d in documents for b in (cut_document(d) if isinstance(d.content, str) else [d])]
     corpus = Corpus(name=", ".join(show_path(Path(p).name) for p in paths), documents=tuple(documents))
     if corpus.num_copies:
         log.warning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +96,16 @@ class Dataset:
 class HeldOutText:
     """A corpus under any tokenizer, encoded split by split when it is asked for; for scoring, not for training."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, separator_id: int | None = END_OF_TEXT_ID):
-        """`separator_id` stands in front of each text; None for nothing."""
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        separator_id: int | None = END_OF_TEXT_ID,
+        records: RecordEncoder | None = None,
+    ):
+        """`separator_id` stands in front of each text; None for nothing. `records` encodes a corpus that has some."""
+        assert (records is not None) == corpus.has_records
+        self._records = records
         self.corpus_sha256 = corpus.sha256
         self.byte_lengths = byte_lengths(tokenizer, separator_id)
         self._corpus, self._tokenizer, self._separator_id = corpus, tokenizer, separator_id
@@ -107,7 +115,7 @@ class HeldOutText:
         """Raise `DataError` when a split has no sequence of `length`; takes far less than encoding all of the text."""
         for split in SPLITS:
             head = np.empty(0, np.int64)
-            for ids in encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id):
+            for ids in self._encode(split):
                 head = np.concatenate([head, ids])
                 if len(head) > length:
                     break
@@ -116,10 +124,16 @@ class HeldOutText:
     def windows(self, split: str, count: int, length: int) -> np.ndarray:
         """Evenly spread stretches of a split, int64 [n, length + 1], n at most `count`: inputs and shifted targets."""
         if split not in self._tokens:
-            ids = encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id)
             dtype = _token_dtype(self._tokenizer.get_vocab_size())
-            self._tokens[split] = np.concatenate([np.empty(0, dtype), *(i.astype(dtype) for i in ids)])
+            parts = (ids.astype(dtype) for ids in self._encode(split))
+            self._tokens[split] = np.concatenate([np.empty(0, dtype), *parts])
         return spread_windows(self._tokens[split], count, length, f"the {split} split")
+
+    def _encode(self, split: str) -> Iterator[np.ndarray]:
+        if self._records is None:
+            return encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id)
+        encode = self._records.encode
+        return (encode(d.content, f"data: {d.name}")[0] for d in self._corpus.split(split))
 
 
 class Batches:

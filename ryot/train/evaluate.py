@@ -21,7 +21,7 @@ QUICK_WINDOWS = 64
 #: Share of a training's tokens that these take at most where it starts from a checkpoint.
 QUICK_SHARE, FULL_SHARE = 0.02, 0.1
 #: Logits made at a time, and tokens that go through the decoder at a time.
-_MAX_LOGITS, _MAX_TOKENS = 1 << 24, 1 << 13
+_MAX_LOGITS, _MAX_TOKENS = 1 << 24, 1 << 11
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ryot.adaptation import RoundingConfig
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 from ryot.models.spec import DecoderSpec, linear_names, table_names
 from ryot.train.functions import rms_norm
 from ryot.train.model import Decoder

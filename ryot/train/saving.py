@@ -19,7 +19,7 @@ from torch import Tensor
 from ryot.adaptation import RoundingConfig
 from ryot.config import VariantConfig
 from ryot.errors import CheckpointError
-from ryot.models.blocks import block_size_for
+from ryot.models.block_sizes import block_size_for
 from ryot.models.registry import tensor_maps
 from ryot.models.sources.rounded import ROUNDING_NAME
 from ryot.models.spec import DecoderSpec, parameter_shapes

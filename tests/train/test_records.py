@@ -165,8 +165,8 @@ def test_the_same_question_is_in_one_split_and_copies_are_counted(tmp_path: Path
     corpus = load_corpus([str(write_jsonl(tmp_path / "x.jsonl", rows))])
     by_question: dict[str, set[str]] = {}
     for document, split in zip(corpus.documents, corpus.splits):
-        assert isinstance(document.record, Pair)
-        by_question.setdefault(document.record.prompt, set()).add(split)
+        assert isinstance(document.content, Pair)
+        by_question.setdefault(document.content.prompt, set()).add(split)
     assert all(len(splits) == 1 for splits in by_question.values())
     assert corpus.num_copies == 80
 
@@ -180,7 +180,7 @@ def test_parquet_holds_the_same_records(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     found = load_corpus([str(tmp_path / "x.parquet")])
     same = load_corpus([str(write_jsonl(tmp_path / "x.jsonl", rows))])
-    assert [d.record for d in found.documents] == [d.record for d in same.documents]
+    assert [d.content for d in found.documents] == [d.content for d in same.documents]
 
 
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:

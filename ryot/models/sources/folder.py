@@ -140,7 +140,8 @@ def _no_weights(folder: Path, where: str, present: list[str]) -> CheckpointError
     if "adapter_model.safetensors" in present or (folder / "adapter_config.json").exists():
         return CheckpointError(
             f"checkpoint {where}: is an adapter, expected a whole model",
-            hint="merge it into its base model first (peft: merge_and_unload, save_pretrained)",
+            hint="merge it into its base model first (peft: merge_and_unload, save_pretrained); a training that was "
+            "stopped goes on with 'ryot-deploy train --resume'",
         )
     if present:
         return CheckpointError(

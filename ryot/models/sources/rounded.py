@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ryot.errors import CheckpointError
-from ryot.models.blocks import BLOCK_SIZES, block_scales, encode_blocks, split_blocks
+from ryot.models.block_sizes import BLOCK_SIZES
+from ryot.models.blocks import block_scales, encode_blocks, split_blocks
 from ryot.models.sources.checkpoint import FloatArray, Json, QuantBlocks, Tensors
 
 ROUNDING_NAME = "rounding.json"

@@ -65,13 +65,16 @@ def command(
     recipe = replace(recipe, kernels=replace(recipe.kernels, device=device, threads=threads))
 
     from ryot.optimize.kernels import choose_kernels, format_decision
-    from ryot.train.corpus import load_corpus
+    from ryot.reinforce.tasks import load_text
+    from ryot.reinforce.trainer import build_trainer
     from ryot.train.dataset import prepare_dataset
-    from ryot.train.loop import Trainer, TrainJob
+    from ryot.train.loop import TrainJob
 
     cache = cache_dir()
     with Progress() as show:
-        dataset, _ = prepare_dataset(load_corpus(data), recipe.model.vocab_size, cache, on_progress=show.tell_data)
+        dataset, _ = prepare_dataset(
+            load_text(data, [recipe]), recipe.model.vocab_size, cache, on_progress=show.tell_data
+        )
     dataset.check_sequences(recipe.model.max_seq_len, recipe.train.batch_size)
     plan = recipe.kernels
     if not no_tune:
@@ -80,7 +83,7 @@ def command(
         if decision.candidates:
             click.echo(format_decision(recipe.name, decision), err=True)
     job = TrainJob(variant=recipe, seed=seed, dataset_dir=str(dataset.path))
-    trainer = Trainer.resume(job, plan, resume) if resume else Trainer(job, plan)
+    trainer = build_trainer(job, plan, resume)
     if output.exists():
         output.rmdir()
     kept: Path | None = None
@@ -103,6 +106,7 @@ def command(
                 if before:
                     shutil.rmtree(before)
     trainer.save(output)
+    trainer.close()
     if kept:
         shutil.rmtree(kept)
     if not trainer.done:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ryot.config import VariantConfig
 from ryot.edge.verifiers import build_verifier, parse_verifier
 from ryot.errors import ConfigError, DataError
-from ryot.train.corpus import Corpus, Document
+from ryot.train.corpus import Corpus, Document, load_corpus
 
 #: Fewer than these have no validation and test parts worth the name.
 MIN_DOCUMENTS = 100
@@ -108,3 +109,16 @@ def task_corpus(source: str) -> Corpus:
         )
     documents = [Document(f"{number:06d}", text) for number, text in enumerate(texts)]
     return Corpus(name=f"task {Path(source).name}", documents=tuple(documents))
+
+
+def load_text(data: Sequence[str], variants: Sequence[VariantConfig]) -> Corpus:
+    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers.
+
+    Raises like `load_corpus` and `load_tasks`.
+    """
+    tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
+    if not data and len(tasks) == 1 and (task := tasks.pop()) is not None:
+        return task_corpus(task)
+    for name in tasks - {None}:
+        load_tasks(str(name))  # a file that cannot be used is said now
+    return load_corpus(data)

@@ -15,11 +15,11 @@ from ryot.events import StageEvent
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.sources.opening import open_checkpoint
 from ryot.models.spec import DecoderSpec
-from ryot.reinforce.tasks import load_tasks, task_corpus
+from ryot.reinforce.tasks import load_text
 from ryot.run.context import RunContext
 from ryot.run.plan import RunPlan
 from ryot.run.sources import ImportConfig
-from ryot.train.corpus import Corpus, load_corpus
+from ryot.train.corpus import Corpus
 from ryot.train.dataset import Dataset, prepare_dataset
 
 #: Disk that a model's artifacts and its bundle take at most, in float32 weights.
@@ -73,7 +73,7 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         specs = [source_spec(checkpoint, config.context or None) for config, checkpoint in opened]
         for (_, checkpoint), spec in zip(opened, specs):
             check_weights(checkpoint, spec)
-        corpus = _load_text(plan)
+        corpus = load_text(plan.options.data, plan.variants)
         models = []
         for (config, checkpoint), spec in zip(opened, specs):
             tell(f"looking at {config.name}")
@@ -93,16 +93,6 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         note.detail = ", ".join(details)
     _check_unchanged(context, corpus.sha256)
     return RunInputs(corpus_name=corpus.name, corpus_sha256=corpus.sha256, dataset=dataset, models=tuple(models))
-
-
-def _load_text(plan: RunPlan) -> Corpus:
-    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers."""
-    tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in plan.variants}
-    if not plan.options.data and len(tasks) == 1 and (task := tasks.pop()) is not None:
-        return task_corpus(task)
-    for name in tasks - {None}:
-        load_tasks(str(name))  # a file that cannot be used is said now
-    return load_corpus(plan.options.data)
 
 
 def _prepare_shards(

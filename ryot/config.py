@@ -192,6 +192,8 @@ class RlvrConfig:
     """Answers to each; their mean reward is what each is compared with."""
     max_new_tokens: int = 32
     """Tokens of an answer at most."""
+    graded: bool = False
+    """Whether an answer that does not pass is rewarded for how far it comes; a part may be all that is then learned."""
     learning_rate_share: float = 0.1
     """Learning rates in these steps, as a share of the recipe's peaks."""
     updates_per_batch: int = 1

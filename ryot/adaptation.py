@@ -5,6 +5,7 @@
     [tokenizer] from = SOURCE   the tokenizer alone
     [distill] teacher = SOURCE  learn from a teacher's probabilities; brings its tokenizer
     [rounding]                  train the last steps through the rounding of int4
+    [rlvr] task = FILE          reinforce by verifiable rewards, behind the supervised steps
 
 SOURCE is a folder, a .gguf file, or `org/name[@revision]` of the hub. Sources are looked at when a recipe is resolved;
 what was found, the sha256 above all, becomes part of the recipe and so of every digest that a stage is kept by.
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ryot.errors import ConfigError
+from ryot.errors import ConfigError, require
 from ryot.mapping import also_called
 from ryot.models.block_sizes import BLOCK_SIZES
 from ryot.models.sources.naming import find_source
@@ -28,11 +29,6 @@ TeacherPrecision = Literal["fp32", "int8-dyn", "int8"]
 
 #: In place of names: every matrix of the layers.
 ALL_LINEAR = "all-linear"
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: got {value!r}, expected {rule}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +43,7 @@ class InitConfig:
     """Of the source, found when the recipe is resolved."""
 
     def __post_init__(self) -> None:
-        _require(self.context >= 0, "context", self.context, "a whole number not below 0")
+        require(self.context >= 0, "context", self.context, "a whole number not below 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +60,9 @@ class LoraConfig:
     """Whether the finished checkpoint also holds the adapter alone, in `adapter/`, as `peft` reads it."""
 
     def __post_init__(self) -> None:
-        _require(self.rank > 0, "rank", self.rank, "a whole number above 0")
-        _require(self.alpha > 0, "alpha", self.alpha, "a number above 0")
-        _require(bool(self.targets), "targets", self.targets, "at least one name")
+        require(self.rank > 0, "rank", self.rank, "a whole number above 0")
+        require(self.alpha > 0, "alpha", self.alpha, "a number above 0")
+        require(bool(self.targets), "targets", self.targets, "at least one name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +91,10 @@ class DistillConfig:
     """Of the teacher, found when the recipe is resolved."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.weight <= 1, "weight", self.weight, "a number above 0, at most 1")
-        _require(self.top_k > 0, "top_k", self.top_k, "a whole number above 0")
+        require(0 < self.weight <= 1, "weight", self.weight, "a number above 0, at most 1")
+        require(self.top_k > 0, "top_k", self.top_k, "a whole number above 0")
         known = typing.get_args(TeacherPrecision)
-        _require(self.precision in known, "precision", self.precision, " or ".join(known))
+        require(self.precision in known, "precision", self.precision, " or ".join(known))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +111,68 @@ class RoundingConfig:
     """Of the embedding and of a head of its own."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.share <= 1, "share", self.share, "a number above 0, at most 1")
-        _require(self.bits in (4, 8), "bits", self.bits, "4 or 8")
-        _require(self.table_bits in (4, 8), "table_bits", self.table_bits, "4 or 8")
-        _require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {BLOCK_SIZES}")
+        require(0 < self.share <= 1, "share", self.share, "a number above 0, at most 1")
+        require(self.bits in (4, 8), "bits", self.bits, "4 or 8")
+        require(self.table_bits in (4, 8), "table_bits", self.table_bits, "4 or 8")
+        require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {BLOCK_SIZES}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RlvrConfig:
+    """Reinforcement with verifiable rewards, behind the supervised steps: GRPO on the model's own answers."""
+
+    task: str
+    """A file of tasks (`.jsonl`), or a built-in kind: `ryot.reinforce.procedural`."""
+    steps: int
+    """Batches of answers that are sampled and learned from."""
+    prompts_per_step: int = 16
+    """Prompts in a batch."""
+    samples_per_prompt: int = 16
+    """Answers to each; their mean reward is what each is compared with."""
+    max_new_tokens: int = 32
+    """Tokens of an answer at most."""
+    graded: bool = False
+    """Whether an answer that does not pass is rewarded for how far it comes; a part may be all that is then learned."""
+    learning_rate_share: float = 0.1
+    """Learning rates in these steps, as a share of the recipe's peaks."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch; 1 is on-policy."""
+    micro_batch_size: int = 64
+    """Answers that go through the model at a time."""
+    kl: float = 0.0
+    """Weight of the divergence from the model as it was before these steps; 0 keeps no copy of it."""
+    clip_low: float = 0.2
+    """How far below 1 a probability ratio counts; without effect while on-policy."""
+    clip_high: float = 0.28
+    """How far above 1 it counts."""
+    divide_by_std: bool = False
+    """Whether advantages are also divided by the standard deviation of their group."""
+    importance_limit: float = 2.0
+    """How many times more likely in training than in the sampler a token may count."""
+    eval_prompts: int = 200
+    """Held-out prompts that pass@k is taken over."""
+    eval_samples: int = 8
+    """Answers to each; k of pass@k."""
+    rollout_workers: int = 0
+    """Processes that sample, one core each, beside the trainer; 0 samples in the trainer, by turns with learning."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "max_new_tokens",
+            "updates_per_batch",
+            "micro_batch_size",
+            "eval_prompts",
+            "eval_samples",
+        ):
+            require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a whole number above 0")
+        require(self.samples_per_prompt > 1, "rlvr.samples_per_prompt", self.samples_per_prompt, "at least 2")
+        require(self.rollout_workers >= 0, "rlvr.rollout_workers", self.rollout_workers, "a number not below 0")
+        require(self.kl >= 0, "rlvr.kl", self.kl, "a number not below 0")
+        require(0 < self.clip_low < 1, "rlvr.clip_low", self.clip_low, "a number between 0 and 1")
+        for name in ("clip_high", "learning_rate_share", "importance_limit"):
+            require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a number above 0")
 
 
 #: The tables of a recipe that are told here, and what each is read into.
@@ -128,6 +182,7 @@ ADAPTATION = {
     "tokenizer": TokenizerConfig,
     "distill": DistillConfig,
     "rounding": RoundingConfig,
+    "rlvr": RlvrConfig,
 }
 
 

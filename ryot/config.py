@@ -24,11 +24,12 @@ from ryot.adaptation import (
     DistillConfig,
     InitConfig,
     LoraConfig,
+    RlvrConfig,
     RoundingConfig,
     TokenizerConfig,
     resolve_sources,
 )
-from ryot.errors import ConfigError
+from ryot.errors import ConfigError, require
 from ryot.mapping import build_from_mapping as build_from_mapping
 from ryot.mapping import check_known as check_known
 from ryot.mapping import formerly
@@ -49,7 +50,7 @@ GraphAttention = Literal["flash", "full"]
 #: Folder of the parts that an ablation puts on the baseline one at a time.
 PARTS = "optimizations"
 
-_SECTIONS = ("model", "train", "kernels", "shape", "rlvr")
+_SECTIONS = ("model", "train", "kernels", "shape")
 #: Sections that say what becomes of a model that exists; absent unless a recipe has them.
 _ADAPTED = tuple(ADAPTATION)
 
@@ -61,11 +62,6 @@ _HEAD_MULTIPLE = 16
 
 #: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
 PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
-
-
-def _require(condition: bool, field: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field}: got {value!r}, expected {rule}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +77,8 @@ class ModelConfig(Sizes):
         if self.structure is not None:
             return
         for name in ("dim", "num_heads", "num_kv_heads"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
-        _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+        require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
         assert self.spec  # raises for sizes that contradict each other
 
     @property
@@ -146,8 +142,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "gradient_accumulation_steps"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
-        _require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "a whole number not below 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+        require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "a whole number not below 0")
         for name in (
             "learning_rate",
             "embedding_learning_rate",
@@ -156,12 +152,12 @@ class TrainConfig:
             "max_grad_norm",
             "epsilon",
         ):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("warmup_fraction", "decay_fraction", "beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number not below 0")
-        _require(self.schedule in typing.get_args(Schedule), "schedule", self.schedule, "cosine or linear-decay")
-        _require(
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 to below 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number not below 0")
+        require(self.schedule in typing.get_args(Schedule), "schedule", self.schedule, "cosine or linear-decay")
+        require(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps,
@@ -189,67 +185,11 @@ class KernelPlan:
     """Where the step runs."""
 
     def __post_init__(self) -> None:
-        _require(self.attention in typing.get_args(Attention), "attention", self.attention, "explicit or sdpa")
-        _require(self.dtype in typing.get_args(Dtype), "dtype", self.dtype, "fp32, bf16 or fp16")
-        _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "a whole number not below 0")
-        _require(self.threads > 0, "threads", self.threads, "a whole number above 0")
-        _require(self.device in ("cpu", "cuda"), "device", self.device, "cpu or cuda")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RlvrConfig:
-    """Reinforcement with verifiable rewards, behind the supervised steps: GRPO on the model's own answers."""
-
-    task: str
-    """A file of tasks (`.jsonl`), or a built-in kind: `ryot.reinforce.procedural`."""
-    steps: int
-    """Batches of answers that are sampled and learned from."""
-    prompts_per_step: int = 16
-    """Prompts in a batch."""
-    samples_per_prompt: int = 16
-    """Answers to each; their mean reward is what each is compared with."""
-    max_new_tokens: int = 32
-    """Tokens of an answer at most."""
-    learning_rate_share: float = 0.1
-    """Learning rates in these steps, as a share of the recipe's peaks."""
-    updates_per_batch: int = 1
-    """Optimizer steps on each batch; 1 is on-policy."""
-    micro_batch_size: int = 64
-    """Answers that go through the model at a time."""
-    kl: float = 0.0
-    """Weight of the divergence from the model as it was before these steps; 0 keeps no copy of it."""
-    clip_low: float = 0.2
-    """How far below 1 a probability ratio counts; without effect while on-policy."""
-    clip_high: float = 0.28
-    """How far above 1 it counts."""
-    divide_by_std: bool = False
-    """Whether advantages are also divided by the standard deviation of their group."""
-    importance_limit: float = 2.0
-    """How many times more likely in training than in the sampler a token may count."""
-    eval_prompts: int = 200
-    """Held-out prompts that pass@k is taken over."""
-    eval_samples: int = 8
-    """Answers to each; k of pass@k."""
-    rollout_workers: int = 0
-    """Processes that sample, one core each, beside the trainer; 0 samples in the trainer, by turns with learning."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "prompts_per_step",
-            "max_new_tokens",
-            "updates_per_batch",
-            "micro_batch_size",
-            "eval_prompts",
-            "eval_samples",
-        ):
-            _require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a whole number above 0")
-        _require(self.samples_per_prompt > 1, "rlvr.samples_per_prompt", self.samples_per_prompt, "at least 2")
-        _require(self.rollout_workers >= 0, "rlvr.rollout_workers", self.rollout_workers, "a number not below 0")
-        _require(self.kl >= 0, "rlvr.kl", self.kl, "a number not below 0")
-        _require(0 < self.clip_low < 1, "rlvr.clip_low", self.clip_low, "a number between 0 and 1")
-        for name in ("clip_high", "learning_rate_share", "importance_limit"):
-            _require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a number above 0")
+        require(self.attention in typing.get_args(Attention), "attention", self.attention, "explicit or sdpa")
+        require(self.dtype in typing.get_args(Dtype), "dtype", self.dtype, "fp32, bf16 or fp16")
+        require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "a whole number not below 0")
+        require(self.threads > 0, "threads", self.threads, "a whole number above 0")
+        require(self.device in ("cpu", "cuda"), "device", self.device, "cpu or cuda")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,13 +214,13 @@ class VariantConfig:
     """What comes behind the supervised steps; None where nothing does."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.sequence_length <= self.model.max_seq_len,
             "sequence_length",
             self.train.sequence_length,
             f"at most the context of {self.model.max_seq_len} tokens ({self.name})",
         )
-        _require(
+        require(
             self.num_steps > self.warmup_steps,
             "tokens",
             self.train.tokens,
@@ -290,14 +230,14 @@ class VariantConfig:
             narrow_spec(self.model.spec, width)
         for name in ("init", "tokenizer", "distill", "rounding"):
             chosen = getattr(self, name) is not None
-            _require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
+            require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
             # Prompts are made of the tokens and the vocabulary that are learned from the task's own text.
-            _require(not (chosen and self.rlvr), name, "a table", "none with [rlvr]")
-        _require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
+            require(not (chosen and self.rlvr), name, "a table", "none with [rlvr]")
+        require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
         # Both would change how the table of a checkpoint is used.
         for name, plain in (("normalize_embedding", False), ("alternate_final_norm", False), ("final_norm_init", 1.0)):
             value = getattr(self.train, name)
-            _require(self.init is None or value == plain, f"train.{name}", value, f"{plain} with [init]")
+            require(self.init is None or value == plain, f"train.{name}", value, f"{plain} with [init]")
 
     @property
     def text_source(self) -> str | None:
@@ -407,14 +347,11 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, ini
                     merged["shape"].pop(key, None)
     where = f"variant {name} at {preset_path.stem}"
     if "init" in merged:
-        _require(not own, f"{where}: model", sorted(own), "nothing with [init]: the checkpoint says it")
+        require(not own, f"{where}: model", sorted(own), "nothing with [init]: the checkpoint says it")
     _apply_shape(merged["model"], merged["train"], merged.pop("shape"), size.get("model", {}), where)
     resolve_sources(merged, init, where)
     if tokens is not None:
         merged["train"]["tokens"] = tokens
-    # A recipe without the section has none; one with it says at least the task.
-    if not merged["rlvr"]:
-        del merged["rlvr"]
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)
 
 
@@ -425,7 +362,7 @@ def _overrides(
     dim = size.get("model", {}).get("dim", 0)
     by_width = values.get("from_dim", {})
     for key in by_width:
-        _require(str(key).isdigit(), f"{path}: from_dim", key, "a width, as in [from_dim.512.train]")
+        require(str(key).isdigit(), f"{path}: from_dim", key, "a width, as in [from_dim.512.train]")
     for width in sorted(by_width, key=int):
         check_known(by_width[width], (*_SECTIONS, *_ADAPTED), f"{path}: from_dim.{width}")
         if int(width) <= dim:
@@ -446,7 +383,7 @@ def _apply_shape(
     for key in ("width", "ff_ratio", "queries_per_kv_head"):
         value = shape.get(key, 1)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _require(is_number and value > 0, f"{where}: shape.{key}", value, "a number above 0")
+        require(is_number and value > 0, f"{where}: shape.{key}", value, "a number above 0")
     if "dim" not in size or "num_heads" not in size:
         return  # building the config says what is missing
     if (width := shape.get("width", 1)) != 1:
@@ -454,7 +391,7 @@ def _apply_shape(
     if width != 1 and model["num_heads"] == size["num_heads"]:
         heads = range(size["num_heads"], 0, -1)
         fitting = [h for h in heads if size["num_heads"] % h == 0 and model["dim"] % (h * _HEAD_MULTIPLE) == 0]
-        _require(bool(fitting), f"{where}: shape.width", width, f"a dim in steps of {_HEAD_MULTIPLE}")
+        require(bool(fitting), f"{where}: shape.width", width, f"a dim in steps of {_HEAD_MULTIPLE}")
         model["num_heads"] = fitting[0]
     if "queries_per_kv_head" in shape:
         most = model["num_heads"] // shape["queries_per_kv_head"]

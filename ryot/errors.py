@@ -116,3 +116,9 @@ EXIT_PRECEDENCE = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_FAILED, EXIT_QUALITY, EXIT
 def worst_exit_code(codes: list[int]) -> int:
     """The one exit code that stands for all of `codes`; 0 for none."""
     return min(codes, key=EXIT_PRECEDENCE.index, default=EXIT_OK)
+
+
+def require(condition: bool, field: str, value: object, rule: str) -> None:
+    """Raise `ConfigError` naming field, value and rule unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field}: got {value!r}, expected {rule}")

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from ryot.errors import ConfigError
+from ryot.errors import ConfigError, require
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
 def _checked(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, Mapping), where, value, "a table")
+        require(isinstance(value, Mapping), where, value, "a table")
         return build_from_mapping(typing.cast(type, hint), value, where)
     if origin is Literal:
         if value not in args:
@@ -129,12 +129,12 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             return None
         return _checked(value, next(a for a in args if a is not type(None)), where)
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), where, value, "a list")
+        require(isinstance(value, (list, tuple)), where, value, "a list")
         return tuple(_checked(v, args[0], where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in _EXPECTED:
-        _require(
+        require(
             isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), where, value, _EXPECTED[hint]
         )
     return value
@@ -172,8 +172,3 @@ def _reader(hint: Any) -> _Reader | None:
         entry = _reader(args[1])
         return None if entry is None else lambda value: {k: v if v is None else entry(v) for k, v in value.items()}
     return None
-
-
-def _require(condition: bool, where: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{where}: got {value!r}, expected {rule}")

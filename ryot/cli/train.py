@@ -76,7 +76,7 @@ def command(
     cache = cache_dir()
     with Progress() as show:
         dataset, _ = prepare_variant(
-            recipe, load_text([recipe], data), cache, on_progress=show.tell_data, on_report=show.tell_data
+            recipe, load_text(data, [recipe]), cache, on_progress=show.tell_data, on_report=show.tell_data
         )
     plan = recipe.kernels
     if not no_tune:
@@ -109,6 +109,7 @@ def command(
                 if before:
                     shutil.rmtree(before)
     trainer.save(output)
+    trainer.close()
     if kept:
         shutil.rmtree(kept)
     if not trainer.done:

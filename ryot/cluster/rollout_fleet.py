@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ryot.config import KernelPlan, RlvrConfig
+from ryot.adaptation import RlvrConfig
+from ryot.config import KernelPlan
 from ryot.errors import ClusterError
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.rollouts import Fleet, Group, LocalFleet, Policy, Sample

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ryot.errors import ConfigError, MeasureError
+from ryot.errors import ConfigError, MeasureError, require
 from ryot.mapping import formerly, read_mapping
 
 #: `enforced`: a cgroup held the process to the limit; `checked`: the limit can only be compared with the peak.
@@ -61,12 +61,12 @@ class MeasureSpec:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "decode_depth", "batch_size", "threads", "min_runs"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number above 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number above 0")
         for name in ("decode_tokens", "min_time_s", "warmup"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
-        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a number above 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a number above 0")
         if self.memory_limit_bytes is not None:
-            _require(self.memory_limit_bytes > 0, "memory_limit_bytes", self.memory_limit_bytes, "a number above 0")
+            require(self.memory_limit_bytes > 0, "memory_limit_bytes", self.memory_limit_bytes, "a number above 0")
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -166,8 +166,3 @@ def parse_spec(text: str) -> MeasureSpec:
         return MeasureSpec.from_json(text)
     except (ValueError, TypeError, ConfigError) as error:
         raise MeasureError(f"the measurement's spec on stdin cannot be used: {error}") from error
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: got {value!r}, expected {rule}")

@@ -80,15 +80,19 @@ def draw_uncut(
 
     The logarithm is that of the probability with which it was drawn, temperature included.
     """
-    scaled_RV = logits_RV.astype(np.float64)
-    scaled_RV -= scaled_RV.max(axis=1, keepdims=True)
-    scaled_RV /= temperature_R[:, None]
-    cumulative_RV = np.exp(scaled_RV).cumsum(axis=1)
-    total_R = cumulative_RV[:, -1]
-    rows = np.arange(len(total_R))
+    best_R = logits_RV.max(axis=1)
+    # Weights in float32, a fourth of the time; sums in float64, for thousands of small ones must not be lost.
+    weights_RV = logits_RV - best_R[:, None]
+    if (temperature_R != 1).any():
+        weights_RV /= temperature_R[:, None].astype(np.float32)
+    np.exp(weights_RV, out=weights_RV)
+    sums_RV = weights_RV.cumsum(axis=1, dtype=np.float64)
+    total_R = sums_RV[:, -1]
     # An id's stretch is what lies above the sum before it, up to its own; one of no width is never met.
-    ids_R = (cumulative_RV <= (uniform_R * total_R)[:, None]).sum(axis=1)
-    return ids_R, scaled_RV[rows, ids_R] - np.log(total_R)
+    points = (uniform_R * total_R).tolist()
+    ids_R = np.array([sums_V.searchsorted(point, "right") for sums_V, point in zip(sums_RV, points)])
+    chosen_R = logits_RV[np.arange(len(total_R)), ids_R].astype(np.float64)
+    return ids_R, (chosen_R - best_R) / temperature_R - np.log(total_R)
 
 
 def reference_choice(logits_V: np.ndarray, params: SamplingParams, uniform: float) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ryot.errors import ConfigError
+from ryot.errors import require
 from ryot.models.rotary import Rotary
 
 Norm = Literal["rms", "layer"]
@@ -106,19 +106,19 @@ class DecoderSpec:
             "ff_dim",
             "max_seq_len",
         ):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         for name, known in (("norm", Norm), ("norm_place", NormPlace), ("activation", Activation), ("qk_norm", QKNorm)):
-            _require(getattr(self, name) in get_args(known), name, getattr(self, name), " or ".join(get_args(known)))
+            require(getattr(self, name) in get_args(known), name, getattr(self, name), " or ".join(get_args(known)))
         if self.parallel_residual:
-            _require(self.norm_place == "pre", "norm_place", self.norm_place, "pre with parallel_residual")
-        _require(
+            require(self.norm_place == "pre", "norm_place", self.norm_place, "pre with parallel_residual")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads {self.num_heads}",
         )
         multiple = ROTARY_HEAD_MULTIPLE if self.rotaries else HEAD_MULTIPLE
-        _require(
+        require(
             self.head_dim % multiple == 0,
             "head_dim",
             self.head_dim,
@@ -126,15 +126,15 @@ class DecoderSpec:
         )
         for name in ("layer_rotaries", "layer_windows"):
             values = getattr(self, name)
-            _require(not values or len(values) == self.num_layers, name, values, f"one per layer ({self.num_layers})")
-        _require(
+            require(not values or len(values) == self.num_layers, name, values, f"one per layer ({self.num_layers})")
+        require(
             all(-1 <= i < len(self.rotaries) for i in self.layer_rotaries),
             "layer_rotaries",
             self.layer_rotaries,
             f"indices below {len(self.rotaries)}, or -1",
         )
         for rotary in self.rotaries:
-            _require(
+            require(
                 rotary.dim <= self.head_dim and rotary.dim % ROTARY_HEAD_MULTIPLE == 0,
                 "rotated channels of a head",
                 rotary.dim,
@@ -284,7 +284,7 @@ def bounded_spec(spec: DecoderSpec, context: int | None) -> DecoderSpec:
     """
     if context is None:
         return spec
-    _require(0 < context <= spec.max_seq_len, "context", context, f"1 to the model's own {spec.max_seq_len} tokens")
+    require(0 < context <= spec.max_seq_len, "context", context, f"1 to the model's own {spec.max_seq_len} tokens")
     return dataclasses.replace(spec, max_seq_len=context)
 
 
@@ -295,10 +295,5 @@ def narrow_spec(spec: DecoderSpec, width: int) -> DecoderSpec:
     """
     counts = {name: getattr(spec, name) * width for name in ("num_heads", "num_kv_heads", "ff_dim")}
     possible = [w for w in range(1, spec.dim) if not any(getattr(spec, name) * w % spec.dim for name in counts)]
-    _require(width in possible, "width", width, f"one of {possible}" if possible else f"none (of {spec.dim})")
+    require(width in possible, "width", width, f"one of {possible}" if possible else f"none (of {spec.dim})")
     return dataclasses.replace(spec, dim=width, **{name: count // spec.dim for name, count in counts.items()})
-
-
-def _require(condition: bool, field: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field}: got {value!r}, expected {rule}")

@@ -111,12 +111,15 @@ def make_tasks(name: str) -> list[Task]:
         made.setdefault(one[0], one)
         if len(made) == NUM_PROMPTS:
             break
-    num_test = min(NUM_TEST, len(made) // 5)
+    # Prompts that are made often come early; the splits shall be alike.
+    ordered = list(made.values())
+    rng.shuffle(ordered)
+    num_test = min(NUM_TEST, len(ordered) // 5)
 
     def split(number: int) -> TaskSplit:
         return "test" if number < num_test else "train"
 
     return [
         Task(prompt=prompt, verifier=verifier, split=split(number), answer=answer if number % 2 else None)
-        for number, (prompt, verifier, answer) in enumerate(made.values())
+        for number, (prompt, verifier, answer) in enumerate(ordered)
     ]

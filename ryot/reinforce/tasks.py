@@ -96,19 +96,6 @@ def supervised_texts(tasks: Sequence[Task]) -> list[str]:
     return [task.prompt + task.answer for task in tasks if task.split == "train" and task.answer is not None]
 
 
-def load_text(variants: Sequence[VariantConfig], data: Sequence[str]) -> Corpus:
-    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers.
-
-    Raises like `load_corpus`, and like `load_tasks` for tasks that cannot be used.
-    """
-    sources = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
-    if not data and len(sources) == 1 and (source := sources.pop()) is not None:
-        return task_corpus(source)
-    for source in sources - {None}:
-        load_tasks(str(source))
-    return load_corpus(data)
-
-
 def task_corpus(source: str) -> Corpus:
     """The text of supervised training: a document for each training task that has an answer, none of a held-out one.
 
@@ -122,3 +109,16 @@ def task_corpus(source: str) -> Corpus:
         )
     documents = [Document(f"{number:06d}", text) for number, text in enumerate(texts)]
     return Corpus(name=f"task {Path(source).name}", documents=tuple(documents))
+
+
+def load_text(data: Sequence[str], variants: Sequence[VariantConfig]) -> Corpus:
+    """The user's text; where there is none and all recipes reinforce on one task, that task's own answers.
+
+    Raises like `load_corpus` and `load_tasks`.
+    """
+    tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
+    if not data and len(tasks) == 1 and (task := tasks.pop()) is not None:
+        return task_corpus(task)
+    for name in tasks - {None}:
+        load_tasks(str(name))  # a file that cannot be used is said now
+    return load_corpus(data)

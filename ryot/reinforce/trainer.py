@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ryot.config import KernelPlan, RlvrConfig
+from ryot.adaptation import RlvrConfig
+from ryot.config import KernelPlan
 from ryot.edge.tokenizer import Tokenizer
 from ryot.edge.verifiers import build_verifier
+from ryot.errors import ConfigError
 from ryot.events import Event, PassEvent, ReinforceEvent
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.gates import RewardGates, StepFigures
@@ -44,6 +46,8 @@ from ryot.train.tokenizer import END_OF_TEXT_ID
 EVALS_ON_THE_WAY = 4
 #: Rows of the engine, where more samples are asked for than that.
 MAX_ROWS = 256
+#: Prompts, the longest by their characters, whose tokens are counted.
+LONGEST_LOOKED_AT = 50
 _REFERENCE = "reference."
 
 MakeFleet = Callable[[Policy, RlvrConfig, KernelPlan], Fleet]
@@ -78,10 +82,26 @@ class ReinforceTrainer(Trainer):
         train = [task for task in tasks if task.split == "train"]
         self._reinforced = [task for task in train if task.answer is None] or train
         self._tokenizer = Tokenizer(self.dataset.path / "tokenizer.json")
+        self._check_lengths([*self._held_out, *self._reinforced])
         self._gates = RewardGates()
         self._fleet: Fleet | None = None
         self._reference: Decoder | None = None
         self._told: list[Event] = []
+
+    def _check_lengths(self, tasks: Sequence[Task]) -> None:
+        """Raise `ConfigError` where prompt and answer may not fit the context, before anything is trained."""
+        longest = sorted((task.prompt for task in tasks), key=lambda prompt: -len(prompt))[:LONGEST_LOOKED_AT]
+        most = max(len(self._prompt_ids(prompt)) for prompt in longest)
+        context = self.job.variant.model.max_seq_len
+        if most + self.rlvr.max_new_tokens > context:
+            raise ConfigError(
+                f"rlvr.max_new_tokens: got {self.rlvr.max_new_tokens}, and {self.rlvr.task} has a prompt of {most} "
+                f"tokens, but the context has {context}",
+                hint="a larger model.max_seq_len, or shorter answers",
+            )
+
+    def _prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        return (END_OF_TEXT_ID, *self._tokenizer.encode(prompt))
 
     @property
     def tokens(self) -> int:
@@ -124,7 +144,7 @@ class ReinforceTrainer(Trainer):
         fleet = self._open_fleet()
         groups = [
             Group(
-                prompt_ids=(END_OF_TEXT_ID, *self._tokenizer.encode(task.prompt)),
+                prompt_ids=self._prompt_ids(task.prompt),
                 num_samples=num_samples,
                 max_tokens=self.rlvr.max_new_tokens,
                 seed=seed * 65_536 + number,
@@ -139,7 +159,7 @@ class ReinforceTrainer(Trainer):
         return _Judged(
             groups,
             samples,
-            [[verdict.reward for verdict in members] for members in verdicts],
+            [[v.reward if self.rlvr.graded else float(v.passed) for v in members] for members in verdicts],
             [sum(verdict.passed for verdict in members) for members in verdicts],
         )
 

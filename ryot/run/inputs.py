@@ -73,7 +73,7 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         specs = [source_spec(checkpoint, config.context or None) for config, checkpoint in opened]
         for (_, checkpoint), spec in zip(opened, specs):
             check_weights(checkpoint, spec)
-        corpus = load_text(plan.variants, plan.options.data)
+        corpus = load_text(plan.options.data, plan.variants)
         models = []
         for (config, checkpoint), spec in zip(opened, specs):
             tell(f"looking at {config.name}")

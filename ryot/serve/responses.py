@@ -39,6 +39,7 @@ class ResponseAnswer:
     num_per_prompt = 1
     include_usage = False
     has_plain_chunks = False
+    verification = None
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
         """Read the request and queue it. Raises `ApiError`."""

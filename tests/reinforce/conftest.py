@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ryot.config import KernelPlan, ModelConfig, RlvrConfig, TrainConfig, VariantConfig
+from ryot.adaptation import RlvrConfig
+from ryot.config import KernelPlan, ModelConfig, TrainConfig, VariantConfig
 from ryot.reinforce.rollouts import Policy
 from ryot.reinforce.tasks import task_corpus
 from ryot.train.dataset import Dataset, prepare_dataset

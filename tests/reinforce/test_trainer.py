@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ryot.config import VariantConfig
+from ryot.errors import ConfigError
 from ryot.events import EvalEvent, Event, PassEvent, ReinforceEvent, StepEvent
 from ryot.reinforce.trainer import ReinforceTrainer, build_trainer
 from ryot.train.dataset import Dataset
@@ -80,6 +81,11 @@ def test_supervised_steps_are_those_of_a_training_without(dataset: Dataset) -> N
         assert torch.equal(tensor, trainer.model.state_dict()[name]), name
     assert trainer.tokens == other.tokens
     assert [type(event) for event in events[:2]] == [EvalEvent, StepEvent]
+
+
+def test_answers_that_do_not_fit_the_context_are_refused_before_training(dataset: Dataset) -> None:
+    with pytest.raises(ConfigError, match="got 30, and sorting:3 has a prompt of 12 tokens, but the context has 32"):
+        start(dataset, make_variant(max_new_tokens=30))
 
 
 def test_a_task_whose_rewards_are_all_equal_is_stopped(dataset: Dataset, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     apt-get install qemu-user-static debootstrap gcc-aarch64-linux-gnu libc6-dev-arm64-cross
     apt-get install gcc-arm-linux-gnueabihf libc6-dev-armhf-cross                       for the 32-bit line alone
-    python benchmarks/processors.py [--folder DIR]        as root, or where `unshare -r` is allowed: it needs chroot
+    python benchmarks/processors.py [--folder DIR]                        as root: it needs chroot and mount
 
 Small bundles with random weights are made here. Then qemu's user-mode emulation runs them as other processors: an
 Arm of 64 bits, with and without dot products, from a Debian root and the wheels that PyPI has for it; x86 without VNNI
@@ -69,12 +69,13 @@ ARM32_TAGS = (
     "linux_armv7l",
 )
 #: A library asks the system what its processor is; under emulation that is another one, so the root has these.
-ARM64_SYSTEM = {
-    "sys/devices/system/cpu/possible": "0\n",
-    "sys/devices/system/cpu/present": "0\n",
-    "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\n"
-    "CPU part\t: 0xd0c\nCPU revision\t: 3\n\n",
-}
+ARM64_SYSTEM = {"sys/devices/system/cpu/possible": "0\n", "sys/devices/system/cpu/present": "0\n"}
+CPUINFO = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {part}\n"
+#: Goes into the root, $0, with a /proc of its own, which onnxruntime needs for weights, and one processor's cpuinfo, $1.
+ENTER = (
+    'mount -t proc proc "$0/proc" && mount --bind "$0/$1" "$0/proc/cpuinfo" && root=$0 && shift '
+    '&& exec chroot "$root" "$@"'
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,15 @@ class Processor:
     name: str
     machine: str
     cpu: str
+    part: str = ""
+    """An Arm core's number; a library takes what it can do from that, too."""
 
 
 PROCESSORS = (
     Processor("x86 with AVX2, without VNNI", "x86_64", "Haswell"),
     Processor("x86 with SSE4.2, without AVX", "x86_64", "Nehalem"),
-    Processor("Arm without dot products", "aarch64", "cortex-a72"),
-    Processor("Arm with dot products", "aarch64", "neoverse-n1"),
+    Processor("Arm without dot products", "aarch64", "cortex-a72", "0xd08"),
+    Processor("Arm with dot products", "aarch64", "neoverse-n1", "0xd0c"),
 )
 
 
@@ -163,8 +166,9 @@ def build_native(machine: str, work: Path, root: Path) -> None:
 def examine(processor: Processor, root: Path, work: Path, here: Mapping[str, Any]) -> dict[str, Any]:
     """What this processor answers, beside what this machine does."""
     if processor.machine == "aarch64":
-        unshare = [] if os.geteuid() == 0 else ["unshare", "-r"]
-        emulator = [*unshare, "chroot", str(root), "/qemu-aarch64-static", "-cpu", processor.cpu]
+        (root / processor.cpu).write_text(CPUINFO.format(part=processor.part))
+        inside = ["sh", "-c", ENTER, str(root), processor.cpu, "/qemu-aarch64-static", "-cpu", processor.cpu]
+        emulator = ["unshare", "--mount", *inside]
         python, seen = [*emulator, "-E", "PYTHONPATH=/site", "/usr/bin/python3.11"], Path("/work")
     else:
         emulator = ["qemu-x86_64-static", "-cpu", processor.cpu]

@@ -71,7 +71,7 @@ ARM32_TAGS = (
 #: A library asks the system what its processor is; under emulation that is another one, so the root has these.
 ARM64_SYSTEM = {"sys/devices/system/cpu/possible": "0\n", "sys/devices/system/cpu/present": "0\n"}
 CPUINFO = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {part}\n"
-#: Goes into the root, $0, with a /proc of its own, which onnxruntime needs for weights, and one processor's cpuinfo, $1.
+#: Goes into the root, $0, with a /proc of its own, which onnxruntime needs for weights, and a core's cpuinfo, $1.
 ENTER = (
     'mount -t proc proc "$0/proc" && mount --bind "$0/$1" "$0/proc/cpuinfo" && root=$0 && shift '
     '&& exec chroot "$root" "$@"'

@@ -2,7 +2,7 @@
 
     apt-get install qemu-user-static debootstrap gcc-aarch64-linux-gnu libc6-dev-arm64-cross
     apt-get install gcc-arm-linux-gnueabihf libc6-dev-armhf-cross                       for the 32-bit line alone
-    python benchmarks/processors.py [--folder DIR]        as root, or where `unshare -r` is allowed: it needs chroot
+    python benchmarks/processors.py [--folder DIR]                        as root: it needs chroot and mount
 
 Small bundles with random weights are made here. Then qemu's user-mode emulation runs them as other processors: an
 Arm of 64 bits, with and without dot products, from a Debian root and the wheels that PyPI has for it; x86 without VNNI
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ ARM32_TAGS = (
     "linux_armv7l",
 )
 #: A library asks the system what its processor is; under emulation that is another one, so the root has these.
-ARM64_SYSTEM = {
-    "sys/devices/system/cpu/possible": "0\n",
-    "sys/devices/system/cpu/present": "0\n",
-    "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\n"
-    "CPU part\t: {part}\nCPU revision\t: 3\n\n",
-}
+ARM64_SYSTEM = {"sys/devices/system/cpu/possible": "0\n", "sys/devices/system/cpu/present": "0\n"}
+CPUINFO = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {part}\n"
+#: Goes into the root, $0, with a /proc of its own, which onnxruntime needs for weights, and a core's cpuinfo, $1.
+ENTER = (
+    'mount -t proc proc "$0/proc" && mount --bind "$0/$1" "$0/proc/cpuinfo" && root=$0 && shift '
+    '&& exec chroot "$root" "$@"'
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Processor:
     machine: str
     cpu: str
     part: str = ""
-    """An Arm core's number."""
+    """An Arm core's number; a library takes what it can do from that, too."""
 
 
 PROCESSORS = (
@@ -107,15 +109,17 @@ def main() -> None:
     work.mkdir()
     for bits in (7, 8):
         names = {name: kind for name, (kind, its_bits) in BUNDLES.items() if its_bits == bits}
-        made = make_bundles(MODEL, names.values(), work / "made", settings=ExportSettings(dynamic_bits=bits))
+        made = make_bundles(MODEL, names.values(), work / f"made-{bits}", settings=ExportSettings(dynamic_bits=bits))
         for name, kind in names.items():
+            (work / "bundles").mkdir(exist_ok=True)
             shutil.move(made[kind], work / "bundles" / name)
     shutil.copy(HERE / "processors_worker.py", work)
     here = run_worker([sys.executable], work, work, "here")
-    found: dict[str, Any] = {}
-    for processor in PROCESSORS:
-        tell(processor.name)
-        found[processor.name] = examine(processor, root, work, here)
+    for machine in {processor.machine for processor in PROCESSORS}:
+        build_native(machine, work, root)
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda processor: examine(processor, root, work, here), PROCESSORS)
+        found = {processor.name: answer for processor, answer in zip(PROCESSORS, answers, strict=True)}
     values = {**describe_setting(), "qemu": first_line("qemu-aarch64-static", "--version"), "here": here["golden"]}
     values |= {"texts": len(here["ids"]), "processors": found, "armv7": examine_arm32(options.folder)}
     print(write_result("processors", values, render(values), options.output).read_text())
@@ -140,28 +144,37 @@ def make_root(folder: Path) -> Path:
     for wheel in (folder / "wheels").iterdir():
         call(sys.executable, "-m", "zipfile", "-e", wheel, root / "site")
     shutil.copy(shutil.which("qemu-aarch64-static") or "qemu-aarch64-static", root)
+    for name in ("proc", "sys"):
+        if (root / name).is_symlink():  # debootstrap leads it to this machine's where it may not mount
+            (root / name).unlink()
+    for name, text in ARM64_SYSTEM.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     (root / ".complete").touch()
     return root
+
+
+def build_native(machine: str, work: Path, root: Path) -> None:
+    """The C program for a machine, which finds onnxruntime where Python's is there."""
+    make = ["make", "-s", "-C", NATIVE, f"BUILD={work / f'native-{machine}'}", f"PYTHON={sys.executable}"]
+    if machine == "aarch64":
+        library = next((root / "site/onnxruntime/capi").glob("libonnxruntime.so.*")).relative_to(root)
+        make += ["CC=aarch64-linux-gnu-gcc", f"ORT_LIBRARY=/{library}"]
+    call(*make)
 
 
 def examine(processor: Processor, root: Path, work: Path, here: Mapping[str, Any]) -> dict[str, Any]:
     """What this processor answers, beside what this machine does."""
     if processor.machine == "aarch64":
-        for name, text in ARM64_SYSTEM.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text.format(part=processor.part))
-        unshare = [] if os.geteuid() == 0 else ["unshare", "-r"]
-        emulator = [*unshare, "chroot", str(root), "/qemu-aarch64-static", "-cpu", processor.cpu]
+        (root / processor.cpu).write_text(CPUINFO.format(part=processor.part))
+        inside = ["sh", "-c", ENTER, str(root), processor.cpu, "/qemu-aarch64-static", "-cpu", processor.cpu]
+        emulator = ["unshare", "--mount", *inside]
         python, seen = [*emulator, "-E", "PYTHONPATH=/site", "/usr/bin/python3.11"], Path("/work")
-        library = next((root / "site/onnxruntime/capi").glob("libonnxruntime.so.*")).relative_to(root)
-        make = ["CC=aarch64-linux-gnu-gcc", f"ORT_LIBRARY=/{library}"]
     else:
         emulator = ["qemu-x86_64-static", "-cpu", processor.cpu]
-        python, seen, make = [*emulator, sys.executable], work, []
-    build = work / f"native-{processor.machine}"
-    call("make", "-s", "-C", NATIVE, f"BUILD={build}", f"PYTHON={sys.executable}", *make)
+        python, seen = [*emulator, sys.executable], work
     there = run_worker(python, work, seen, processor.cpu)
-    native = [*emulator, str(seen / build.name / "ryot-run")]
+    native = [*emulator, str(seen / f"native-{processor.machine}" / "ryot-run")]
     bundles = {}
     for name in BUNDLES:
         folder = seen / "bundles" / name

@@ -67,7 +67,10 @@ static void *open_library(struct arena *arena, const char *named) {
 #ifdef ORT_LIBRARY
         ORT_LIBRARY,
 #endif
-        "libonnxruntime.so.1", "libonnxruntime.so", "libonnxruntime.dylib"};
+#ifdef __APPLE__
+        "libonnxruntime.dylib",
+#endif
+        "libonnxruntime.so.1", "libonnxruntime.so"};
     void *library = NULL;
     for (size_t i = 0; !library && i < sizeof places / sizeof *places; i++)
         library = dlopen(places[i], RTLD_LAZY | RTLD_LOCAL);

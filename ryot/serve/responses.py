@@ -11,6 +11,7 @@ from ryot.serve.chat import ChatCompletion
 from ryot.serve.errors import invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
+from ryot.serve.verified import Verification
 
 #: Passed on to the chat as they are.
 SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "user", "metadata", "safety_identifier")
@@ -39,7 +40,7 @@ class ResponseAnswer:
     num_per_prompt = 1
     include_usage = False
     has_plain_chunks = False
-    verification = None
+    verification: Verification | None = None
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
         """Read the request and queue it. Raises `ApiError`."""

@@ -23,6 +23,8 @@ NODE_MIN = 20
 
 def missing() -> str | None:
     """What keeps a page from being built and opened here; None when all is there."""
+    if CHROMIUM is None:
+        return "no Chromium here (Debian package: chromium)"
     if NODE is None:
         return f"no node here (version {NODE_MIN} or later; Debian packages: nodejs, npm)"
     version = subprocess.run([NODE, "--version"], capture_output=True, text=True, check=True).stdout

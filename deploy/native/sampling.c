@@ -150,7 +150,20 @@ static int64_t token_at(const struct sampler *s, size_t count, double point) {
     return s->best[index].id;
 }
 
+/* Where nothing is cut there is nothing to sort: ids in their order, weights in float, sums in double. */
+static int64_t draw_uncut(struct sampler *s, double uniform) {
+    float best = s->logits[0], temperature = (float)s->params.temperature;
+    for (size_t id = 1; id < s->vocab_size; id++)
+        if (s->logits[id] > best) best = s->logits[id];
+    double *sums = s->cumulative, sum = 0;
+    for (size_t id = 0; id < s->vocab_size; id++) sums[id] = sum += (double)expf((s->logits[id] - best) / temperature);
+    size_t chosen = 0;
+    while (chosen + 1 < s->vocab_size && sums[chosen] <= uniform * sum) chosen++;
+    return (int64_t)chosen;
+}
+
 static int64_t draw(struct arena *arena, struct sampler *s, double uniform) {
+    if (!s->params.top_k && s->params.top_p >= 1 && s->params.min_p == 0) return draw_uncut(s, uniform);
     size_t top_k = (uint64_t)s->params.top_k < s->vocab_size ? (size_t)s->params.top_k : 0;
     for (size_t i = 0;; i++) {
         size_t head = HEADS[i] < s->vocab_size ? HEADS[i] : s->vocab_size;
@@ -162,9 +175,7 @@ static int64_t draw(struct arena *arena, struct sampler *s, double uniform) {
         size_t keep = count_kept(s, head);
         bool cut = keep < head || (keep == head && !s->params.top_k && !all);
         if (cut) return token_at(s, keep, uniform * s->cumulative[keep - 1]);
-        bool nothing_is_cut = s->params.top_p >= 1 && s->params.min_p == 0;
-        if (all || s->params.top_k || (nothing_is_cut && uniform < s->cumulative[head - 1]))
-            return token_at(s, head, uniform);
+        if (all || s->params.top_k) return token_at(s, head, uniform);
     }
 }
 

@@ -49,7 +49,7 @@ def test_drafts_change_no_text(llama_path: Path) -> None:
     run = run_cli(llama_path, *options, "--speculate")
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout == run_cli(llama_path, *options).stdout
-    run = run_cli(llama_path, *options, "--speculate", "--best-of", "2", "--reward", "json", "--temperature", "1")
+    run = run_cli(llama_path, *options, "--speculate", "--best-of", "2", "--verifier", "json", "--temperature", "1")
     assert run.returncode == 2 and "--speculate: is for --prompt alone" in run.stderr
 
 

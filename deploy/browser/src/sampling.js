@@ -76,6 +76,7 @@ export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) 
   }
   if (temperature === 0) return best;
   if (!Number.isFinite(max)) throw new Error("the model's logits are not numbers; its weights are damaged");
+  if (!topK && topP >= 1 && minP === 0) return drawUncut(logits, max, temperature, uniform);
   const weights = Float64Array.from(logits, logit => Math.exp((logit - max) / temperature));
   const total = topK ? 0 : weights.reduce((sum, weight) => sum + weight, 0);
   for (let head = topK || HEAD; ; head = logits.length) {
@@ -91,6 +92,22 @@ export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) 
     );
     if (chosen !== undefined) return chosen;
   }
+}
+
+/**
+ * Where nothing is cut there is nothing to sort: ids in their order, weights in single precision, sums in double.
+ * @param {Float32Array} logits @param {number} max  the largest of them @param {number} temperature
+ * @param {number} uniform
+ */
+function drawUncut(logits, max, temperature, uniform) {
+  const divisor = Math.fround(temperature);
+  let sum = 0;
+  const sums = Float64Array.from(
+    logits,
+    logit => (sum += Math.fround(Math.exp(Math.fround(Math.fround(logit - max) / divisor)))),
+  );
+  const chosen = sums.findIndex(reached => reached > uniform * sum);
+  return chosen < 0 ? logits.length - 1 : chosen;
 }
 
 /**
@@ -112,12 +129,12 @@ function chooseFrom(order, weights, mass, { topP, minP }, uniform, all) {
     }
     sum += share;
   }
-  const point = uniform * (keep < order.length ? sum : all ? 1 : sum);
-  if (!cut && !(topP >= 1 && minP === 0 && uniform < sum)) return undefined;
+  if (!cut) return undefined;
+  const point = uniform * (keep < order.length ? sum : 1);
   let passed = 0;
   for (let i = 0; i < keep; i++) {
     passed += weights[order[i]] / mass;
-    if ((cut ? point : uniform) < passed) return order[i];
+    if (point < passed) return order[i];
   }
   return order[keep - 1];
 }

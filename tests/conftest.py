@@ -48,7 +48,7 @@ max_seq_len = {CONTEXT}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes minutes: whatever starts a Ray cluster, or a whole run."""
     for item in items:
-        if item.nodeid.startswith(("tests/cluster/", "tests/run/test_pipeline")):
+        if item.nodeid.startswith(("tests/cluster/", "tests/run/test_pipeline", "tests/run/test_imports")):
             item.add_marker("slow")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,15 +26,18 @@ from tests.fleet.sshd import Sshd, descendants, is_sshd_there, kill
 pytestmark = pytest.mark.slow
 
 LAB = "ryotpush"
+#: The kernel takes a link down some time after its namespace; the next one has another name.
+_numbers = itertools.count()
 
 
 class Link:
     """A host of its own behind a link that can be cut: a network namespace with an sshd in it."""
 
     def __init__(self, folder: Path):
-        self.name = f"{LAB}{os.getpid()}"
-        self.inner, self.outer = f"ri{os.getpid() % 100000}", f"ro{os.getpid() % 100000}"
-        third = os.getpid() % 250
+        number = next(_numbers)
+        self.name = f"{LAB}{os.getpid()}-{number}"
+        self.inner, self.outer = (f"{side}{os.getpid() % 100000}-{number}" for side in ("ri", "ro"))
+        third = (os.getpid() + number) % 250
         ip("netns", "add", self.name)
         try:
             ip("link", "add", self.outer, "type", "veth", "peer", "name", self.inner, "netns", self.name)

@@ -21,7 +21,8 @@ from tests.train.adapting import TRAIN, write_jsonl
 from tests.train.test_records import with_template
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
-STEPS = 300
+#: Seconds of training: what is stopped and killed must still be under way.
+STEPS = 900
 
 
 def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:

@@ -142,6 +142,8 @@ def report(variant: VariantConfig, runs: list[dict[str, Any]], args: argparse.Na
             "",
             tabulate(table, head, tablefmt="github", disable_numparse=True),
             "",
+            "The gain counts only where it is more than supervised training of the same time.",
+            "",
             f"Largest difference of a token's log probability between engine and trainer: {largest:.1e}.",
         ]
     )
@@ -149,7 +151,8 @@ def report(variant: VariantConfig, runs: list[dict[str, Any]], args: argparse.Na
         {
             **{name: value for name, value in run.items() if name not in ("events", "alone")},
             "alone": event_to_dict(run["alone"]),
-            "events": [event_to_dict(event) for event in run["events"]],
+            "passes": columns([e for e in run["events"] if isinstance(e, PassEvent)]),
+            "steps": columns([e for e in run["events"] if isinstance(e, ReinforceEvent)]),
         }
         for run in runs
     ]
@@ -159,6 +162,13 @@ def report(variant: VariantConfig, runs: list[dict[str, Any]], args: argparse.Na
     draw(runs, drawing)
     path.write_text(f"{text}\n\n![Curves]({drawing.relative_to(RESULTS)})\n")
     print(path)
+
+
+def columns(events: list[Any]) -> dict[str, list[Any]]:
+    """A series for each field of events of one kind."""
+    rows = [event_to_dict(event) for event in events]
+    names = [name for name in rows[0] if name not in ("kind", "variant", "seed", "time")]
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

@@ -59,7 +59,7 @@ def load_tasks(source: str) -> list[Task]:
 
 def _read_tasks(path: Path) -> list[Task]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"tasks {path}: cannot be read ({error})") from error
     return [_read_task(line, f"tasks {path}: line {n}") for n, line in enumerate(lines, start=1) if line.strip()]

@@ -70,6 +70,15 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, line: str, messag
     assert message in str(caught.value)
 
 
+def test_a_line_of_a_file_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    # JSON may hold U+2028 and U+0085 inside a string as they are.
+    path = tmp_path / "tasks.jsonl"
+    prompts = {"train": "a\u2028b\u0085c", "test": "d"}
+    lines = [{"prompt": text, "verifier": "exact=x", "split": split} for split, text in prompts.items()]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert [task.prompt for task in load_tasks(str(path))] == list(prompts.values())
+
+
 def test_a_prompt_in_both_splits_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     task = {"prompt": "a", "verifier": "json"}

@@ -41,7 +41,8 @@ def group_advantages(rewards: Sequence[Sequence[float]], *, divide_by_std: bool)
     found = []
     for group in rewards:
         values = np.asarray(group, np.float64)
-        centred = values - values.mean()
+        # The mean of equal numbers need not be that number in floating point.
+        centred = values - values.mean() if values.min() < values.max() else np.zeros_like(values)
         if divide_by_std and values.std() > 0:
             centred /= values.std() + 1e-6
         found.append(centred.tolist())

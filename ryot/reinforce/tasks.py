@@ -7,6 +7,7 @@ training prompts that have none, so that it answers what it has not seen answere
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,13 +38,14 @@ class Task:
     """An answer that passes."""
 
 
-def load_tasks(source: str) -> list[Task]:
+def load_tasks(source: str, sha256: str = "") -> list[Task]:
     """The tasks of a `.jsonl` file, or of a built-in kind: `NAME` or `NAME:LEVEL`.
 
-    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used.
+    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used, or is not the one whose
+    `sha256` is given.
     """
     if source.endswith(".jsonl"):
-        tasks = _read_tasks(Path(source))
+        tasks = _read_tasks(Path(source), sha256)
     else:
         from ryot.reinforce.procedural import make_tasks
 
@@ -57,11 +59,17 @@ def load_tasks(source: str) -> list[Task]:
     return tasks
 
 
-def _read_tasks(path: Path) -> list[Task]:
+def _read_tasks(path: Path, sha256: str) -> list[Task]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        content = path.read_bytes()
+        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"tasks {path}: cannot be read ({error})") from error
+    if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(
+            f"tasks {path}: has changed since the run began (sha256 {found[:12]}…, was {sha256[:12]}…)",
+            hint="restore it, or start a new run",
+        )
     return [_read_task(line, f"tasks {path}: line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
 
 

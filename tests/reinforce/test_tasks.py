@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ryot.edge.verifiers import build_verifier
+from ryot.config import find_named, resolve_variant
+from ryot.edge.verifiers import build_verifier, parse_verifier
 from ryot.errors import ConfigError, DataError
 from ryot.reinforce.procedural import KINDS
 from ryot.reinforce.tasks import load_tasks, task_corpus
@@ -94,3 +95,26 @@ def test_a_kind_that_is_none_is_refused(name: str) -> None:
         return
     with pytest.raises(ConfigError, match=r"expected a .jsonl file, or KIND:LEVEL with KIND one of addition"):
         load_tasks(name)
+
+
+def test_a_recipe_is_another_when_its_file_of_tasks_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, path = tmp_path / "mine.toml", tmp_path / "tasks.jsonl"
+    packaged = find_named("variants", "rlvr").read_text()
+    recipe.write_text(packaged.replace('task = "json:1"', 'task = "tasks.jsonl"'))
+    found = []
+    for verifier in ("exact=a", "exact=b"):
+        tasks = [{"prompt": split, "verifier": verifier, "split": split} for split in ("train", "test")]
+        path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+        found.append(resolve_variant(str(recipe), "reference").rlvr)
+    first, second = found
+    assert first is not None and second is not None and first != second
+    # Workers of a cluster run in other folders.
+    monkeypatch.chdir("/")
+    assert load_tasks(second.task, second.sha256)[0].verifier == parse_verifier("exact=b")
+    with pytest.raises(DataError, match="has changed since the run began"):
+        load_tasks(first.task, first.sha256)
+    path.unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve_variant(str(recipe), "reference")

@@ -35,6 +35,10 @@ class Batch:
     """The sampler's log probability of the token that follows, 0 elsewhere."""
     advantages_B: Tensor
 
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(*(t.to(device) for t in (self.ids_BT, self.answer_BT, self.sampled_BT, self.advantages_B)))
+
 
 def group_advantages(rewards: Sequence[Sequence[float]], *, divide_by_std: bool) -> list[list[float]]:
     """Each reward less its group's mean, divided by the group's standard deviation if asked; 0 where all are equal."""

@@ -252,7 +252,7 @@ class ReinforceTrainer(Trainer):
     def _learn(self, batch: Batch) -> _Learned:
         """One or more updates on a batch of answers, which comes in parts that fit memory."""
         rlvr, model = self.rlvr, self.model
-        parts = _split(batch, rlvr.micro_batch_size)
+        parts = [part.to(self.plan.device) for part in _split(batch, rlvr.micro_batch_size)]
         count = int(batch.answer_BT.sum())
         weights = Weights(rlvr.clip_low, rlvr.clip_high, rlvr.kl, rlvr.importance_limit)
         references = [self._reference_logprobs(part) for part in parts]
@@ -270,7 +270,7 @@ class ReinforceTrainer(Trainer):
                 losses.append(
                     policy_loss(logprobs_N, olds[number], sampled_N, advantages_N, weights, references[number], count)
                 )
-                losses[-1].loss.backward()  # type: ignore[no-untyped-call]
+                self._take_step.scaler.scale(losses[-1].loss).backward()
             norm = self._take_step.apply(self._lr_factor(self.step))
             loss = sum(float(part.loss.detach()) for part in losses)
             check_step(self.step, loss, norm, first_loss=0.0, vocab_size=self.job.variant.model.vocab_size)
@@ -287,7 +287,7 @@ class ReinforceTrainer(Trainer):
         copy = Decoder(self.job.variant.model.spec, self.plan.attention)
         copy.normalize_embedding = self.model.normalize_embedding
         copy.load_state_dict(self.model.state_dict())
-        return copy.eval().requires_grad_(False)
+        return copy.to(self.plan.device).eval().requires_grad_(False)
 
     # Checkpoints
 

@@ -83,6 +83,22 @@ def test_supervised_steps_are_those_of_a_training_without(dataset: Dataset) -> N
     assert [type(event) for event in events[:2]] == [EvalEvent, StepEvent]
 
 
+def test_gradients_are_scaled_in_fp16_as_in_supervised_steps(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The policy's loss is computed in float32 all the same: its gradients are those of a plan in float32.
+    variant = make_variant(task=str(digits_file(tmp_path)))
+    norms = []
+    for dtype in ("fp32", "fp16"):
+        trainer = start(dataset, variant)
+        trainer.run_chunk(1e9, trainer.supervised_steps)
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == "fp16")
+        scaler.scale(torch.zeros(()))
+        monkeypatch.setattr(trainer._take_step, "scaler", scaler)
+        norms += [event.grad_norm for event in run(trainer) if isinstance(event, ReinforceEvent)]
+    assert max(norms[:4]) > 0 and norms[4:] == pytest.approx(norms[:4], rel=1e-4)
+
+
 def test_answers_that_do_not_fit_the_context_are_refused_before_training(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match="got 30, and sorting:3 has a prompt of 12 tokens, but the context has 32"):
         start(dataset, make_variant(max_new_tokens=30))

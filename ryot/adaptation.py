@@ -5,7 +5,7 @@
     [tokenizer] from = SOURCE   the tokenizer alone
     [distill] teacher = SOURCE  learn from a teacher's probabilities; brings its tokenizer
     [rounding]                  train the last steps through the rounding of int4
-    [rlvr] task = FILE          reinforce by verifiable rewards, behind the supervised steps
+    [rlvr] task = FILE          reinforce by verifiable rewards, behind the supervised steps; of these with [init] alone
 
 SOURCE is a folder, a .gguf file, or `org/name[@revision]` of the hub. Sources, and a file of tasks, are looked at when
 a recipe is resolved; what was found, the sha256 above all, becomes part of the recipe and so of every digest that a

@@ -36,11 +36,11 @@ from ryot.reinforce.grpo import (
 from ryot.reinforce.pass_at_k import estimate_pass_at_k
 from ryot.reinforce.rollouts import Fleet, Group, LocalFleet, Policy, Sample
 from ryot.reinforce.tasks import Task, load_tasks
+from ryot.train.checkpoint import Text
 from ryot.train.gates import check_step
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.model import Decoder
 from ryot.train.teaching import Teacher
-from ryot.train.tokenizer import END_OF_TEXT_ID
 
 #: How often held-out prompts are tried on the way, beside before and after.
 EVALS_ON_THE_WAY = 4
@@ -101,7 +101,9 @@ class ReinforceTrainer(Trainer):
             )
 
     def _prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        return (END_OF_TEXT_ID, *self._tokenizer.encode(prompt))
+        begin = self.dataset.token_ids.separator
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        return tuple(ids) if begin is None else (begin, *ids)
 
     @property
     def tokens(self) -> int:
@@ -168,9 +170,9 @@ class ReinforceTrainer(Trainer):
         if self._fleet is None:
             policy = Policy(
                 spec=self.job.variant.model.spec,
-                tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
-                eos=END_OF_TEXT_ID,
-                bos=END_OF_TEXT_ID,
+                text_files=dict(Text.of(self.dataset).files),
+                eos=self.dataset.token_ids.eos,
+                bos=self.dataset.token_ids.bos,
             )
             self._fleet = self.make_fleet(policy, self.rlvr, self.plan)
         self._fleet.update(self.arrays())

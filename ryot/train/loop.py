@@ -139,8 +139,7 @@ class TrainStep:
                 total += loss.item()
                 if self._narrow:
                     narrow = self._narrow[step % len(self._narrow)]
-                    of_narrow = self.narrow_loss(narrow, part) * share
-                    self.scaler.scale(of_narrow).backward()
+                    self.scaler.scale(self.narrow_loss(narrow, part) * share).backward()
         return self._combine(total), self.apply(lr_factor)
 
     def apply(self, lr_factor: float) -> float:

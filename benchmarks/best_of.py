@@ -54,7 +54,7 @@ def train_bundle(name: str, tokens: int | None, stack: ExitStack) -> tuple[Bundl
     trainer.run_chunk(float("inf"), trainer.supervised_steps)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     tokenizer_json = (dataset.path / "tokenizer.json").read_bytes()
-    live = LiveBundle(folder, variant.model.spec, tokenizer_json, END_OF_TEXT_ID, END_OF_TEXT_ID)
+    live = LiveBundle(folder, variant.model.spec, {"tokenizer.json": tokenizer_json}, (END_OF_TEXT_ID,), END_OF_TEXT_ID)
     stack.callback(live.close)
     return live.update(trainer.arrays()), variant.rlvr.task, variant.rlvr.max_new_tokens
 

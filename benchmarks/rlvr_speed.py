@@ -88,7 +88,9 @@ def measure(weights: Any, tokenizer_json: bytes, folder: Path, args: argparse.Na
     ours = build_decoder(weights.spec, weights.arrays)
     ids = np.random.default_rng(0).integers(3, weights.spec.vocab_size, args.prompt_tokens).tolist()
     # No token ends an answer: all sides generate the same number.
-    policy = Policy(spec=weights.spec, tokenizer_json=tokenizer_json, eos=weights.spec.vocab_size, bos=None)
+    policy = Policy(
+        spec=weights.spec, text_files={"tokenizer.json": tokenizer_json}, eos=(weights.spec.vocab_size,), bos=None
+    )
     fleet = LocalFleet(policy, rows=SAMPLES, threads=args.threads)
     arrays = dict(weights.arrays)
     group = Group(tuple(ids), SAMPLES, args.new_tokens, seed=0)

@@ -5,17 +5,20 @@
     [tokenizer] from = SOURCE   the tokenizer alone
     [distill] teacher = SOURCE  learn from a teacher's probabilities; brings its tokenizer
     [rounding]                  train the last steps through the rounding of int4
-    [rlvr] task = FILE          reinforce by verifiable rewards, behind the supervised steps
+    [rlvr] task = FILE          reinforce by verifiable rewards, behind the supervised steps; of these with [init] alone
 
-SOURCE is a folder, a .gguf file, or `org/name[@revision]` of the hub. Sources are looked at when a recipe is resolved;
-what was found, the sha256 above all, becomes part of the recipe and so of every digest that a stage is kept by.
+SOURCE is a folder, a .gguf file, or `org/name[@revision]` of the hub. Sources, and a file of tasks, are looked at when
+a recipe is resolved; what was found, the sha256 above all, becomes part of the recipe and so of every digest that a
+stage is kept by.
 """
 
 from __future__ import annotations
 
+import hashlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ryot.errors import ConfigError, require
@@ -123,6 +126,8 @@ class RlvrConfig:
 
     task: str
     """A file of tasks (`.jsonl`), or a built-in kind: `ryot.reinforce.procedural`."""
+    sha256: str = ""
+    """Of a file of tasks, found when the recipe is resolved."""
     steps: int
     """Batches of answers that are sampled and learned from."""
     prompts_per_step: int = 16
@@ -232,6 +237,8 @@ def resolve_sources(recipe: dict[str, Any], init_source: str | None, where: str)
         )
     if "tokenizer" in recipe and ("init" in recipe or "distill" in recipe):
         raise ConfigError(f"{where}: [init] and [distill] bring a tokenizer of their own", hint="remove [tokenizer]")
+    if "rlvr" in recipe:
+        recipe["rlvr"] = {**recipe["rlvr"], **_find_tasks(recipe["rlvr"].get("task"), where)}
     models: dict[str, FoundModel] = {}
     for table, key in (("init", "source"), ("tokenizer", "source"), ("distill", "teacher")):
         values = recipe.get(table)
@@ -259,6 +266,21 @@ def resolve_sources(recipe: dict[str, Any], init_source: str | None, where: str)
             f"{init.spec.vocab_size}",
             hint="take a teacher with the student's tokenizer",
         )
+
+
+def _find_tasks(task: object, where: str) -> dict[str, str]:
+    """Where a file of tasks is found from any folder, and its sha256; nothing of a built-in kind."""
+    if not isinstance(task, str) or not task.endswith(".jsonl"):
+        return {}
+    path = Path(task).expanduser().absolute()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: rlvr.task {path}: cannot be read ({error.strerror})",
+            hint="a path counts from where the command is run",
+        ) from error
+    return {"task": str(path), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _model_of(spec: DecoderSpec) -> dict[str, Any]:

@@ -228,11 +228,11 @@ class VariantConfig:
         )
         for width in self.train.elastic_widths:
             narrow_spec(self.model.spec, width)
-        for name in ("init", "tokenizer", "distill", "rounding"):
+        for name in ("init", "lora", "tokenizer", "distill", "rounding"):
             chosen = getattr(self, name) is not None
             require(not (chosen and self.train.elastic_widths), name, "a table", "none with elastic_widths")
-            # Prompts are made of the tokens and the vocabulary that are learned from the task's own text.
-            require(not (chosen and self.rlvr), name, "a table", "none with [rlvr]")
+            # Reinforced are all weights, as they are; a model that exists may be what they start from.
+            require(name == "init" or not (chosen and self.rlvr), name, "a table", "none with [rlvr]")
         require(not (self.tune and self.init), "tune", self.tune, "false with [init]: kernels are the recipe's")
         # Both would change how the table of a checkpoint is used.
         for name, plain in (("normalize_embedding", False), ("alternate_final_norm", False), ("final_norm_init", 1.0)):

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ryot.config import VariantConfig, digest
@@ -49,7 +49,7 @@ def open_teacher(variant: VariantConfig, cache_dir: Path) -> Teacher | None:
         return score
 
     # A graph's values depend on what rounds them and on what runs it, not only on the teacher's weights.
-    key = digest(config.sha256, config.precision, torch.__version__)[:16]
+    key = digest(config.sha256, config.precision, ort.__version__)[:16]
     return Teacher(build_score, cache=cache_dir / "teachers" / key, length=length, top_k=config.top_k)
 
 

@@ -35,13 +35,18 @@ class Batch:
     """The sampler's log probability of the token that follows, 0 elsewhere."""
     advantages_B: Tensor
 
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(*(t.to(device) for t in (self.ids_BT, self.answer_BT, self.sampled_BT, self.advantages_B)))
+
 
 def group_advantages(rewards: Sequence[Sequence[float]], *, divide_by_std: bool) -> list[list[float]]:
     """Each reward less its group's mean, divided by the group's standard deviation if asked; 0 where all are equal."""
     found = []
     for group in rewards:
         values = np.asarray(group, np.float64)
-        centred = values - values.mean()
+        # The mean of equal numbers need not be that number in floating point.
+        centred = values - values.mean() if values.min() < values.max() else np.zeros_like(values)
         if divide_by_std and values.std() > 0:
             centred /= values.std() + 1e-6
         found.append(centred.tolist())

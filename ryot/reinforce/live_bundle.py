@@ -7,7 +7,7 @@ the sizes that are reinforced and lets onnxruntime pack the weights as in any bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from ryot.deploy.datafile import LINE_BYTES, DataFile
 from ryot.deploy.graph import build_graph, float_matrices
 from ryot.deploy.precisions import graph_files, serialize
 from ryot.deploy.weights import DecoderWeights
-from ryot.edge.bundle import DATA_NAME, TOKENIZER_NAME, Bundle, load_bundle
+from ryot.edge.bundle import DATA_NAME, Bundle, load_bundle
 from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray
 
@@ -57,19 +57,22 @@ class _Places(DataFile):
 class LiveBundle:
     """A folder with a float32 bundle of a decoder, whose weights `update` replaces."""
 
-    def __init__(self, folder: Path, spec: DecoderSpec, tokenizer_json: bytes, eos: int, bos: int | None):
+    def __init__(
+        self, folder: Path, spec: DecoderSpec, text_files: Mapping[str, bytes], eos: Sequence[int], bos: int | None
+    ):
         """Nothing can be run before the first `update`."""
         self.folder, self._spec = folder, spec
         self._places = _Places(folder / DATA_NAME)
         self._graph = graph_files("fp32")["decode"]
-        (folder / TOKENIZER_NAME).write_bytes(tokenizer_json)
+        for name, content in text_files.items():
+            (folder / name).write_bytes(content)
         self._values = {
             "name": "live",
             "variant": "",
             "seed": 0,
             **graph_entries(spec, "fp32", "float32"),
             "graphs": dict.fromkeys(("standard", "prefill", "decode"), self._graph),
-            "eos_token_ids": [eos],
+            "eos_token_ids": list(eos),
             "bos_token_id": bos,
             "onnxruntime_min": ONNXRUNTIME_MIN,
             "golden": [],

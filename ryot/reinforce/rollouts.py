@@ -31,8 +31,9 @@ class Policy:
     """What is needed to run a model, but for its weights."""
 
     spec: DecoderSpec
-    tokenizer_json: bytes
-    eos: int
+    text_files: Mapping[str, bytes]
+    """The tokenizer's, by name."""
+    eos: tuple[int, ...]
     bos: int | None
 
 
@@ -78,7 +79,7 @@ class LocalFleet:
         self._policy, self._rows, self._threads = policy, rows, threads
         self._stack = ExitStack()
         folder = self._stack.enter_context(scratch_folder("policy"))
-        self._live = LiveBundle(folder, policy.spec, policy.tokenizer_json, policy.eos, policy.bos)
+        self._live = LiveBundle(folder, policy.spec, policy.text_files, policy.eos, policy.bos)
         self._scheduler: Scheduler | None = None
 
     def update(self, arrays: Mapping[str, FloatArray]) -> None:

@@ -7,6 +7,7 @@ training prompts that have none, so that it answers what it has not seen answere
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ryot.config import VariantConfig
 from ryot.edge.verifiers import build_verifier, parse_verifier
 from ryot.errors import ConfigError, DataError
 from ryot.train.corpus import Corpus, Document, load_corpus
+from ryot.train.records import Pair
 
 #: Fewer than these have no validation and test parts worth the name.
 MIN_DOCUMENTS = 100
@@ -37,13 +39,14 @@ class Task:
     """An answer that passes."""
 
 
-def load_tasks(source: str) -> list[Task]:
+def load_tasks(source: str, sha256: str = "") -> list[Task]:
     """The tasks of a `.jsonl` file, or of a built-in kind: `NAME` or `NAME:LEVEL`.
 
-    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used.
+    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used, or is not the one whose
+    `sha256` is given.
     """
     if source.endswith(".jsonl"):
-        tasks = _read_tasks(Path(source))
+        tasks = _read_tasks(Path(source), sha256)
     else:
         from ryot.reinforce.procedural import make_tasks
 
@@ -57,11 +60,17 @@ def load_tasks(source: str) -> list[Task]:
     return tasks
 
 
-def _read_tasks(path: Path) -> list[Task]:
+def _read_tasks(path: Path, sha256: str) -> list[Task]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"tasks {path}: cannot be read ({error})") from error
+    if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(
+            f"tasks {path}: has changed since the run began (sha256 {found[:12]}…, was {sha256[:12]}…)",
+            hint="restore it, or start a new run",
+        )
     return [_read_task(line, f"tasks {path}: line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -93,15 +102,21 @@ def _read_task(line: str, where: str) -> Task:
 
 def supervised_texts(tasks: Sequence[Task]) -> list[str]:
     """Prompt and answer of each training task that has one: what a model learns from before it is reinforced."""
-    return [task.prompt + task.answer for task in tasks if task.split == "train" and task.answer is not None]
+    return [pair.prompt + pair.completion for pair in _answered(tasks)]
 
 
-def task_corpus(source: str) -> Corpus:
+def _answered(tasks: Sequence[Task]) -> list[Pair]:
+    return [Pair(t.prompt, t.answer) for t in tasks if t.split == "train" and t.answer is not None]
+
+
+def task_corpus(source: str, *, as_records: bool = False) -> Corpus:
     """The text of supervised training: a document for each training task that has an answer, none of a held-out one.
 
+    `as_records` keeps prompt and answer apart, for a model whose texts end with another token than the next begins.
     Raises like `load_tasks`, and `DataError` where too few have one.
     """
-    texts = supervised_texts(load_tasks(source))
+    tasks = load_tasks(source)
+    texts: Sequence[str | Pair] = _answered(tasks) if as_records else supervised_texts(tasks)
     if len(texts) < MIN_DOCUMENTS:
         raise DataError(
             f"tasks {source}: {len(texts)} training tasks have an answer to learn from, expected {MIN_DOCUMENTS}",
@@ -118,7 +133,7 @@ def load_text(data: Sequence[str], variants: Sequence[VariantConfig]) -> Corpus:
     """
     tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
     if not data and len(tasks) == 1 and (task := tasks.pop()) is not None:
-        return task_corpus(task)
+        return task_corpus(task, as_records=any(variant.init for variant in variants))
     for name in tasks - {None}:
         load_tasks(str(name))  # a file that cannot be used is said now
     return load_corpus(data)

@@ -36,11 +36,11 @@ from ryot.reinforce.grpo import (
 from ryot.reinforce.pass_at_k import estimate_pass_at_k
 from ryot.reinforce.rollouts import Fleet, Group, LocalFleet, Policy, Sample
 from ryot.reinforce.tasks import Task, load_tasks
+from ryot.train.checkpoint import Text
 from ryot.train.gates import check_step
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.model import Decoder
 from ryot.train.teaching import Teacher
-from ryot.train.tokenizer import END_OF_TEXT_ID
 
 #: How often held-out prompts are tried on the way, beside before and after.
 EVALS_ON_THE_WAY = 4
@@ -77,7 +77,7 @@ class ReinforceTrainer(Trainer):
         self.supervised_steps = self.num_steps
         self.num_steps += self.rlvr.steps
         self.make_fleet: MakeFleet = make_local_fleet
-        tasks = load_tasks(self.rlvr.task)
+        tasks = load_tasks(self.rlvr.task, self.rlvr.sha256)
         self._held_out = [task for task in tasks if task.split == "test"]
         train = [task for task in tasks if task.split == "train"]
         self._reinforced = [task for task in train if task.answer is None] or train
@@ -101,7 +101,9 @@ class ReinforceTrainer(Trainer):
             )
 
     def _prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        return (END_OF_TEXT_ID, *self._tokenizer.encode(prompt))
+        begin = self.dataset.token_ids.separator
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        return tuple(ids) if begin is None else (begin, *ids)
 
     @property
     def tokens(self) -> int:
@@ -168,9 +170,9 @@ class ReinforceTrainer(Trainer):
         if self._fleet is None:
             policy = Policy(
                 spec=self.job.variant.model.spec,
-                tokenizer_json=(self.dataset.path / "tokenizer.json").read_bytes(),
-                eos=END_OF_TEXT_ID,
-                bos=END_OF_TEXT_ID,
+                text_files=dict(Text.of(self.dataset).files),
+                eos=self.dataset.token_ids.eos,
+                bos=self.dataset.token_ids.bos,
             )
             self._fleet = self.make_fleet(policy, self.rlvr, self.plan)
         self._fleet.update(self.arrays())
@@ -252,7 +254,7 @@ class ReinforceTrainer(Trainer):
     def _learn(self, batch: Batch) -> _Learned:
         """One or more updates on a batch of answers, which comes in parts that fit memory."""
         rlvr, model = self.rlvr, self.model
-        parts = _split(batch, rlvr.micro_batch_size)
+        parts = [part.to(self.plan.device) for part in _split(batch, rlvr.micro_batch_size)]
         count = int(batch.answer_BT.sum())
         weights = Weights(rlvr.clip_low, rlvr.clip_high, rlvr.kl, rlvr.importance_limit)
         references = [self._reference_logprobs(part) for part in parts]
@@ -270,7 +272,7 @@ class ReinforceTrainer(Trainer):
                 losses.append(
                     policy_loss(logprobs_N, olds[number], sampled_N, advantages_N, weights, references[number], count)
                 )
-                losses[-1].loss.backward()  # type: ignore[no-untyped-call]
+                self._take_step.scaler.scale(losses[-1].loss).backward()
             norm = self._take_step.apply(self._lr_factor(self.step))
             loss = sum(float(part.loss.detach()) for part in losses)
             check_step(self.step, loss, norm, first_loss=0.0, vocab_size=self.job.variant.model.vocab_size)
@@ -287,7 +289,7 @@ class ReinforceTrainer(Trainer):
         copy = Decoder(self.job.variant.model.spec, self.plan.attention)
         copy.normalize_embedding = self.model.normalize_embedding
         copy.load_state_dict(self.model.state_dict())
-        return copy.eval().requires_grad_(False)
+        return copy.to(self.plan.device).eval().requires_grad_(False)
 
     # Checkpoints
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _SCHEMA = 2
 #: Of how records are encoded.
-_RECORDS_SCHEMA = 1
+_RECORDS_SCHEMA = 2
 
 
 @dataclass(frozen=True)

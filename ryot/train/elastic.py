@@ -30,10 +30,10 @@ class NarrowModel:
         self._shell = Decoder(self.spec, attention).to(model.embedding.weight.device).train()
         self._shell.normalize_embedding = model.normalize_embedding
 
-    def __call__(self, ids_BT: Tensor) -> Tensor:
-        """Logits [B, T, V]; gradients go to the decoder that holds the weights."""
+    def __call__(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; gradients go to the decoder that holds the weights. Documents do not see each other."""
         weights = slice_state(self._model.spec, self.spec, dict(self._model.named_parameters()))
-        logits: Tensor = torch.func.functional_call(self._shell, weights, (ids_BT,))
+        logits: Tensor = torch.func.functional_call(self._shell, weights, (ids_BT, documents_BT))
         return logits
 
 

@@ -101,10 +101,11 @@ class TrainStep:
         begins = (1 - self.variant.rounding.share) * self.variant.num_steps
         return self._rounding.applied() if step >= begins else contextlib.nullcontext()
 
-    def narrow_loss(self, narrow: NarrowModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def narrow_loss(self, narrow: NarrowModel, batch: Batch) -> Tensor:
         """The same of a narrower model inside this one."""
         with self._cast():
-            return F.cross_entropy(narrow(inputs_BT).flatten(0, 1).float(), targets_BT.flatten())
+            logits_BTV = narrow(batch.inputs_BT, batch.documents_BT)
+            return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten())
 
     def _cast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
@@ -138,8 +139,7 @@ class TrainStep:
                 total += loss.item()
                 if self._narrow:
                     narrow = self._narrow[step % len(self._narrow)]
-                    of_narrow = self.narrow_loss(narrow, part.inputs_BT, part.targets_BT) * share
-                    self.scaler.scale(of_narrow).backward()
+                    self.scaler.scale(self.narrow_loss(narrow, part) * share).backward()
         return self._combine(total), self.apply(lr_factor)
 
     def apply(self, lr_factor: float) -> float:

@@ -20,6 +20,8 @@ from ryot.train.source_text import SourceText
 
 #: The columns of a record, in the order in which they are looked for.
 RECORD_FIELDS = ("messages", "prompt", "completion", "text")
+#: How tokenizers of SentencePiece's kind write a space.
+_SPACE = "\u2581"
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 #: What special tokens look like that a template of another model has left in a text.
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{2,32}\|>")
@@ -90,6 +92,11 @@ class RecordEncoder:
 
     text: SourceText
     unusual: dict[str, int] = field(default_factory=dict)
+    _begins_with_space: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = self.text.tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        self._begins_with_space = any(token.startswith(_SPACE) for token in first)
 
     def encode(self, document: str | Record, place: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of a text or record, and for each whether it is learned.
@@ -99,11 +106,26 @@ class RecordEncoder:
         """
         ids: list[int] = []
         learned: list[bool] = []
+        before = ""
         for piece, is_answer in self._pieces(document, place):
-            new = piece if isinstance(piece, list) else self.text.tokenizer.encode(piece, add_special_tokens=False).ids
+            new = piece if isinstance(piece, list) else self._encode_behind(before, piece)
+            before = "" if isinstance(piece, list) else before + piece
             ids += new
             learned += [is_answer] * len(new)
         return np.asarray(ids, np.int64), np.asarray(learned, np.bool_)
+
+    def _encode_behind(self, before: str, text: str) -> list[int]:
+        """The ids of a text that goes on: a tokenizer that begins every text with a space has none there."""
+        if before and text and self._begins_with_space:
+            for head in (before, "\n"):
+                known, both = self._ids(head), self._ids(head + text)
+                if both[: len(known)] == known:
+                    return both[len(known) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.text.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _pieces(self, document: str | Record, place: str) -> Iterator[tuple[str | list[int], bool]]:
         if isinstance(document, Chat):

@@ -16,3 +16,10 @@ def test_only_errors_that_could_change_a_token_count():
     assert _distance_error(far_below, exact_TV) == 0
     second = np.where(exact_TV == 98, exact_TV + np.float32(0.75), exact_TV)
     assert _distance_error(second, exact_TV) == 0.75
+
+
+def test_a_token_that_only_exact_arithmetic_finds_likely_counts():
+    exact_TV = np.tile(np.arange(100, dtype=np.float32), (5, 1))
+    found_TV = exact_TV.copy()
+    found_TV[:, 99] = 50  # another machine may well choose it
+    assert _distance_error(found_TV, exact_TV) == 49

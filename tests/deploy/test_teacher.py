@@ -87,6 +87,15 @@ def test_a_teacher_is_asked_once_whatever_process_asks(
     assert torch.equal(first.taught_ids_BTS, again.taught_ids_BTS) and torch.equal(first.taught_BTS, again.taught_BTS)
 
 
+def test_a_teacher_is_asked_anew_by_another_onnxruntime(
+    variant: VariantConfig, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_teacher(variant, tmp_path / "cache").teach(batch_of(data))
+    monkeypatch.setattr("onnxruntime.__version__", "0.0.1")
+    open_teacher(variant, tmp_path / "cache").teach(batch_of(data))
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
+
+
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_the_loss_is_the_cross_entropy_with_the_mixed_target(chunk: int) -> None:
     generator = torch.Generator().manual_seed(0)

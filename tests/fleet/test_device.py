@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ryot.deploy.archive import pack_bundle, unpack_archive
-from ryot.errors import FleetError
+from ryot.errors import BundleError, FleetError
+from ryot.fleet.device.agent import Agent, open_root
 from ryot.fleet.device.environment import unpack_wheel
 from ryot.fleet.device.store import Release, Root
 from ryot.fleet.kit import INSTALL_NAME, PROGRAM_NAME, write_kit
@@ -81,6 +82,45 @@ def test_a_release_runs_read_only_as_another_user_without_home_or_network(versio
         assert not [line for line in lines if re.search(r"\b(socket|connect|sendto|sendmsg)\(", line)]
         writing = r"O_WRONLY|O_RDWR|O_CREAT|\b(mkdir|rename|unlink|link|symlink|truncate|chmod)(at|at2)?\("
         assert not [line for line in lines if re.search(writing, line) and not re.search(r'"/(dev|proc)/', line)]
+
+
+def install(agent: Agent, root: Root, bundle: Path) -> str:
+    """Put a bundle on the device by hand and switch to it; the id of its release."""
+    shutil.copytree(bundle, root.bundle(bundle.parent.name))
+    release = Release(f"r-{bundle.parent.name}", bundle.parent.name, "tiny", "fp32", sys.executable, "", 0.0, {})
+    agent.activate({"release": release._asdict()})
+    return release.id
+
+
+def test_a_rollback_that_fails_leaves_the_version_before_it_good(
+    version_1: Path, version_2: Path, tmp_path: Path
+) -> None:
+    root = Root(tmp_path / "device")
+    agent = Agent(root, lambda what: None)
+    with open_root(root, "session", "me"):
+        first, second = install(agent, root, version_1), install(agent, root, version_2)
+        assert root.read_state().good == [first, second]
+        with pytest.raises(FleetError, match="the version before runs again"):
+            agent.rollback({"health": "exit 1"})
+        assert root.current_id() == second
+        assert root.read_state().good == [first, second]
+        agent.rollback({})
+        assert root.current_id() == first
+        assert root.read_state().good == [first]
+
+
+def test_a_rollback_to_a_key_that_is_revoked_is_refused(
+    signed_1: Path, version_2: Path, owner_key: Path, tmp_path: Path
+) -> None:
+    root = Root(tmp_path / "device")
+    agent = Agent(root, lambda what: None)
+    with open_root(root, "session", "me"):
+        install(agent, root, signed_1)
+        second = install(agent, root, version_2)
+        agent.trust({"keys": (owner_key.parent / "trusted").read_text().replace("trusted", "revoked")})
+        with pytest.raises(BundleError, match="revokes"):
+            agent.rollback({})
+        assert root.current_id() == second
 
 
 def can_nobody_read(path: Path) -> bool:

@@ -66,4 +66,4 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="session")
 def policy(dataset: Dataset) -> Policy:
     tokenizer_json = Path(dataset.path / "tokenizer.json").read_bytes()
-    return Policy(spec=MODEL.spec, tokenizer_json=tokenizer_json, eos=0, bos=0)
+    return Policy(spec=MODEL.spec, text_files={"tokenizer.json": tokenizer_json}, eos=(0,), bos=0)

@@ -72,6 +72,13 @@ def test_advantages_are_relative_to_the_group() -> None:
     assert equal == [0, 0]
 
 
+@pytest.mark.parametrize("divide_by_std", [False, True])
+def test_equal_rewards_that_are_no_binary_fractions_have_no_advantage(divide_by_std: bool) -> None:
+    # The mean of three times 0.1 is not 0.1 in float64.
+    for reward, count in itertools.product((0.1, 0.3, 0.7), range(2, 17)):
+        assert group_advantages([[reward] * count], divide_by_std=divide_by_std) == [[0.0] * count]
+
+
 @pytest.mark.parametrize(("passed", "samples"), [(0, 5), (1, 5), (3, 5), (5, 5), (2, 8)])
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass(passed: int, samples: int) -> None:
     answers = [True] * passed + [False] * (samples - passed)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ryot.edge.verifiers import build_verifier
+from ryot.config import find_named, resolve_variant
+from ryot.edge.verifiers import build_verifier, parse_verifier
 from ryot.errors import ConfigError, DataError
 from ryot.reinforce.procedural import KINDS
 from ryot.reinforce.tasks import load_tasks, task_corpus
@@ -70,6 +71,15 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, line: str, messag
     assert message in str(caught.value)
 
 
+def test_a_line_of_a_file_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    # JSON may hold U+2028 and U+0085 inside a string as they are.
+    path = tmp_path / "tasks.jsonl"
+    prompts = {"train": "a\u2028b\u0085c", "test": "d"}
+    lines = [{"prompt": text, "verifier": "exact=x", "split": split} for split, text in prompts.items()]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert [task.prompt for task in load_tasks(str(path))] == list(prompts.values())
+
+
 def test_a_prompt_in_both_splits_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     task = {"prompt": "a", "verifier": "json"}
@@ -85,3 +95,26 @@ def test_a_kind_that_is_none_is_refused(name: str) -> None:
         return
     with pytest.raises(ConfigError, match=r"expected a .jsonl file, or KIND:LEVEL with KIND one of addition"):
         load_tasks(name)
+
+
+def test_a_recipe_is_another_when_its_file_of_tasks_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, path = tmp_path / "mine.toml", tmp_path / "tasks.jsonl"
+    packaged = find_named("variants", "rlvr").read_text()
+    recipe.write_text(packaged.replace('task = "json:1"', 'task = "tasks.jsonl"'))
+    found = []
+    for verifier in ("exact=a", "exact=b"):
+        tasks = [{"prompt": split, "verifier": verifier, "split": split} for split in ("train", "test")]
+        path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+        found.append(resolve_variant(str(recipe), "reference").rlvr)
+    first, second = found
+    assert first is not None and second is not None and first != second
+    # Workers of a cluster run in other folders.
+    monkeypatch.chdir("/")
+    assert load_tasks(second.task, second.sha256)[0].verifier == parse_verifier("exact=b")
+    with pytest.raises(DataError, match="has changed since the run began"):
+        load_tasks(first.task, first.sha256)
+    path.unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve_variant(str(recipe), "reference")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ryot.config import ModelConfig, VariantConfig, replace
+from ryot.config import KernelPlan, ModelConfig, VariantConfig, replace
 from ryot.errors import ConfigError
+from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.elastic import NarrowModel, slice_state
 from ryot.train.loop import Trainer, TrainJob, TrainStep
@@ -59,6 +60,30 @@ def test_gradients_reach_the_kept_channels_and_no_others(name: str) -> None:
     assert table is not None
     assert table[:, :width].abs().sum() > 0
     assert table[:, width:].abs().sum() == 0
+
+
+def test_a_view_keeps_packed_documents_apart() -> None:
+    variant = replace(elastic("optimized"), kernels=KernelPlan())
+    torch.manual_seed(1)
+    full = Decoder(variant.model.spec)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.normal_(std=0.3)
+    view = NarrowModel(full, widths_of(variant.model)[0], "sdpa")
+    ids = torch.randint(variant.model.vocab_size, (2, 9))
+    targets = ids.roll(-1, 1)
+    targets[:, 3] = -100
+    documents = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    step = TrainStep(variant, variant.kernels)
+    with torch.no_grad():
+        packed = step.narrow_loss(view, Batch(ids, targets, documents))
+        apart = [
+            F.cross_entropy(view(ids[:, part])[:, :3].flatten(0, 1), targets[:, part][:, :3].flatten(), reduction="sum")
+            for part in (slice(0, 4), slice(4, 9))
+        ]
+        last = F.cross_entropy(view(ids[:, 4:])[:, 3:].flatten(0, 1), targets[:, 7:].flatten(), reduction="sum")
+    # Sums of some 100 terms in fp32.
+    torch.testing.assert_close(packed, (sum(apart) + last) / 16, atol=1e-5, rtol=1e-5)
 
 
 def test_each_step_trains_the_full_model_and_one_narrower_one_in_turn(dataset: Dataset) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from ryot.config import KernelPlan, replace
+from ryot.edge.chat import load_chat_template
 from ryot.errors import DataError
 from ryot.models.sources.opening import open_checkpoint
+from ryot.models.token_ids import TokenIds
 from ryot.run.variant_data import prepare_variant
 from ryot.train.batch import Batch
 from ryot.train.corpus import load_corpus
@@ -22,7 +24,8 @@ from ryot.train.loop import Trainer, TrainJob, TrainStep
 from ryot.train.model import Decoder
 from ryot.train.packing import IGNORED, PackedSequences
 from ryot.train.records import Chat, Pair, RecordEncoder
-from ryot.train.source_text import read_source_text
+from ryot.train.source_text import SourceText, read_source_text
+from tests.edge.tokenizer_kinds import KINDS, write_tokenizer_folder
 from tests.models.checkpoints import VOCAB_SIZE
 from tests.train.adapting import adapted, sums, write_jsonl
 
@@ -31,6 +34,11 @@ transformers = pytest.importorskip("transformers")
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+SPECIAL_TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 
 
@@ -60,6 +68,26 @@ def test_a_pair_is_learned_from_its_answer_to_the_token_that_ends_it(llama: Path
     ids, learned = RecordEncoder(text).encode(Pair("2+2=", " 4"), "here")
     assert text.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "<|endoftext|>2+2= 4<|endoftext|>"
     assert text.tokenizer.decode(ids[learned].tolist(), skip_special_tokens=False) == " 4<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_answer_follows_its_prompt_without_a_space_of_its_own(kind: str, tmp_path: Path) -> None:
+    # Tokenizers of SentencePiece's kind begin a text with a space, which is none where a text goes on.
+    tokenizer = KINDS[kind]()
+    folder = write_tokenizer_folder(tmp_path / "source", tokenizer)
+    template = load_chat_template(folder, {"chat_template": SPECIAL_TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"})
+    end = tokenizer.token_to_id("</s>")
+    text = SourceText(
+        tokenizer=tokenizer, token_ids=TokenIds(None, (end,), None), template=template, files={}, where="here"
+    )
+    ids, learned = RecordEncoder(text).encode(Pair("def add(", "a, b):"), "here")
+    assert tokenizer.decode(ids[:-1].tolist()) == "def add(a, b):"
+    assert tokenizer.decode(ids[~learned].tolist()) == "def add("
+    turns = (("user", "one two"), ("assistant", "return a"), ("user", "three"), ("assistant", "add"))
+    ids, learned = RecordEncoder(text).encode(Chat(turns), "here")
+    whole = "".join(f"<|turn|>{role}\n{content}</s>" for role, content in turns)
+    assert ids.tolist() == tokenizer.encode(whole, add_special_tokens=False).ids
+    assert learned.sum() and (ids[learned] == end).sum() == 2
 
 
 def test_the_answers_of_a_chat_are_those_that_transformers_marks(llama: Path) -> None:

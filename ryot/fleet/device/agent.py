@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ryot.edge.trust import parse_trusted_keys
+from ryot.edge.trust import check_signatures, parse_trusted_keys
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device import checks, processes
 from ryot.fleet.device.environment import existing_python, find_python
@@ -132,8 +132,9 @@ class Agent:
         earlier = [i for i in state.good if i != current]
         if not earlier:
             raise FleetError("there is no earlier good version to return to", hint="push one")
-        state = state._replace(good=[i for i in state.good if i != current])
-        self._switch(state, earlier[-1], request)
+        # A key may have been revoked since; whether the files are whole is seen when the switch is proved.
+        check_signatures(self._root.bundle(state.releases[earlier[-1]].bundle), self._root.load_keys())
+        self._switch(state, earlier[-1], {**request, "forget": current})
         return {"current": state.releases[earlier[-1]]._asdict()}
 
     def _switch(self, state: State, release_id: str, request: dict[str, Any]) -> None:
@@ -141,6 +142,7 @@ class Agent:
         pending = {
             "to": release_id,
             "back": back,
+            "forget": request.get("forget"),
             "restart": request.get("restart", ""),
             "health": request.get("health", ""),
             "health_wait_s": request.get("health_wait_s", 0.0),
@@ -171,7 +173,7 @@ class Agent:
                 checks.run_owner_command(pending["restart"], "restart")
             what = "nothing runs" if pending["back"] is None else "the version before runs again"
             raise FleetError(f"{error}; {what}", hint=error.hint) from error
-        good = [i for i in state.good if i != current] + ([current] if current else [])
+        good = [i for i in state.good if i not in (current, pending.get("forget"))] + ([current] if current else [])
         return state._replace(good=good, pending=None)
 
 

@@ -60,7 +60,7 @@ class State(NamedTuple):
     good: list[str]
     """Releases that proved good, oldest first."""
     pending: dict[str, Any] | None
-    """A switch that is not proved yet: `to`, `back`, and the owner's commands for it."""
+    """A switch that is not proved yet: `to`, `back`, `forget` (good no longer, then), and commands for it."""
 
 
 class Root:

@@ -18,6 +18,8 @@ from ryot.errors import ConfigError
 _ANSWER_TESTS = Path(__file__).with_name("answer_tests.py")
 #: Bytes of a line about one answer, at most.
 KEPT_RESULT = 1600
+#: Bytes of a verdict as JSON, at most: 300 characters of twelve bytes, and the reward.
+KEPT_VERDICT = 4000
 #: Time of a check of a stranger's pattern or schema.
 ISOLATED = Limits(wall_s=5.0, cpu_s=2, processes=1)
 _CHECK = """
@@ -123,8 +125,10 @@ class IsolatedVerifier(Verifier):
         folders = [str(Path(ryot.__file__).parents[1]), *(path for path in sys.path if path)]
         folders = [path for path in folders if Path(path).exists()]
         table = {name: value for name, value in self.table.items() if name != "with_prompt"}
-        command = [sys.executable, "-I", "-S", "-c", _CHECK, json.dumps(table), json.dumps(folders)]
-        outcome = run_sandboxed(command, text, limits=ISOLATED, readable=folders)
+        words = [json.dumps(table), json.dumps(folders)]
+        # What Python warns of in a pattern is no part of the verdict.
+        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHECK, *words]
+        outcome = run_sandboxed(command, text, limits=ISOLATED, readable=folders, kept_output=KEPT_VERDICT)
         if outcome.reason or outcome.status in (128 + 9, 128 + 24):
             return Verdict(0.0, "the check took too long")
         if outcome.status != 0:

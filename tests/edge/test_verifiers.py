@@ -159,3 +159,11 @@ def test_a_strangers_pattern_cannot_hang() -> None:
     assert (slow.reward, slow.detail, fine.reward) == (0.0, "the check took too long", 1.0)
     schema = build_verifier({"kind": "json_schema", "schema": {"const": 1}}, STRANGER)
     assert [json.dumps(verdict.reward) for verdict in schema.score("", ["1", "2"])] == ["1.0", "0.5"]
+
+
+def test_a_strangers_check_says_its_verdict_whatever_else_is_said() -> None:
+    # Python warns of a set in a set on stderr.
+    assert build_verifier({"kind": "regex", "pattern": "[[]"}, STRANGER).check("[").passed
+    # As JSON a letter outside of the first plane takes twelve bytes.
+    verdict = build_verifier({"kind": "json_schema", "schema": {"enum": ["\U00010348" * 400]}}, STRANGER).check("1")
+    assert verdict.reward == 0.5 and verdict.detail.startswith("1 is not one of ['\U00010348")

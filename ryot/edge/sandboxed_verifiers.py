@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,10 @@ def read_limits(value: object) -> Limits:
     if not isinstance(value, dict) or not value.keys() <= known.keys():
         raise ConfigError(f"verifier.limits: got {value!r}, expected an object with {', '.join(known)}")
     for name, limit in value.items():
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a number above 0")
+        if known[name] is int and limit < 1:
+            raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a whole number")
     return Limits(**{name: known[name](limit) for name, limit in value.items()})
 
 

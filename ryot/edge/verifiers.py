@@ -332,9 +332,12 @@ def _field(table: Mapping[str, object], name: str, kind: type[T], default: T | N
 
 def _number(table: Mapping[str, object], name: str, default: float | None) -> float:
     value = table.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"verifier.{name}: got {value!r}, expected a number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number that is too large
+        pass
+    raise ConfigError(f"verifier.{name}: got {value!r}, expected a number")
 
 
 def _pattern(table: Mapping[str, object]) -> re.Pattern[str]:
@@ -346,8 +349,15 @@ def _pattern(table: Mapping[str, object]) -> re.Pattern[str]:
 
 
 def _command(value: object) -> list[str]:
-    words = shlex.split(value) if isinstance(value, str) else value
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+    try:
+        words = shlex.split(value) if isinstance(value, str) else value
+    except ValueError:  # a quotation that does not end
+        words = None
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(word, str) and "\0" not in word for word in words)
+    ):
         raise ConfigError(f"verifier.command: got {value!r}, expected a command, or a list of its words")
     return words
 
@@ -378,6 +388,10 @@ def _build_validator(schema: Mapping[str, object]) -> Callable[[object], str | N
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"verifier.schema: is no JSON schema ({error.message})") from error
+    except TypeError as error:  # a $schema that is no text
+        raise ConfigError(f"verifier.schema: is no JSON schema ({error})") from error
+    except RecursionError as error:
+        raise ConfigError("verifier.schema: is nested too deep") from error
     # A registry of its own, empty one: the default one fetches what a schema refers to from the network.
     validator = kind(schema, registry=referencing.Registry())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
@@ -11,6 +12,9 @@ from ryot.edge.verifiers import Rights, build_verifier, parse_verifier
 from ryot.errors import ConfigError
 
 STRANGER = Rights(allowed=frozenset(), trusted=False)
+DEEP: dict[str, object] = {}
+for _ in range(300):
+    DEEP = {"not": DEEP}
 
 
 def rewards(table: dict[str, object], *answers: str, prompt: str = "") -> list[float]:
@@ -118,6 +122,13 @@ def test_many_answers_are_reported_one_by_one() -> None:
         ({"kind": "command", "command": "true", "limits": {"hours": 1}}, "verifier.limits: got {'hours': 1}"),
         ({"kind": "command", "command": "true", "limits": {"wall_s": 0}}, "verifier.limits.wall_s: got 0"),
         ({"kind": "entry_point", "function": "nowhere:f"}, "verifier.function: 'nowhere:f' cannot be loaded"),
+        ({"kind": "number", "answer": 10**400}, "verifier.answer: got 1000"),
+        ({"kind": "json_schema", "schema": {"$schema": []}}, "verifier.schema: is no JSON schema"),
+        ({"kind": "json_schema", "schema": DEEP}, "verifier.schema: is nested too deep"),
+        ({"kind": "command", "command": "echo '"}, 'verifier.command: got "echo \'", expected a command'),
+        ({"kind": "command", "command": ["a\0b"]}, "verifier.command: got ['a\\x00b'], expected a command"),
+        ({"kind": "command", "command": "true", "limits": {"cpu_s": math.inf}}, "verifier.limits.cpu_s: got inf"),
+        ({"kind": "command", "command": "true", "limits": {"cpu_s": 0.5}}, "verifier.limits.cpu_s: got 0.5"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(table: dict[str, object], message: str) -> None:
@@ -161,6 +172,7 @@ def test_a_strangers_pattern_cannot_hang() -> None:
     assert [json.dumps(verdict.reward) for verdict in schema.score("", ["1", "2"])] == ["1.0", "0.5"]
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set")
 def test_a_strangers_check_says_its_verdict_whatever_else_is_said() -> None:
     # Python warns of a set in a set on stderr.
     assert build_verifier({"kind": "regex", "pattern": "[[]"}, STRANGER).check("[").passed

@@ -31,8 +31,11 @@ print(json.dumps(build_verifier(json.loads(sys.argv[1])).check(sys.stdin.read())
 """
 
 
-def read_limits(value: object) -> Limits:
-    """The limits of a table; those that it does not name are the defaults. Raises `ConfigError`."""
+def read_limits(value: object, *, bounded: bool) -> Limits:
+    """The limits of a table; those that it does not name are the defaults, and `bounded` ones are at most these.
+
+    Raises `ConfigError`.
+    """
     if value is None:
         return Limits()
     known = {field.name: type(getattr(Limits(), field.name)) for field in fields(Limits)}
@@ -43,6 +46,8 @@ def read_limits(value: object) -> Limits:
             raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a number above 0")
         if known[name] is int and limit < 1:
             raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a whole number")
+        if bounded and limit > (most := getattr(Limits(), name)):
+            raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected at most {most} from a client")
     return Limits(**{name: known[name](limit) for name, limit in value.items()})
 
 

@@ -279,7 +279,7 @@ def build_verifier(table: Mapping[str, object], rights: Rights = OWNER) -> Verif
     what = "tests" if kind == "python" and table.get("tests") is not None else kind
     if what in OWNER.allowed and what not in rights.allowed:
         raise ConfigError(f"verifier.kind: {what} runs programs, which is not allowed here")
-    verifier = _build(kind, table)
+    verifier = _build(kind, table, rights)
     verifier.with_prompt = _field(table, "with_prompt", bool, False)
     if not rights.trusted and kind in ("regex", "json_schema", "majority"):
         if kind == "majority" and table.get("pattern") is not None:
@@ -290,7 +290,7 @@ def build_verifier(table: Mapping[str, object], rights: Rights = OWNER) -> Verif
     return verifier
 
 
-def _build(kind: str, table: Mapping[str, object]) -> Verifier:
+def _build(kind: str, table: Mapping[str, object], rights: Rights) -> Verifier:
     match kind:
         case "json":
             return JsonVerifier()
@@ -311,7 +311,7 @@ def _build(kind: str, table: Mapping[str, object]) -> Verifier:
             return EntryPointVerifier(_load_function(name), name, _field(table, "options", dict, {}))
     from ryot.edge.sandboxed_verifiers import CommandVerifier, TestsVerifier, read_limits
 
-    limits = read_limits(table.get("limits"))
+    limits = read_limits(table.get("limits"), bounded=not rights.trusted)
     if kind == "python":
         return TestsVerifier(_field(table, "tests", str), limits)
     return CommandVerifier(_command(table.get("command")), limits)

@@ -162,6 +162,17 @@ def test_a_stranger_may_run_no_program_unless_allowed(table: dict[str, object]) 
     assert build_verifier(table, allowed).kind == table["kind"]
 
 
+def test_a_stranger_sets_no_limit_above_the_operators() -> None:
+    allowed = Rights(allowed=frozenset(("command", "tests")), trusted=False)
+    tables: list[dict[str, object]] = [{"kind": "command", "command": "true"}, {"kind": "python", "tests": "pass"}]
+    for table in tables:
+        for limits in ({"processes": 17}, {"wall_s": 10.5}, {"memory_bytes": 10**15}):
+            with pytest.raises(ConfigError, match=r"expected at most \S+ from a client"):
+                build_verifier(table | {"limits": limits}, allowed)
+            assert build_verifier(table | {"limits": limits}).kind == table["kind"]
+        assert build_verifier(table | {"limits": {"wall_s": 2, "processes": 16}}, allowed).kind == table["kind"]
+
+
 def test_a_strangers_pattern_cannot_hang() -> None:
     began_s = time.monotonic()
     verifier = build_verifier({"kind": "regex", "pattern": "^(a+)+$", "with_prompt": True}, STRANGER)

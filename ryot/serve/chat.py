@@ -240,7 +240,7 @@ def _read_calls(message: Fields, where: str) -> list[object]:
         arguments = function.get("arguments", "{}")
         try:
             read = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise invalid(f"{place}.function.arguments", f"got {show(arguments)}, expected JSON") from error
         calls.append(value | {"function": function | {"arguments": read}})
     return calls

@@ -67,6 +67,8 @@ class ChatCompletion:
         self.include_usage = params.include_usage
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        # Of equal rewards the likeliest answer is the best one.
+        scored = 0 if self._top_logprobs is None and params.n < params.num_candidates else self._top_logprobs
         requests = [
             Request(
                 prompt_ids=ids,
@@ -76,7 +78,7 @@ class ChatCompletion:
                 stop=params.stop,
                 ignore_eos=params.ignore_eos,
                 continues_text=False,
-                top_logprobs=self._top_logprobs,
+                top_logprobs=scored,
                 owner=owner,
                 constraint=None if grammar is None else model.grammars.constrain(grammar),
             )
@@ -190,7 +192,7 @@ def encode_messages(fields: Fields, model: ServedModel, tools: Tools | None = No
     kwargs = fields.table("chat_template_kwargs")
     extra = {} if kwargs is None else fields.get("chat_template_kwargs")
     assert isinstance(extra, dict)
-    if taken := {"messages", "add_generation_prompt", "tools"} & extra.keys():
+    if taken := {"self", "messages", "add_generation_prompt", "tools"} & extra.keys():
         raise invalid("chat_template_kwargs", f"{min(taken)} is set by the server")
     try:
         messages = _read_messages(fields)

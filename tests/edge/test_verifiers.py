@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 
@@ -158,8 +159,19 @@ def test_a_command_line_names_a_verifier_by_a_word_or_a_table() -> None:
 def test_a_stranger_may_run_no_program_unless_allowed(table: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="runs programs, which is not allowed here"):
         build_verifier(table, STRANGER)
-    allowed = Rights(allowed=frozenset(("command", "tests", "entry_point")), trusted=False)
+    allowed = Rights(allowed=frozenset(("command", "tests", "entry_point=builtins:max")), trusted=False)
     assert build_verifier(table, allowed).kind == table["kind"]
+
+
+def test_a_stranger_calls_no_function_that_was_not_named(tmp_path: Path) -> None:
+    # `timeit.timeit` runs its first argument, the prompt, as a program.
+    table: dict[str, object] = {"kind": "entry_point", "function": "timeit:timeit", "options": {"number": 1}}
+    for allowed in ("entry_point", f"entry_point={__name__}:count_words"):
+        with pytest.raises(ConfigError, match="not allowed here"):
+            build_verifier(table, Rights(frozenset((allowed,)), trusted=False)).score(
+                f"open({str(tmp_path / 'written')!r}, 'w')", [""]
+            )
+    assert not (tmp_path / "written").exists()
 
 
 def test_a_stranger_sets_no_limit_above_the_operators() -> None:

@@ -197,6 +197,7 @@ def encode_messages(fields: Fields, model: ServedModel, tools: Tools | None = No
     try:
         messages = _read_messages(fields)
         if tools is not None:
+            assert model.tool_template is not None, "read_tools has looked"
             text = model.tool_template.render(messages, tools=tools.described, **extra)
         else:
             text = model.template.render(messages, **extra)

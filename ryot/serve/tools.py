@@ -127,7 +127,7 @@ def read_tools(fields: Fields, model: ServedModel) -> Tools | None:
         assert isinstance(value, dict)
         described.append(value)
         parameters[name] = schema
-    if model.template is None or "tools" not in model.tool_template.source:
+    if model.tool_template is None or "tools" not in model.tool_template.source:
         raise invalid("tools", "this model's chat template takes no tools")
     required = _read_choice(choice, tuple(parameters))
     if choice == "none":

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from ryot.serve.model import ServedModel
 
 
+def _check_verifiers(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        kind, _, function = value.partition("=")
+        if value not in ("tests", "command") and (kind != "entry_point" or ":" not in function):
+            raise click.BadParameter(f"{value!r} is not one of tests, command, entry_point=MODULE:FUNCTION")
+    return values
+
+
 @click.command("serve", context_settings=HELP)
 @click.argument(
     "bundles",
@@ -79,9 +87,11 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-verifier",
     "allowed_verifiers",
-    type=click.Choice(("tests", "command", "entry_point")),
+    metavar="KIND",
     multiple=True,
-    help="Let requests have programs run: tests and commands in a sandbox, functions in the server itself; repeatable",
+    callback=_check_verifiers,
+    help="Let requests have programs run: tests and command in a sandbox, entry_point=MODULE:FUNCTION, that one alone, "
+    "in the server itself; repeatable",
 )
 @address_option
 @click.option(

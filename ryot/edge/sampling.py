@@ -20,6 +20,9 @@ from ryot.errors import BundleError
 HEAD = 128
 #: Tokens that are sorted where those are too few: a tenth of the time that sorting 49,152 takes.
 WIDE_HEAD = 2048
+#: A smaller temperature is 0 in float32, and a logit beyond the largest number is none.
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
 class Sampler:
@@ -69,7 +72,9 @@ def penalize_repetition(logits_V: np.ndarray, seen: Sequence[int], penalty: floa
     """A copy of the logits in which those of `seen` are less likely by `penalty` (Keskar et al. 2019, CTRL)."""
     result = logits_V.copy()
     chosen = logits_V[list(seen)]
-    result[list(seen)] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        changed = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    result[list(seen)] = changed.clip(-LARGEST_LOGIT, LARGEST_LOGIT)
     return result
 
 
@@ -84,7 +89,9 @@ def draw_uncut(
     # Weights in float32, a fourth of the time; sums in float64, for thousands of small ones must not be lost.
     weights_RV = logits_RV - best_R[:, None]
     if (temperature_R != 1).any():
-        weights_RV /= temperature_R[:, None].astype(np.float32)
+        temperature_R = np.maximum(temperature_R, SMALLEST_TEMPERATURE)
+        with np.errstate(over="ignore"):
+            weights_RV /= temperature_R[:, None].astype(np.float32)
     np.exp(weights_RV, out=weights_RV)
     sums_RV = weights_RV.cumsum(axis=1, dtype=np.float64)
     total_R = sums_RV[:, -1]

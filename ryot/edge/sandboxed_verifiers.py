@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from ryot.errors import ConfigError
 _ANSWER_TESTS = Path(__file__).with_name("answer_tests.py")
 #: Bytes of a line about one answer, at most.
 KEPT_RESULT = 1600
+#: Bytes of a verdict as JSON, at most: 300 characters of twelve bytes, and the reward.
+KEPT_VERDICT = 4000
 #: Time of a check of a stranger's pattern or schema.
 ISOLATED = Limits(wall_s=5.0, cpu_s=2, processes=1)
 _CHECK = """
@@ -28,16 +31,23 @@ print(json.dumps(build_verifier(json.loads(sys.argv[1])).check(sys.stdin.read())
 """
 
 
-def read_limits(value: object) -> Limits:
-    """The limits of a table; those that it does not name are the defaults. Raises `ConfigError`."""
+def read_limits(value: object, *, bounded: bool) -> Limits:
+    """The limits of a table; those that it does not name are the defaults, and `bounded` ones are at most these.
+
+    Raises `ConfigError`.
+    """
     if value is None:
         return Limits()
     known = {field.name: type(getattr(Limits(), field.name)) for field in fields(Limits)}
     if not isinstance(value, dict) or not value.keys() <= known.keys():
         raise ConfigError(f"verifier.limits: got {value!r}, expected an object with {', '.join(known)}")
     for name, limit in value.items():
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a number above 0")
+        if known[name] is int and limit < 1:
+            raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected a whole number")
+        if bounded and limit > (most := getattr(Limits(), name)):
+            raise ConfigError(f"verifier.limits.{name}: got {limit!r}, expected at most {most} from a client")
     return Limits(**{name: known[name](limit) for name, limit in value.items()})
 
 
@@ -123,8 +133,10 @@ class IsolatedVerifier(Verifier):
         folders = [str(Path(ryot.__file__).parents[1]), *(path for path in sys.path if path)]
         folders = [path for path in folders if Path(path).exists()]
         table = {name: value for name, value in self.table.items() if name != "with_prompt"}
-        command = [sys.executable, "-I", "-S", "-c", _CHECK, json.dumps(table), json.dumps(folders)]
-        outcome = run_sandboxed(command, text, limits=ISOLATED, readable=folders)
+        words = [json.dumps(table), json.dumps(folders)]
+        # What Python warns of in a pattern is no part of the verdict.
+        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHECK, *words]
+        outcome = run_sandboxed(command, text, limits=ISOLATED, readable=folders, kept_output=KEPT_VERDICT)
         if outcome.reason or outcome.status in (128 + 9, 128 + 24):
             return Verdict(0.0, "the check took too long")
         if outcome.status != 0:

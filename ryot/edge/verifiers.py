@@ -217,7 +217,7 @@ class Rights(NamedTuple):
     """
 
     allowed: frozenset[str] = frozenset(("tests", "command", "entry_point"))
-    """Of what runs programs: `tests` of `python`, `command`, `entry_point`."""
+    """Of what runs programs: `tests` of `python`, `command`, `entry_point`; a stranger's by `entry_point=FUNCTION`."""
     trusted: bool = True
     """Whether patterns and schemas are the operator's own."""
 
@@ -277,9 +277,11 @@ def build_verifier(table: Mapping[str, object], rights: Rights = OWNER) -> Verif
     if unknown := [name for name in table if name not in known]:
         raise ConfigError(f"verifier.{unknown[0]}: is no field of {kind}, expected one of {', '.join(known)}")
     what = "tests" if kind == "python" and table.get("tests") is not None else kind
-    if what in OWNER.allowed and what not in rights.allowed:
+    # Python has functions that run any text as a program: a stranger calls only those that were named.
+    known_as = f"{what}={table.get('function')}" if what == "entry_point" and not rights.trusted else what
+    if what in OWNER.allowed and known_as not in rights.allowed:
         raise ConfigError(f"verifier.kind: {what} runs programs, which is not allowed here")
-    verifier = _build(kind, table)
+    verifier = _build(kind, table, rights)
     verifier.with_prompt = _field(table, "with_prompt", bool, False)
     if not rights.trusted and kind in ("regex", "json_schema", "majority"):
         if kind == "majority" and table.get("pattern") is not None:
@@ -290,7 +292,7 @@ def build_verifier(table: Mapping[str, object], rights: Rights = OWNER) -> Verif
     return verifier
 
 
-def _build(kind: str, table: Mapping[str, object]) -> Verifier:
+def _build(kind: str, table: Mapping[str, object], rights: Rights) -> Verifier:
     match kind:
         case "json":
             return JsonVerifier()
@@ -311,7 +313,7 @@ def _build(kind: str, table: Mapping[str, object]) -> Verifier:
             return EntryPointVerifier(_load_function(name), name, _field(table, "options", dict, {}))
     from ryot.edge.sandboxed_verifiers import CommandVerifier, TestsVerifier, read_limits
 
-    limits = read_limits(table.get("limits"))
+    limits = read_limits(table.get("limits"), bounded=not rights.trusted)
     if kind == "python":
         return TestsVerifier(_field(table, "tests", str), limits)
     return CommandVerifier(_command(table.get("command")), limits)
@@ -332,9 +334,12 @@ def _field(table: Mapping[str, object], name: str, kind: type[T], default: T | N
 
 def _number(table: Mapping[str, object], name: str, default: float | None) -> float:
     value = table.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"verifier.{name}: got {value!r}, expected a number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number that is too large
+        pass
+    raise ConfigError(f"verifier.{name}: got {value!r}, expected a number")
 
 
 def _pattern(table: Mapping[str, object]) -> re.Pattern[str]:
@@ -346,8 +351,15 @@ def _pattern(table: Mapping[str, object]) -> re.Pattern[str]:
 
 
 def _command(value: object) -> list[str]:
-    words = shlex.split(value) if isinstance(value, str) else value
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+    try:
+        words = shlex.split(value) if isinstance(value, str) else value
+    except ValueError:  # a quotation that does not end
+        words = None
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(word, str) and "\0" not in word for word in words)
+    ):
         raise ConfigError(f"verifier.command: got {value!r}, expected a command, or a list of its words")
     return words
 
@@ -378,6 +390,10 @@ def _build_validator(schema: Mapping[str, object]) -> Callable[[object], str | N
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"verifier.schema: is no JSON schema ({error.message})") from error
+    except TypeError as error:  # a $schema that is no text
+        raise ConfigError(f"verifier.schema: is no JSON schema ({error})") from error
+    except RecursionError as error:
+        raise ConfigError("verifier.schema: is nested too deep") from error
     # A registry of its own, empty one: the default one fetches what a schema refers to from the network.
     validator = kind(schema, registry=referencing.Registry())
 

@@ -105,6 +105,7 @@ class Batch:
     """A file of requests and its answers, open for this process alone."""
 
     requests: Path
+    answers: Path
     file: BinaryIO
     missing: list[Line]
     """In the order in which they are best asked."""
@@ -114,8 +115,14 @@ class Batch:
     reported_s: float = 0.0
 
     def write(self, size: int, answered: Answered) -> None:
-        """Keep an answer to a request of this size."""
-        self.file.write(answered.data + b"\n")
+        """Keep an answer to a request of this size. Raises `DataError`; a part of a last line may be there then."""
+        left = memoryview(answered.data + b"\n")
+        try:
+            while left:
+                # A disk that fills takes a part, and the next line must not follow that.
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise DataError(f"{self.answers}: {error}", hint="To resume: the same command") from error
         progress = self.progress
         progress.done += 1
         progress.size += size
@@ -138,7 +145,7 @@ def open_batch(requests: Path, answers: Path, on_progress: Callable[[Progress], 
         missing = [line for line in lines if line.custom_id not in answered]
         missing.sort(key=lambda line: (-line.size.bit_length(), line.beginning))
         progress = Progress(len(lines), len(answered), size_total=sum(line.size for line in missing))
-        yield Batch(requests, file, missing, bad, progress, on_progress)
+        yield Batch(requests, answers, file, missing, bad, progress, on_progress)
         os.fsync(file.fileno())
 
 
@@ -151,9 +158,8 @@ def run_batch(
             model.start()
             try:
                 asyncio.run(_answer_all(model, batch))
-            except* OSError as group:
-                error = group.exceptions[0]
-                raise DataError(f"{answers}: {error}", hint="To resume: the same command") from error
+            except* DataError as group:
+                raise group.exceptions[0] from None
             finally:
                 model.runner.stop()
     return batch.progress, batch.bad

@@ -67,6 +67,8 @@ class ChatCompletion:
         self.include_usage = params.include_usage
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        # Of equal rewards the likeliest answer is the best one.
+        scored = 0 if self._top_logprobs is None and params.n < params.num_candidates else self._top_logprobs
         requests = [
             Request(
                 prompt_ids=ids,
@@ -76,7 +78,7 @@ class ChatCompletion:
                 stop=params.stop,
                 ignore_eos=params.ignore_eos,
                 continues_text=False,
-                top_logprobs=self._top_logprobs,
+                top_logprobs=scored,
                 owner=owner,
                 constraint=None if grammar is None else model.grammars.constrain(grammar),
             )
@@ -190,11 +192,12 @@ def encode_messages(fields: Fields, model: ServedModel, tools: Tools | None = No
     kwargs = fields.table("chat_template_kwargs")
     extra = {} if kwargs is None else fields.get("chat_template_kwargs")
     assert isinstance(extra, dict)
-    if taken := {"messages", "add_generation_prompt", "tools"} & extra.keys():
+    if taken := {"self", "messages", "add_generation_prompt", "tools"} & extra.keys():
         raise invalid("chat_template_kwargs", f"{min(taken)} is set by the server")
     try:
         messages = _read_messages(fields)
         if tools is not None:
+            assert model.tool_template is not None, "read_tools has looked"
             text = model.tool_template.render(messages, tools=tools.described, **extra)
         else:
             text = model.template.render(messages, **extra)
@@ -240,7 +243,7 @@ def _read_calls(message: Fields, where: str) -> list[object]:
         arguments = function.get("arguments", "{}")
         try:
             read = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise invalid(f"{place}.function.arguments", f"got {show(arguments)}, expected JSON") from error
         calls.append(value | {"function": function | {"arguments": read}})
     return calls

@@ -47,7 +47,10 @@ class Grammars:
 
     def build_regex(self, pattern: str) -> str:
         """The grammar of a regular expression, in the syntax of Rust's regex crate; raises like `build_json`."""
-        return self._checked(self._matcher.grammar_from_regex(pattern))
+        try:
+            return self._checked(self._matcher.grammar_from_regex(pattern))
+        except ValueError as error:  # half of a pair, which UTF-8 cannot hold
+            raise ConfigError(f"the regular expression cannot be used ({_line(error)})") from error
 
     def build_grammar(self, text: str) -> str:
         """The grammar of a text in llguidance's dialect of Lark, or in llama.cpp's GBNF; raises like `build_json`."""

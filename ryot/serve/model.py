@@ -76,8 +76,12 @@ class ServedModel:
         self.scheduler = Scheduler(self.engine, self.tokenizer, prefix_cache_bytes=options.prefix_cache_bytes)
         self.generation_config = read_json(path / "generation_config.json")
         self.template: ChatTemplate | None = None
+        #: For a chat with tools, which some models have beside the other.
+        self.tool_template: ChatTemplate | None = None
         if has_chat_template(path, self.tokenizer.config):
+            # Both now: when a request comes the folder may hold another bundle.
             self.template = load_chat_template(path, self.tokenizer.config)
+            self.tool_template = load_chat_template(path, self.tokenizer.config, tools=True)
         self._warm_up()
         self._prefix_path = None if options.prefix_folder is None else prefix_path(options.prefix_folder, self.bundle)
         if self._prefix_path is not None:
@@ -112,11 +116,6 @@ class ServedModel:
         self.runner.stop()
         if self._prefix_path is not None:
             save_prefixes(self.scheduler.cache, self._prefix_path)
-
-    @cached_property
-    def tool_template(self) -> ChatTemplate:
-        """The template for a chat with tools, which some models have beside the other. Raises `BundleError`."""
-        return load_chat_template(self.bundle.path, self.tokenizer.config, tools=True)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -95,16 +95,16 @@ class Tools:
             call = inner if isinstance(inner, dict) else item
             name = call.get("name")
             arguments = call.get("arguments", call.get("parameters", {}))
-            if name not in self.parameters:
+            if not isinstance(name, str) or name not in self.parameters:
                 return []
             if isinstance(arguments, str):
                 try:
                     arguments = json.loads(arguments)
-                except ValueError:
+                except (ValueError, RecursionError):
                     return []
             if not isinstance(arguments, dict):
                 return []
-            calls.append(Call(str(name), json.dumps(arguments, ensure_ascii=False)))
+            calls.append(Call(name, json.dumps(arguments, ensure_ascii=False)))
         return calls
 
 
@@ -127,7 +127,7 @@ def read_tools(fields: Fields, model: ServedModel) -> Tools | None:
         assert isinstance(value, dict)
         described.append(value)
         parameters[name] = schema
-    if model.template is None or "tools" not in model.tool_template.source:
+    if model.tool_template is None or "tools" not in model.tool_template.source:
         raise invalid("tools", "this model's chat template takes no tools")
     required = _read_choice(choice, tuple(parameters))
     if choice == "none":

@@ -112,3 +112,19 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field}: got {value}"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1e-46),
+        SamplingParams(temperature=5e-324),
+        SamplingParams(temperature=1.0, repetition_penalty=1e-46),
+        SamplingParams(temperature=1.0, repetition_penalty=1e-300, top_k=2),
+    ],
+)
+def test_settings_too_small_for_float32_draw_the_best_token(params: SamplingParams) -> None:
+    # A penalty below 1 makes tokens that were seen likelier: here without bound. Where a step fails all rows do.
+    logits_V = np.array([1, -2, 3, 2.5], np.float32)
+    for row in range(8):
+        assert Sampler(params, [2], row=row).choose(logits_V) == 2

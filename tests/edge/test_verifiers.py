@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,9 @@ from ryot.edge.verifiers import Rights, build_verifier, parse_verifier
 from ryot.errors import ConfigError
 
 STRANGER = Rights(allowed=frozenset(), trusted=False)
+DEEP: dict[str, object] = {}
+for _ in range(300):
+    DEEP = {"not": DEEP}
 
 
 def rewards(table: dict[str, object], *answers: str, prompt: str = "") -> list[float]:
@@ -118,6 +123,13 @@ def test_many_answers_are_reported_one_by_one() -> None:
         ({"kind": "command", "command": "true", "limits": {"hours": 1}}, "verifier.limits: got {'hours': 1}"),
         ({"kind": "command", "command": "true", "limits": {"wall_s": 0}}, "verifier.limits.wall_s: got 0"),
         ({"kind": "entry_point", "function": "nowhere:f"}, "verifier.function: 'nowhere:f' cannot be loaded"),
+        ({"kind": "number", "answer": 10**400}, "verifier.answer: got 1000"),
+        ({"kind": "json_schema", "schema": {"$schema": []}}, "verifier.schema: is no JSON schema"),
+        ({"kind": "json_schema", "schema": DEEP}, "verifier.schema: is nested too deep"),
+        ({"kind": "command", "command": "echo '"}, 'verifier.command: got "echo \'", expected a command'),
+        ({"kind": "command", "command": ["a\0b"]}, "verifier.command: got ['a\\x00b'], expected a command"),
+        ({"kind": "command", "command": "true", "limits": {"cpu_s": math.inf}}, "verifier.limits.cpu_s: got inf"),
+        ({"kind": "command", "command": "true", "limits": {"cpu_s": 0.5}}, "verifier.limits.cpu_s: got 0.5"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(table: dict[str, object], message: str) -> None:
@@ -147,8 +159,30 @@ def test_a_command_line_names_a_verifier_by_a_word_or_a_table() -> None:
 def test_a_stranger_may_run_no_program_unless_allowed(table: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="runs programs, which is not allowed here"):
         build_verifier(table, STRANGER)
-    allowed = Rights(allowed=frozenset(("command", "tests", "entry_point")), trusted=False)
+    allowed = Rights(allowed=frozenset(("command", "tests", "entry_point=builtins:max")), trusted=False)
     assert build_verifier(table, allowed).kind == table["kind"]
+
+
+def test_a_stranger_calls_no_function_that_was_not_named(tmp_path: Path) -> None:
+    # `timeit.timeit` runs its first argument, the prompt, as a program.
+    table: dict[str, object] = {"kind": "entry_point", "function": "timeit:timeit", "options": {"number": 1}}
+    for allowed in ("entry_point", f"entry_point={__name__}:count_words"):
+        with pytest.raises(ConfigError, match="not allowed here"):
+            build_verifier(table, Rights(frozenset((allowed,)), trusted=False)).score(
+                f"open({str(tmp_path / 'written')!r}, 'w')", [""]
+            )
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_stranger_sets_no_limit_above_the_operators() -> None:
+    allowed = Rights(allowed=frozenset(("command", "tests")), trusted=False)
+    tables: list[dict[str, object]] = [{"kind": "command", "command": "true"}, {"kind": "python", "tests": "pass"}]
+    for table in tables:
+        for limits in ({"processes": 17}, {"wall_s": 10.5}, {"memory_bytes": 10**15}):
+            with pytest.raises(ConfigError, match=r"expected at most \S+ from a client"):
+                build_verifier(table | {"limits": limits}, allowed)
+            assert build_verifier(table | {"limits": limits}).kind == table["kind"]
+        assert build_verifier(table | {"limits": {"wall_s": 2, "processes": 16}}, allowed).kind == table["kind"]
 
 
 def test_a_strangers_pattern_cannot_hang() -> None:
@@ -159,3 +193,12 @@ def test_a_strangers_pattern_cannot_hang() -> None:
     assert (slow.reward, slow.detail, fine.reward) == (0.0, "the check took too long", 1.0)
     schema = build_verifier({"kind": "json_schema", "schema": {"const": 1}}, STRANGER)
     assert [json.dumps(verdict.reward) for verdict in schema.score("", ["1", "2"])] == ["1.0", "0.5"]
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+def test_a_strangers_check_says_its_verdict_whatever_else_is_said() -> None:
+    # Python warns of a set in a set on stderr.
+    assert build_verifier({"kind": "regex", "pattern": "[[]"}, STRANGER).check("[").passed
+    # As JSON a letter outside of the first plane takes twelve bytes.
+    verdict = build_verifier({"kind": "json_schema", "schema": {"enum": ["\U00010348" * 400]}}, STRANGER).check("1")
+    assert verdict.reward == 0.5 and verdict.detail.startswith("1 is not one of ['\U00010348")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from ryot.edge.bundle import Bundle
 from ryot.edge.generate import generate
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import load_tokenizer
+from ryot.errors import DataError
+from ryot.serve.batch import Answered, open_batch
 
 
 def write_requests(path: Path, count: int, *, max_tokens: int = 8) -> dict[str, str]:
@@ -85,6 +90,23 @@ def test_a_batch_killed_at_any_moment_ends_with_every_answer_once(chat_bundle: B
         file.write(whole.splitlines()[0][:-5])
     assert "300 of 300 answers, 0 of them new" in finish(chat_bundle, requests, answers)[1]
     assert answers.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_answers_that_can_be_gone_on_with(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    write_requests(requests, 3)
+    with open_batch(requests, answers, lambda progress: None) as batch:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # Beyond this size a write is cut short; the next one fails.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+        try:
+            with pytest.raises(DataError, match=r"answers\.jsonl: .*File too large"):
+                batch.write(1, Answered(200, b'{"custom_id": "r0"}' + b" " * 30, 1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    code, stderr = finish(chat_bundle, requests, answers)
+    assert code == 0, stderr
+    assert sorted(str(answer["custom_id"]) for answer in read(answers)) == ["r0", "r1", "r2"]
 
 
 def test_bad_lines_are_reported_and_the_others_answered(chat_bundle: Bundle, tmp_path: Path) -> None:

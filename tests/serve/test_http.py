@@ -89,6 +89,13 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
         ("completions", PROMPT | {"stream_options": {}}, "stream_options", "only for a request with stream"),
         ("completions", PROMPT | {"best_of": 2, "n": 3}, "best_of", "got 2, expected at least n, which is 3"),
         ("chat/completions", CHAT | {"messages": []}, "messages", "is empty or missing"),
+        ("chat/completions", CHAT | {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "self is set by"),
+        (
+            "chat/completions",
+            CHAT | {"response_format": {"type": "regex", "regex": "\ud800"}},
+            "response_format",
+            "the regular expression cannot be used",
+        ),
         ("chat/completions", CHAT | {"messages": [{"role": "king"}]}, "messages[0].role", "expected one of system"),
         (
             "chat/completions",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle
-from tests.edge.tiny_bundle import write_bundle
-from tests.serve.conftest import Server, running
+from tests.edge.tiny_bundle import write_bundle, write_manifest
+from tests.serve.conftest import TEMPLATE, Server, running
 from tests.serve.test_http import post, wait_for
 
 BODY = {"prompt": "a", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -80,3 +80,19 @@ def test_a_broken_bundle_changes_nothing(tmp_path: Path, plain_bundle: Bundle) -
         status, told = post(server, "/admin/reload", {}, key)
         assert status == 409 and "what is served stays" in str(told)
         assert post(server, "/v1/completions", BODY, key)[0] == 200
+
+
+def test_what_is_served_needs_no_file_of_its_bundle_once_that_is_replaced(tmp_path: Path) -> None:
+    served = write_bundle(tmp_path / "served", context=2048, seed=1)
+    (served / "chat_template.jinja").write_text(TEMPLATE)
+    write_manifest(served)
+    with running(tmp_path, served) as server:
+        # Between a swap on disk and the reload the folder holds another bundle, or for a moment nothing.
+        served.rename(tmp_path / "old")
+        tool = {"type": "function", "function": {"name": "clock"}}
+        asked = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "max_tokens": 2}
+        status, told = post(server, "/v1/chat/completions", asked)
+        assert status == 200, told
+        form = {"response_format": {"type": "regex", "regex": "a"}, "prompt": "a"}
+        status, told = post(server, "/v1/completions", form)
+        assert status == 200, told

@@ -78,9 +78,10 @@ def test_a_call_and_its_result_go_back_into_the_chat(client: OpenAI) -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": "Rain."},
     ]
     assert ask(client, messages=messages).choices[0].message is not None
-    call["function"]["arguments"] = "{"  # type: ignore[index]
-    with pytest.raises(BadRequestError, match=r"messages\[1\].tool_calls\[0\].function.arguments"):
-        ask(client, messages=messages)
+    for arguments in ("{", "[" * 100_000):
+        call["function"]["arguments"] = arguments  # type: ignore[index]
+        with pytest.raises(BadRequestError, match=r"messages\[1\].tool_calls\[0\].function.arguments"):
+            ask(client, messages=messages)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_an_answer_has_the_form_of_a_regex_or_grammar(client: OpenAI, form: dict
 
 TOOLS = Tools([], {"weather": SCHEMA, "clock": {}}, (), True)
 ROME = Call("weather", '{"city": "Rome"}')
+DEEP_CALL = json.dumps({"name": "clock", "arguments": "[" * 100_000})
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,8 @@ ROME = Call("weather", '{"city": "Rome"}')
         ('{"name": "rain", "arguments": {}}', '{"name": "rain", "arguments": {}}', []),
         ("{half", "{half", []),
         ("[1, 2]", "[1, 2]", []),
+        ('{"name": ["clock"]}', '{"name": ["clock"]}', []),
+        (DEEP_CALL, DEEP_CALL, []),
         ("It rains.", "It rains.", []),
     ],
 )

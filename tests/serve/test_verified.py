@@ -11,6 +11,7 @@ from ryot.edge.bundle import Bundle
 from tests.serve.conftest import running
 
 CHAT = "tiny-7"
+KEPT: dict[str, object] = {"ignore_eos": True}
 SAMPLED = {"model": CHAT, "max_tokens": 12, "temperature": 1.5, "seed": 3}
 
 
@@ -67,6 +68,17 @@ def test_a_chat_takes_candidates_too(client: OpenAI) -> None:
     rewards = [path["reward"] for path in found["verification"]["paths"]]
     (choice,) = found["choices"]
     assert choice["reward"] == max(reward for reward in rewards if reward is not None)
+
+
+def test_of_equal_rewards_a_chat_answers_the_likeliest(client: OpenAI) -> None:
+    asked = {"model": CHAT, "messages": [{"role": "user", "content": "def add(a, b):"}], "max_tokens": 8, "seed": 3}
+    all_of_them = client.chat.completions.create(n=6, logprobs=True, temperature=1.5, extra_body=KEPT, **asked)  # type: ignore
+    best = max(all_of_them.choices, key=lambda choice: sum(token.logprob for token in choice.logprobs.content))
+    assert best.index
+    verified = KEPT | {"verifier": {"kind": "exact", "answer": "never"}, "best_of": 6}
+    found = client.chat.completions.create(temperature=1.5, extra_body=verified, **asked)  # type: ignore
+    assert found.choices[0].message.content == best.message.content
+    assert found.choices[0].logprobs is None
 
 
 @pytest.mark.parametrize(

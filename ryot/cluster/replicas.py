@@ -123,7 +123,11 @@ class Replica:
             await running
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            # Where it breaks off nobody is to wait for more.
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def check_health(self) -> None:
         """Raise where an engine's thread has died."""

@@ -85,6 +85,26 @@ def open_memory_cgroup(limit_bytes: int) -> MemoryCgroup | None:
     return MemoryCgroup(folder, version, limit_bytes)
 
 
+def read_group_room() -> int | None:
+    """Bytes that the control groups of this process leave free; None where no memory controller is mounted.
+
+    Files that the system keeps in memory are not counted as used: it gives them up when there is need.
+    """
+    place = find_memory_group(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))
+    if place is None:
+        return None
+    group, version, top = place
+    name, used = ("memory.limit_in_bytes", "total_rss") if version == 1 else ("memory.max", "anon")
+    rooms = []
+    for folder in (group, *group.parents):
+        if (limit := _read(f"{folder}/{name}").strip()).isdigit():
+            counts = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
+            rooms.append(int(limit) - int(counts.get(used, 0)))
+        if folder == top:
+            break
+    return max(0, min(rooms)) if rooms else None
+
+
 def find_memory_group(cgroups: str, mounts: str) -> tuple[Path, int, Path] | None:
     """Folder, version and mount point of the memory hierarchy's group that a process is in.
 

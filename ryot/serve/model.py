@@ -13,6 +13,7 @@ import numpy as np
 
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.chat import ChatTemplate, has_chat_template, load_chat_template
+from ryot.edge.limits import read_group_room
 from ryot.edge.scheduler import Scheduler, run_all
 from ryot.edge.sequence import Request
 from ryot.edge.slots import SlotEngine
@@ -151,8 +152,11 @@ def _kv_bytes(bundle: Bundle, options: ModelOptions) -> int:
 
 
 def _free_bytes() -> int:
+    """What the machine has free, and what a container or a unit leaves of it."""
+    room = read_group_room()
     try:
         lines = FREE_MEMORY.read_text().splitlines()
     except OSError:
-        return SOME_BYTES
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), SOME_BYTES)
+        lines = []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), SOME_BYTES)
+    return free if room is None else min(free, room)

@@ -109,7 +109,7 @@ def run_server(
         reloader = _Reloader(service, bundles, model_options)
         service.reload = reloader.reload
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
-        loading = asyncio.create_task(_load(server, service, bundles, model_options))
+        loading = asyncio.create_task(reloader.load())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None and on_ready is not None:
@@ -130,13 +130,6 @@ def run_server(
             model.close()
 
 
-async def _load(server: _Server, service: Service, bundles: Sequence[Path], options: ModelOptions) -> None:
-    models = await _open_models(bundles, options)
-    for model in models.values():
-        model.start()
-    service.models.update(models)
-
-
 async def _open_models(bundles: Sequence[Path], options: ModelOptions) -> dict[str, ServedModel]:
     models: dict[str, ServedModel] = {}
     for path in bundles:
@@ -151,7 +144,7 @@ async def _open_models(bundles: Sequence[Path], options: ModelOptions) -> dict[s
 
 
 class _Reloader:
-    """Puts bundles that have changed in the place of those that are served, without a lost request."""
+    """Loads bundles, and puts those that have changed in the place of those that are served, without a lost request."""
 
     def __init__(self, service: Service, bundles: Sequence[Path], options: ModelOptions):
         self._service = service
@@ -159,6 +152,14 @@ class _Reloader:
         self._options = options
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[object]] = set()
+
+    async def load(self) -> None:
+        """Load all bundles for the first time; a reload asked for meanwhile comes after. Raises `RyotError`."""
+        async with self._one_at_a_time:
+            models = await _open_models(self._bundles, self._options)
+            for model in models.values():
+                model.start()
+            self._service.models = models
 
     def request(self) -> None:
         """Reload, as SIGHUP asks; a failure is logged and what is served stays."""

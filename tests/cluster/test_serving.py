@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,31 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     longer = [*talk, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
     assert prefix_key(json.dumps({"messages": talk}).encode()) == prefix_key(json.dumps({"messages": longer}).encode())
+
+
+def test_a_stream_that_breaks_in_a_replica_ends() -> None:
+    pytest.importorskip("ray.serve")
+    from ryot.cluster.replicas import Replica, ReplicaOptions
+
+    async def breaks(scope: object, receive: object, send: Callable[[dict[str, object]], Awaitable[None]]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        raise ZeroDivisionError
+
+    async def read() -> list[object]:
+        replica = Replica(ReplicaOptions(bundles=(), model=ModelOptions()))
+        replica._app = breaks
+        found: list[object] = []
+        with pytest.raises(ZeroDivisionError):
+            async for part in replica.answer("GET", "/", [], b"", key=""):
+                found.append(part)
+        return found
+
+    async def read_in_time() -> list[object]:
+        task = asyncio.create_task(read())
+        done, _ = await asyncio.wait({task}, timeout=5)
+        task.cancel()
+        assert done, "it waits for ever"
+        return task.result()
+
+    assert asyncio.run(read_in_time())[:2] == [(200, []), b"a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import threading
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle
+from ryot.serve.app import Service
+from ryot.serve.model import ModelOptions
+from ryot.serve.server import _Reloader
 from tests.edge.tiny_bundle import write_bundle, write_manifest
 from tests.serve.conftest import TEMPLATE, Server, running
 from tests.serve.test_http import post, wait_for
@@ -96,3 +100,17 @@ def test_what_is_served_needs_no_file_of_its_bundle_once_that_is_replaced(tmp_pa
         form = {"response_format": {"type": "regex", "regex": "a"}, "prompt": "a"}
         status, told = post(server, "/v1/completions", form)
         assert status == 200, told
+
+
+def test_a_reload_asked_for_while_the_models_load_leaves_one_of_each(plain_bundle: Bundle) -> None:
+    async def load_and_reload() -> int:
+        service = Service()
+        reloader = _Reloader(service, [plain_bundle.path], ModelOptions())
+        await asyncio.gather(reloader.load(), reloader.reload())
+        await asyncio.gather(*reloader._tasks)
+        running = sum(thread.name == "ryot-engine" for thread in threading.enumerate())
+        for model in service.models.values():
+            model.close()
+        return running
+
+    assert asyncio.run(load_and_reload()) == 1

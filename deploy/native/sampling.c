@@ -1,5 +1,6 @@
 #include "sampling.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -152,7 +153,7 @@ static int64_t token_at(const struct sampler *s, size_t count, double point) {
 
 /* Where nothing is cut there is nothing to sort: ids in their order, weights in float, sums in double. */
 static int64_t draw_uncut(struct sampler *s, double uniform) {
-    float best = s->logits[0], temperature = (float)s->params.temperature;
+    float best = s->logits[0], temperature = fmaxf((float)s->params.temperature, FLT_MIN);
     for (size_t id = 1; id < s->vocab_size; id++)
         if (s->logits[id] > best) best = s->logits[id];
     double *sums = s->cumulative, sum = 0;
@@ -185,7 +186,10 @@ int64_t choose_token(struct arena *arena, struct sampler *s, const float *logits
     for (size_t id = 0; id < s->vocab_size; id++) {
         float logit = logits[id];
         if (isnan(logit)) fail(arena, NULL, "the model's logits are not numbers (NaN); its weights are damaged");
-        if (s->seen[id] && penalty != 1) logit = logit > 0 ? logit / penalty : logit * penalty;
+        if (s->seen[id] && penalty != 1) {
+            logit = logit > 0 ? logit / penalty : logit * penalty;
+            logit = fminf(fmaxf(logit, -FLT_MAX), FLT_MAX);
+        }
         s->logits[id] = logit;
         if (logit > s->logits[greatest]) greatest = id;
     }

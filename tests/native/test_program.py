@@ -35,6 +35,8 @@ SAMPLINGS: dict[str, dict[str, float]] = {
     "all cuts": {"temperature": 3.0, "top_k": 300, "top_p": 0.95, "min_p": 0.001, "seed": 5},
     "penalty": {"repetition_penalty": 1.3},
     "penalty and draw": {"temperature": 0.9, "repetition_penalty": 1.2, "seed": 8},
+    "nearly no temperature": {"temperature": 1e-46, "seed": 2},
+    "nearly no penalty": {"temperature": 1.5, "repetition_penalty": 1e-46, "seed": 4},
 }
 
 

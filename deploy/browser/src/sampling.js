@@ -19,6 +19,10 @@ export const GREEDY = { temperature: 0, topK: 0, topP: 1, minP: 0, repetitionPen
 /** Tokens that are sorted first; a trained model's draw nearly always falls among them. */
 const HEAD = 128;
 
+/** A smaller temperature is 0 in single precision, and a logit beyond the largest number is none. */
+const SMALLEST_TEMPERATURE = 2 ** -126;
+const LARGEST_LOGIT = (2 - 2 ** -23) * 2 ** 127;
+
 /** Throw for a value that makes no sense. @param {SamplingParams} params */
 export function checkParams(params) {
   /** @type {[string, number, boolean, string][]} */
@@ -53,7 +57,10 @@ export class Sampler {
     const { repetitionPenalty: penalty } = this.params;
     if (penalty !== 1) {
       logits = logits.slice();
-      for (const id of this.seen) logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+      for (const id of this.seen) {
+        const changed = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+        logits[id] = Math.min(Math.max(changed, -LARGEST_LOGIT), LARGEST_LOGIT);
+      }
     }
     const token = chooseToken(logits, this.params, this.params.temperature === 0 ? 0 : this.random());
     this.seen.add(token);
@@ -100,7 +107,7 @@ export function chooseToken(logits, { temperature, topK, topP, minP }, uniform) 
  * @param {number} uniform
  */
 function drawUncut(logits, max, temperature, uniform) {
-  const divisor = Math.fround(temperature);
+  const divisor = Math.max(Math.fround(temperature), SMALLEST_TEMPERATURE);
   let sum = 0;
   const sums = Float64Array.from(
     logits,

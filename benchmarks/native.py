@@ -108,7 +108,7 @@ def render(values: Mapping[str, Any]) -> str:
         "byte of its text, and its peak of resident memory: medians, and in brackets the extremes. Ratios are run.py's "
         "to the C program's, with the 98 % interval over rounds.",
         "",
-        "| form | C: first token, ms | run.py | ratio | C: peak, MB | run.py | ratio |",
+        "| artifact | C: first token, ms | run.py | ratio | C: peak, MB | run.py | ratio |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for name, runs in values["results"].items():

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="where the result goes")
     options = parser.parse_args()
     root = make_root(options.folder.resolve())
-    work = root / "work"
+    work = root / "made"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     for bits in (7, 8):
@@ -169,7 +169,7 @@ def examine(processor: Processor, root: Path, work: Path, here: Mapping[str, Any
         (root / processor.cpu).write_text(CPUINFO.format(part=processor.part))
         inside = ["sh", "-c", ENTER, str(root), processor.cpu, "/qemu-aarch64-static", "-cpu", processor.cpu]
         emulator = ["unshare", "--mount", *inside]
-        python, seen = [*emulator, "-E", "PYTHONPATH=/site", "/usr/bin/python3.11"], Path("/work")
+        python, seen = [*emulator, "-E", "PYTHONPATH=/site", "/usr/bin/python3.11"], Path("/made")
     else:
         emulator = ["qemu-x86_64-static", "-cpu", processor.cpu]
         python, seen = [*emulator, sys.executable], work
@@ -216,9 +216,9 @@ def examine_arm32(folder: Path) -> dict[str, Any]:
         build, variables = Path(scratch) / "native", ["CC=arm-linux-gnueabihf-gcc", "LDFLAGS=-static", "ORT_LIBRARY="]
         target = f"{build}/ryot-run"
         call("make", "-s", "-C", NATIVE, f"BUILD={build}", f"PYTHON={sys.executable}", *variables, target)
-        bundle = folder / "arm64/work/bundles/int4"
+        bundle = folder / "arm64/made/bundles/int4"
         ids = answer(["qemu-arm-static", target, str(bundle), "--ids"], stdin="def add(a, b):")
-        here = answer([str(folder / "arm64/work/native-x86_64/ryot-run"), str(bundle), "--ids"], stdin="def add(a, b):")
+        here = answer([str(folder / "arm64/made/native-x86_64/ryot-run"), str(bundle), "--ids"], stdin="def add(a, b):")
         return {"wheels": said, "ids": ids, "ids_here": here}
 
 

@@ -126,6 +126,7 @@ def test_a_task_that_is_solved_is_no_breach() -> None:
     gates = RewardGates()
     for step in range(100):
         gates.check(step, figures(reward=1.0, differing=0, entropy=1.0 if step < 20 else 1e-6))
+    assert (gates.equal_steps, gates.first_entropy) == (0, 1.0)
 
 
 def test_rewards_that_are_all_equal_from_the_start_are_a_breach() -> None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import getpass
-import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
-from google.protobuf import json_format
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
-from opentelemetry.proto.metrics.v1 import metrics_pb2
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_DELTA
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.telemetry import Sender, count_metric
 from ryot.errors import ConfigError
+from tests.otlp import Receiver, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 GENERATE = """
@@ -92,27 +87,10 @@ def test_a_bundle_opens_no_socket_and_writes_no_file(llama_path: Path, tmp_path:
 
 
 @pytest.fixture
-def receiver() -> Iterator[ThreadingHTTPServer]:
-    """A real HTTP server; `received` has the path and body of each request."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.headers["Content-Type"] == "application/json"
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received.append((self.path, body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    received: list[tuple[str, bytes]] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.received = received  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
 
 
 METER = """
@@ -124,24 +102,21 @@ sys.exit(run(Path(sys.argv[1]), ["--prompt", "def secret", "--max-new-tokens", "
 
 
 def test_an_owner_who_names_an_address_gets_numbers_there_and_nowhere_else(
-    llama_path: Path, tmp_path: Path, receiver: Any
+    llama_path: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
-    address, calls = f"http://127.0.0.1:{receiver.server_port}", tmp_path / "calls"
+    calls = tmp_path / "calls"
     proxied = {"http_proxy": "http://127.0.0.1:9"}  # goes nowhere, and must not be asked
-    run = run_bare(METER, llama_path, address, home=tmp_path / "home", before=trace_calls(calls), **proxied)
+    run = run_bare(METER, llama_path, receiver.address, home=tmp_path / "home", before=trace_calls(calls), **proxied)
     assert (run.returncode, run.stderr) == (0, "")
     connected = re.findall(r"connect\(.*?sin_port=htons\((\d+)\)", calls.read_text(errors="replace"))
-    assert connected == [str(receiver.server_port)]
+    assert connected == [str(receiver.port)]
     [(path, body)] = receiver.received
     assert path == "/v1/metrics"
-    # OpenTelemetry's own reader of the form.
-    request = json_format.Parse(body, metrics_service_pb2.ExportMetricsServiceRequest())
-    [metrics] = [scope.metrics for resource in request.resource_metrics for scope in resource.scope_metrics]
-    found = {metric.name: metric for metric in metrics}
+    found = read_metrics(body)
     assert found["ryot.requests"].sum.data_points[0].as_int == 1 and found["ryot.requests"].sum.is_monotonic
     assert found["ryot.tokens.generated"].sum.data_points[0].as_int == 3
     first = found["gen_ai.server.time_to_first_token"].histogram
-    assert first.aggregation_temporality == metrics_pb2.AGGREGATION_TEMPORALITY_DELTA
+    assert first.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA
     assert (first.data_points[0].count, sum(first.data_points[0].bucket_counts)) == (1, 1)
     assert len(first.data_points[0].bucket_counts) == len(first.data_points[0].explicit_bounds) + 1
     assert 0 < first.data_points[0].sum <= found["gen_ai.server.request.duration"].histogram.data_points[0].sum < 60
@@ -150,34 +125,29 @@ def test_an_owner_who_names_an_address_gets_numbers_there_and_nowhere_else(
         assert text not in said
 
 
-def test_a_receiver_that_is_down_is_said_and_made_up_for(receiver: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_receiver_that_is_down_is_said_and_made_up_for(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     counts = {1: 2, 2: 5}
     sender = Sender(
-        f"http://127.0.0.1:{receiver.server_port}/own?key=1",
+        f"{receiver.address}/own?key=1",
         lambda: {source: [count_metric("n", "1", count)] for source, count in counts.items()},
         every_s=1000,
     )
-    receiver.RequestHandlerClass.do_POST, answer = refuse, receiver.RequestHandlerClass.do_POST
+    receiver.status = 503
     sender.send()
     sender.send()
     assert [record.message for record in caplog.records] == [
-        f"http://127.0.0.1:{receiver.server_port}/own?key=1: takes no telemetry (it answered 503 Service Unavailable)"
+        f"{receiver.address}/own?key=1: takes no telemetry (it answered 503 Service Unavailable)"
     ]
-    receiver.RequestHandlerClass.do_POST = answer
+    receiver.status = 200
     sender.send()
     counts[1] = 4
     del counts[2]  # a model that is served no more
     sender.close()
-    values = [json.loads(body)["resourceMetrics"][0]["scopeMetrics"][0]["metrics"] for _, body in receiver.received]
     assert [path for path, _ in receiver.received] == ["/own?key=1"] * 2
-    assert [value[0]["sum"]["dataPoints"][0]["asInt"] for value in values] == ["7", "2"]
+    assert [read_metrics(body)["n"].sum.data_points[0].as_int for _, body in receiver.received] == [7, 2]
     for address in ("collector", "ftp://a", "http://", "http://u:p@host", "http://a:b"):
         with pytest.raises(ConfigError, match="--metrics-to: got"):
             Sender(address, dict)
-
-
-def refuse(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_error(503)
 
 
 def test_what_the_user_has_set_wins(tmp_path: Path) -> None:

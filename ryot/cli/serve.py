@@ -93,6 +93,11 @@ def _check_verifiers(context: click.Context, option: click.Parameter, values: tu
     help="Let requests have programs run: tests and command in a sandbox, entry_point=MODULE:FUNCTION, that one alone, "
     "in the server itself; repeatable",
 )
+@click.option(
+    "--metrics-to",
+    metavar="URL",
+    help="Send counts and latencies, no text, to this OTLP receiver every minute  [default: to nobody]",
+)
 @address_option
 @click.option(
     "--replicas",
@@ -124,6 +129,7 @@ def command(
     tls_certificate: Path | None,
     tls_key: Path | None,
     allowed_verifiers: tuple[str, ...],
+    metrics_to: str | None,
     address: str | None,
     replicas: int,
     no_access_log: bool,
@@ -158,6 +164,7 @@ def command(
         drain_s=drain,
         tls_certificate=tls_certificate,
         tls_key=tls_key,
+        metrics_to=metrics_to,
     )
     if address is None:
         run_server(bundles, model, options, _announce)
@@ -167,6 +174,8 @@ def command(
 
     if tls_certificate is not None:
         raise ConfigError("TLS: Ray Serve's proxies have none", hint="end it in front of them")
+    if metrics_to is not None:
+        raise ConfigError("--metrics-to: replicas on Ray send nothing", hint="have each one's /metrics read")
     check_installed()
     where = deploy(bundles, model, options, ClusterOptions(address=address, malloc_tunables=""), max_replicas=replicas)
     sys.stderr.write(f"deployed at {where}/v1; 'serve shutdown' on a node of the cluster ends it\n")

@@ -14,8 +14,14 @@ from ryot.cli.options import HELP, verbose_option
 @click.argument("bundles", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="BUNDLE...")
 @click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="Private key, in PEM")
 @click.option("--new-key", metavar="FILE", type=click.Path(path_type=Path), help="Make a private key first, and use it")
+@click.option(
+    "--serial",
+    metavar="N",
+    type=click.IntRange(1, 2**53),
+    help="Number of this signing: devices refuse what was signed before what they run  [default: seconds since 1970]",
+)
 @verbose_option
-def command(bundles: tuple[Path, ...], key: Path | None, new_key: Path | None) -> None:
+def command(bundles: tuple[Path, ...], key: Path | None, new_key: Path | None, serial: int | None) -> None:
     """Sign bundles. Prints the line that makes a device trust the key.
 
     The file of trusted keys, for devices and `verify`, has such lines: `trusted KEY COMMENT`, or `revoked KEY WHY`.
@@ -40,6 +46,6 @@ def command(bundles: tuple[Path, ...], key: Path | None, new_key: Path | None) -
     assert path is not None
     private = load_key(path, passphrase)
     for bundle in bundles:
-        public = sign_bundle(bundle, private)
+        public = sign_bundle(bundle, private, serial)
         click.echo(f"{bundle}: signed", err=True)
     click.echo(f"trusted {public} {path.stem}")

@@ -39,7 +39,7 @@ def command(paths: tuple[Path, ...], trusted_keys: Path | None, files_only: bool
                 bundle, signer = check_whole(path, keys)
             said = [f"{path}: {bundle.name}, {len(bundle.files)} files as in the manifest"]
             if signer is not None:
-                said.append(f"signed by {signer}" + (f" ({signer.comment})" if signer.comment else ""))
+                said.append(f"signed by {signer}" + (f" ({signer.key.comment})" if signer.key.comment else ""))
             if not files_only:
                 from ryot.edge.engines import open_engine
                 from ryot.edge.generate import check_golden

@@ -19,7 +19,7 @@ import zstandard
 
 from ryot.atomic import atomic_folder
 from ryot.edge.bundle import MANIFEST_NAME, RECORD_NAME, Bundle, FileEntry, check_inside, load_bundle, read_manifest
-from ryot.edge.trust import SIGNATURE_NAME, PublicKey, TrustedKeys, check_listed, check_whole
+from ryot.edge.trust import SIGNATURE_NAME, Signer, TrustedKeys, check_listed, check_whole
 from ryot.errors import BundleError, ConfigError
 
 LEVEL = 12
@@ -70,7 +70,7 @@ def pack_bundle(folder: Path, target: Path) -> Path:
     return target
 
 
-def unpack_archive(archive: Path, target: Path, keys: TrustedKeys | None = None) -> tuple[Bundle, PublicKey | None]:
+def unpack_archive(archive: Path, target: Path, keys: TrustedKeys | None = None) -> tuple[Bundle, Signer | None]:
     """Unpack an archive to the folder `target`, which appears whole and verified or not at all; who signed it, as well.
 
     Files are readable by all and folders open to all, whatever the umask. Raises `BundleError` for an archive that is

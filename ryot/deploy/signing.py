@@ -6,6 +6,7 @@ A private key is a PEM file in PKCS 8, as `openssl genpkey -algorithm ed25519` w
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -19,6 +20,7 @@ from ryot.edge.trust import (
     PublicKey,
     Signature,
     check_listed,
+    check_serial,
     check_signatures,
     read_signatures,
     signed_message,
@@ -66,19 +68,21 @@ def load_key(path: Path, passphrase: str = "") -> Ed25519PrivateKey:
     return key
 
 
-def sign_bundle(folder: Path, key: Ed25519PrivateKey) -> PublicKey:
+def sign_bundle(folder: Path, key: Ed25519PrivateKey, serial: int | None = None) -> PublicKey:
     """Add the key's signature to those of a whole bundle, in place of any that does not fit it any more.
 
-    Raises `BundleError` for a bundle that is damaged or holds a file that its manifest does not list.
+    `serial` is the number of this signing; None takes the seconds since 1970, which grow by themselves. Raises
+    `BundleError` for a bundle that is damaged or holds a file that its manifest does not list.
     """
     check_listed(load_bundle(folder))
-    message, own = signed_message(folder), _public(key)
+    own, serial = _public(key), check_serial(int(time.time()) if serial is None else serial)
     others = [
         s
         for s in read_signatures(folder)
-        if s.key.data != own.data and verify_signature(s.key.data, message, s.signature)
+        if s.key.data != own.data and verify_signature(s.key.data, signed_message(folder, s.serial), s.signature)
     ]
-    signatures = sorted([*others, Signature(own, key.sign(message))], key=lambda s: s.key.data)
+    mine = Signature(own, key.sign(signed_message(folder, serial)), serial)
+    signatures = sorted([*others, mine], key=lambda s: s.key.data)
     (folder / SIGNATURE_NAME).write_bytes(write_signatures(signatures))
     check_signatures(folder, None)
     return own

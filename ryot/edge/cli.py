@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
+    from ryot.edge.generate import Completion
     from ryot.edge.protocol import MeasureResult
     from ryot.edge.sampling_params import SamplingParams
     from ryot.edge.tokenizer import Tokenizer
@@ -132,6 +133,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--trusted-keys", type=Path, metavar="FILE", help="what --verify asks a signature of: lines of 'trusted KEY'"
     )
     parser.add_argument("--json", action="store_true", help="print the raw results of --bench as JSON")
+    parser.add_argument(
+        "--metrics-to",
+        metavar="URL",
+        help="send counts and latencies of --prompt or --chat, no text, to this OTLP receiver; default: to nobody",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -156,6 +162,23 @@ def _read_prompt(given: str) -> str:
 
 
 def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
+    _check_text_options(options)
+    if options.metrics_to is None:
+        return _write_text(bundle, options, lambda completion: None)
+    from ryot.edge.telemetry import Meter
+
+    meter = Meter(options.metrics_to)
+    try:
+        return _write_text(bundle, options, meter.observe)
+    except RyotError:
+        meter.fail()
+        raise
+    finally:
+        meter.close()
+
+
+def _write_text(bundle: Bundle, options: argparse.Namespace, seen: Callable[[Completion], None]) -> int:
+    """Write what was asked for; `seen` gets each text that one prompt led to, once it has ended."""
     from ryot.edge.engines import open_engine
     from ryot.edge.generate import encode_prompt, generate
     from ryot.edge.sampling_params import SamplingParams
@@ -169,7 +192,6 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
-    _check_text_options(options)
     prompt = None if options.prompt is None else _read_prompt(options.prompt)
     tokenizer = load_tokenizer(bundle)
     # Text may hold any character, whatever the terminal's encoding.
@@ -206,11 +228,13 @@ def _generate(bundle: Bundle, options: argparse.Namespace) -> int:
         split = options.split_special_tokens
         chat = Chat(decoder, tokenizer, template, system=options.system, split_special_tokens=split)
         limits["max_new_tokens"] = DEFAULT_ANSWER_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-        converse(chat, prompt, write=_write, **limits)
+        converse(chat, prompt, write=_write, seen=seen, **limits)
         return EXIT_OK
     assert prompt is not None  # one of the options is there
     num_tokens = _num_tokens(options, len(encode_prompt(bundle, tokenizer, prompt)), decoder.max_len)
-    _write(generate(decoder, tokenizer, prompt, max_new_tokens=num_tokens, **limits))
+    generation = generate(decoder, tokenizer, prompt, max_new_tokens=num_tokens, **limits)
+    _write(generation)
+    seen(generation.completion)
     return EXIT_OK
 
 
@@ -231,6 +255,8 @@ def _check_text_options(options: argparse.Namespace) -> None:
         raise ConfigError("--system: is for a chat; give --chat too")
     if options.speculate and (options.chat or options.best_of > 1):
         raise ConfigError("--speculate: is for --prompt alone, one candidate")
+    if options.metrics_to is not None and (options.speculate or options.best_of > 1):
+        raise ConfigError("--metrics-to: is for --prompt or --chat, one candidate, without --speculate")
     if options.chat and options.verifier is not None:
         raise ConfigError("--best-of: is for --prompt alone, not for a chat")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -31,6 +32,10 @@ class Completion:
     text: str = ""
     """Their text, up to a stop string, without an unfinished last character."""
     finish_reason: FinishReason | None = None
+    first_token_s: float = 0.0
+    """From the beginning of the work to the first token; a stream's alone."""
+    whole_s: float = 0.0
+    """And to the last one."""
 
 
 class StopFilter:
@@ -142,11 +147,16 @@ def generate(
     sampler = _build_samplers(sampling, ids)
 
     def pieces() -> Iterator[str]:
+        begin = time.perf_counter()
         engine.prefill(ids)
         while True:
-            if text := row.push(_next_token(engine, sampler, 0)):
+            token = _next_token(engine, sampler, 0)
+            if not row.completion.tokens:
+                row.completion.first_token_s = time.perf_counter() - begin
+            if text := row.push(token):
                 yield text
             if row.done:
+                row.completion.whole_s = time.perf_counter() - begin
                 return
             engine.step()
 

@@ -11,25 +11,34 @@ from ryot.errors import ContextError, DataError
 
 if TYPE_CHECKING:
     from ryot.edge.chat import Chat
+    from ryot.edge.generate import Completion
 
 
-def converse(chat: Chat, message: str | None, *, write: Callable[[Iterable[str]], None], **options: Any) -> None:
+def converse(
+    chat: Chat,
+    message: str | None,
+    *,
+    write: Callable[[Iterable[str]], None],
+    seen: Callable[[Completion], None],
+    **options: Any,
+) -> None:
     """Answer `message`, or each line of stdin until it ends. `options` are those of `Chat.answer`.
 
-    A line that the context does not hold is left out, and said so; the conversation goes on.
+    `seen` gets each answer once it has ended. A line that the context does not hold is left out, and said so; the
+    conversation goes on.
     """
     if message is not None:
-        _answer(chat, message, write, options)
+        seen(_answer(chat, message, write, options))
         return
     for line in _read_lines():
         if line.strip():
             try:
-                _answer(chat, line, write, options)
+                seen(_answer(chat, line, write, options))
             except ContextError as error:
                 sys.stderr.write(f"Error: {error}; this message is left out\n")
 
 
-def _answer(chat: Chat, text: str, write: Callable[[Iterable[str]], None], options: dict[str, Any]) -> None:
+def _answer(chat: Chat, text: str, write: Callable[[Iterable[str]], None], options: dict[str, Any]) -> Completion:
     """Write the answer to one message; stderr says what else happened."""
     forgotten = chat.num_forgotten
     generation = chat.answer(text, **options)
@@ -38,6 +47,7 @@ def _answer(chat: Chat, text: str, write: Callable[[Iterable[str]], None], optio
         sys.stderr.write(f"note: the context is full; the oldest {chat.num_forgotten} messages are forgotten\n")
     if generation.completion.finish_reason == "length":
         sys.stderr.write(f"note: the answer was cut after {len(generation.completion.tokens)} tokens\n")
+    return generation.completion
 
 
 def _read_lines() -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Whose bundles a device takes: the signature beside a manifest, and the keys that are trusted or not any more.
 
-`ryot_signature.json` signs the sha256 of the manifest, which holds every other file's, and that of `record.json`. A
-file of trusted keys has one key a line:
+`ryot_signature.json` signs the sha256 of the manifest, which holds every other file's, that of `record.json`, and a
+serial number that grows from one signing to the next: a device that once ran a version refuses those signed before it,
+which somebody may have kept. A file of trusted keys has one key a line:
 
     trusted ed25519:BASE64 whose it is
     revoked ed25519:BASE64 why
@@ -26,9 +27,12 @@ from ryot.errors import BundleError, ConfigError
 
 SIGNATURE_NAME = "ryot_signature.json"
 #: The newest layout of a signature file that this code reads, and the one that is written.
-SIGNATURE_SCHEMA = 1
+SIGNATURE_SCHEMA = 2
 #: Begins every message that is signed, so that a signature made for anything else is none of a bundle.
-CONTEXT = b"ryot bundle signature 1\n"
+CONTEXT = b"ryot bundle signature 2\n"
+#: And of those that were made before there were serial numbers.
+CONTEXT_1 = b"ryot bundle signature 1\n"
+MAX_SERIAL = 2**53
 KEY_PREFIX = "ed25519:"
 #: Files of a bundle that its manifest does not name.
 UNLISTED = (MANIFEST_NAME, RECORD_NAME, SIGNATURE_NAME)
@@ -59,6 +63,18 @@ class Signature(NamedTuple):
 
     key: PublicKey
     signature: bytes
+    serial: int = 0
+    """Number of this signing; 0 for one of before there were numbers."""
+
+
+class Signer(NamedTuple):
+    """Who is trusted for a bundle."""
+
+    key: PublicKey
+    serial: int
+
+    def __str__(self) -> str:
+        return f"{self.key}" + (f", serial {self.serial}" if self.serial else "")
 
 
 def parse_key(text: str, where: str, comment: str = "") -> PublicKey:
@@ -98,10 +114,11 @@ def load_trusted_keys(path: Path) -> TrustedKeys:
     return parse_trusted_keys(text, f"trusted keys {path}")
 
 
-def signed_message(folder: Path) -> bytes:
-    """What a signature of the bundle in `folder` is made over."""
+def signed_message(folder: Path, serial: int) -> bytes:
+    """What a signature of the bundle in `folder` with this number is made over."""
     digests = [f"{name} {hash_file(folder / name) if (folder / name).exists() else '-'}\n" for name in UNLISTED[:2]]
-    return CONTEXT + "".join(digests).encode()
+    begin = CONTEXT + f"serial {serial}\n".encode() if serial else CONTEXT_1
+    return begin + "".join(digests).encode()
 
 
 def read_signatures(folder: Path) -> list[Signature]:
@@ -121,7 +138,11 @@ def read_signatures(folder: Path) -> list[Signature]:
                 hint="upgrade ryot here: pip install --upgrade ryot",
             )
         found = [
-            Signature(parse_key(entry["key"], str(path)), base64.b64decode(entry["signature"], validate=True))
+            Signature(
+                parse_key(entry["key"], str(path)),
+                base64.b64decode(entry["signature"], validate=True),
+                check_serial(entry["serial"]) if "serial" in entry else 0,
+            )
             for entry in values["signatures"]
         ]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -132,22 +153,36 @@ def read_signatures(folder: Path) -> list[Signature]:
     return found
 
 
+def check_serial(value: object) -> int:
+    """The serial number that a value is. Raises `ConfigError`."""
+    if type(value) is not int or not 0 < value <= MAX_SERIAL:
+        raise ConfigError(f"serial: got {value!r}, expected a whole number from 1 to {MAX_SERIAL}")
+    return value
+
+
 def write_signatures(signatures: Sequence[Signature]) -> bytes:
     """The content of a signature file."""
-    entries = [{"key": str(s.key), "signature": base64.b64encode(s.signature).decode()} for s in signatures]
-    return (json.dumps({"schema": SIGNATURE_SCHEMA, "signatures": entries}, indent=1) + "\n").encode()
+    entries = [
+        {
+            "key": str(s.key),
+            **({"serial": s.serial} if s.serial else {}),
+            "signature": base64.b64encode(s.signature).decode(),
+        }
+        for s in signatures
+    ]
+    schema = SIGNATURE_SCHEMA if any(s.serial for s in signatures) else 1
+    return (json.dumps({"schema": schema, "signatures": entries}, indent=1) + "\n").encode()
 
 
-def check_signatures(folder: Path, keys: TrustedKeys | None) -> PublicKey | None:
-    """The trusted key that signed the bundle; every signature that is there has to be right, trusted or not.
+def check_signatures(folder: Path, keys: TrustedKeys | None) -> Signer | None:
+    """The trusted key that signed the bundle last; every signature that is there has to be right, trusted or not.
 
     Without `keys` nobody is asked for and None is returned. Raises `BundleError` for a wrong signature, and with `keys`
     for a revoked key or when none is trusted.
     """
     signatures = read_signatures(folder)
-    message = signed_message(folder)
     for one in signatures:
-        if not verify_signature(one.key.data, message, one.signature):
+        if not verify_signature(one.key.data, signed_message(folder, one.serial), one.signature):
             raise BundleError(
                 f"bundle {folder}: its signature by {_named(one.key)} does not fit {MANIFEST_NAME} and {RECORD_NAME}",
                 hint="something was changed after it was signed: " + SIGN_HINT,
@@ -158,9 +193,8 @@ def check_signatures(folder: Path, keys: TrustedKeys | None) -> PublicKey | None
         raise BundleError(f"bundle {folder}: is not signed, and {keys.where} asks for a signature", hint=SIGN_HINT)
     known = {key.data: key for key in keys.trusted}
     revoked = {key.data: key for key in keys.revoked}
-    for one in signatures:
-        if one.key.data in known:
-            return known[one.key.data]
+    if ours := [Signer(known[one.key.data], one.serial) for one in signatures if one.key.data in known]:
+        return max(ours, key=lambda signer: signer.serial)
     for one in signatures:
         if one.key.data in revoked:
             why = revoked[one.key.data].comment
@@ -174,7 +208,7 @@ def check_signatures(folder: Path, keys: TrustedKeys | None) -> PublicKey | None
     )
 
 
-def check_whole(folder: Path, keys: TrustedKeys | None = None) -> tuple[Bundle, PublicKey | None]:
+def check_whole(folder: Path, keys: TrustedKeys | None = None) -> tuple[Bundle, Signer | None]:
     """The bundle, every byte of whose folder is as it was made: signatures, hashes, and no file that it does not list.
 
     A file that is not listed counts as tampering, because `runtime/` is where Python looks for modules first.

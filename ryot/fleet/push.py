@@ -70,6 +70,8 @@ class PushResult:
     wall_s: float = 0.0
     notes: list[str] = field(default_factory=list)
     report: Report | None = None
+    proved: list[str | None] = field(default_factory=list)
+    """The release that ran there, proved good, when each connection began."""
 
     @property
     def exit_code(self) -> int:
@@ -174,7 +176,8 @@ def _push_once(
     for note in result.notes:
         tell(f"note: {note}")
     taken = wheels.get(parcel, device) if host.offline else []
-    device.start(op="push", root=host.root, session=session, who=whoami())
+    opened = device.start(op="push", root=host.root, session=session, who=whoami())
+    result.proved.append(opened["proved"])
     if options.trusted_keys is not None:
         answer = device.ask(op="trust", keys=options.trusted_keys.read_text(encoding="utf-8"))
         if answer["changed"]:
@@ -206,7 +209,10 @@ def _push_once(
         return
     release: dict[str, Any] = {**built["release"], "figures": measured["figures"]}
     done = device.ask(op="activate", release=release, **host.owner_commands)
-    result.outcome = "switched" if done["switched"] else "unchanged"
+    result.outcome = "unchanged" if result.proved[0] == release["id"] else "switched"
+    if result.outcome == "switched" and not done["switched"]:
+        result.notes.append("the link was lost behind the switch; the device proved it all the same, health and all")
+        tell(f"note: {result.notes[-1]}")
     tell(result.outcome)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ryot.errors import RyotError
-from ryot.fleet.connection import Connection, Links, connect
+from ryot.errors import FleetError, RyotError
+from ryot.fleet.connection import Connection, ConnectionLost, Links, connect
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import for_each, whoami
 
@@ -42,7 +42,13 @@ def roll_back(hosts: Sequence[Host], ssh_config: Path | None, *, jobs: int, tell
 
     def ask(host: Host, device: Connection) -> dict[str, Any]:
         device.start(op="push", root=host.root, session=secrets.token_hex(16), who=whoami())
-        return device.ask(op="rollback", **host.owner_commands)
+        try:
+            return device.ask(op="rollback", **host.owner_commands)
+        except ConnectionLost as error:
+            # It may have switched, and proves that without the desk; a second one would go back further.
+            raise FleetError(
+                str(error), hint="see what runs there before anything else: ryot-deploy fleet status"
+            ) from error
 
     return _each(hosts, ssh_config, ask, jobs, tell)
 

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ryot.edge.scheduler import Scheduler
 from ryot.edge.sequence import TokenEvent
+from ryot.edge.telemetry import FIRST_TOKEN_S, NEXT_TOKEN_S, WHOLE_S, Histogram, Metric, request_metrics
 
-#: Upper bounds of the buckets, in seconds.
-FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
-NEXT_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 #: How a request may end, as OpenAI's API names it, and beside it.
 ENDINGS = ("stop", "length", "abort", "error")
-
-
-class Histogram:
-    """Counts of values by bucket."""
-
-    def __init__(self, bounds: Sequence[float]):
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    @property
-    def count(self) -> int:
-        """Number of values."""
-        return sum(self._counts)
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        """The lines of the text format."""
-        below = 0
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            below += count
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {below}'
-        yield f"{name}_sum{{{labels}}} {self.total:.6f}"
-        yield f"{name}_count{{{labels}}} {below}"
 
 
 @dataclass(slots=True)
@@ -96,7 +64,7 @@ def render_metrics(models: Mapping[str, tuple[ModelMetrics, Scheduler]], request
             ("vllm:request_queue_time_seconds", "From a request's arrival to a row of its own", metrics.queue_s),
             ("vllm:e2e_request_latency_seconds", "From a request's arrival to its end", metrics.whole_s),
         ):
-            add(name, "histogram", text, histogram.lines(name, labels))
+            add(name, "histogram", text, _histogram_lines(histogram, name, labels))
     name = "ryot:http_responses_total"
     lines = [f'{name}{{status="{status}"}} {count}' for status, count in sorted(requests.items())]
     add(name, "counter", "HTTP answers by status", lines)
@@ -104,6 +72,29 @@ def render_metrics(models: Mapping[str, tuple[ModelMetrics, Scheduler]], request
     for (name, kind, help_text), rows in families.items():
         page += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *rows]
     return "\n".join(page) + "\n"
+
+
+def telemetry_metrics(metrics: ModelMetrics, scheduler: Scheduler) -> list[Metric]:
+    """What an owner's receiver is told of a model."""
+    failed = metrics.endings["error"]
+    return request_metrics(
+        first_token_s=metrics.first_token_s,
+        next_token_s=metrics.next_token_s,
+        whole_s=metrics.whole_s,
+        done=sum(metrics.endings.values()) - failed,
+        failed=failed,
+        prompt_tokens=scheduler.counters.prompt_tokens,
+        generated_tokens=metrics.generated_tokens,
+    )
+
+
+def _histogram_lines(histogram: Histogram, name: str, labels: str) -> Iterator[str]:
+    below = 0
+    for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+        below += count
+        yield f'{name}_bucket{{{labels},le="{bound}"}} {below}'
+    yield f"{name}_sum{{{labels}}} {histogram.total:.6f}"
+    yield f"{name}_count{{{labels}}} {below}"
 
 
 def _values(metrics: ModelMetrics, scheduler: Scheduler) -> list[tuple[str, str, str, float]]:

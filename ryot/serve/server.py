@@ -15,8 +15,10 @@ from pathlib import Path
 
 import uvicorn
 
+from ryot.edge.telemetry import Metric, Sender
 from ryot.errors import ConfigError, RyotError
 from ryot.serve.app import Service, build_app
+from ryot.serve.metrics import telemetry_metrics
 from ryot.serve.model import ModelOptions, ServedModel
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class ServerOptions:
     """For requests under way when the server is told to end."""
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    metrics_to: str | None = None
+    """OTLP receiver that gets counts and latencies; None: nobody does."""
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):
@@ -121,11 +125,18 @@ def run_server(
         if loading.done() and not loading.cancelled():
             loading.result()
 
+    def read_metrics() -> dict[int, list[Metric]]:
+        runners = [model.runner for model in list(service.models.values())]
+        return {id(runner): telemetry_metrics(runner.metrics, runner.scheduler) for runner in runners}
+
+    sender = Sender(options.metrics_to, read_metrics) if options.metrics_to is not None else None
     try:
         # uvloop's where it is installed: it takes half the time for a token.
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(serve())
     finally:
+        if sender is not None:
+            sender.close()
         for model in service.models.values():
             model.close()
 

@@ -19,7 +19,16 @@ from ryot.deploy.archive import TRAILER_BYTES, pack_bundle, unpack_archive
 from ryot.deploy.sbom import SBOM_NAME
 from ryot.deploy.signing import load_key, make_key, sign_bundle
 from ryot.edge.bundle import MANIFEST_NAME, RECORD_NAME
-from ryot.edge.trust import SIGNATURE_NAME, TrustedKeys, check_whole, parse_trusted_keys
+from ryot.edge.trust import (
+    SIGNATURE_NAME,
+    Signature,
+    Signer,
+    TrustedKeys,
+    check_whole,
+    parse_trusted_keys,
+    signed_message,
+    write_signatures,
+)
 from ryot.errors import BundleError, ConfigError
 from tests.device_bundle import write_device_bundle
 
@@ -55,11 +64,11 @@ def keys(signed: Path) -> TrustedKeys:
 
 def test_a_signed_bundle_is_taken_and_its_signer_named(signed: Path, keys: TrustedKeys) -> None:
     bundle, signer = check_whole(signed, keys)
-    assert signer is not None and signer.comment == "the owner"
+    assert signer is not None and signer.key.comment == "the owner" and signer.serial > 1_700_000_000
     assert "runtime/ryot/edge/trust.py" in bundle.files
     # The device's own check: the bundle's run.py, with what the device has.
     trusted = signed.parent / "trusted"
-    trusted.write_text(f"trusted {signer}\n")
+    trusted.write_text(f"trusted {signer.key}\n")
     command = [sys.executable, "-I", signed / "run.py", "--verify", "--trusted-keys", trusted]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -118,8 +127,33 @@ def test_who_may_sign(plain: Path, signed: Path, keys: TrustedKeys, tmp_path: Pa
         check_whole(signed, revoked)
     both = Path(shutil.copytree(signed, tmp_path / "both"))
     sign_bundle(both, load_key(tmp_path / "stranger.pem"))
-    assert check_whole(both, keys)[1] == keys.trusted[0]
+    assert signer_of(both, keys).key == keys.trusted[0]
     assert check_whole(both, parse_trusted_keys(f"trusted {stranger} s", "K"))[1] is not None
+
+
+def test_the_number_of_a_signing_is_signed_and_the_last_one_counts(
+    plain: Path, key_file: Path, keys: TrustedKeys, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "bundle"))
+    # As it was signed before there were numbers.
+    old = Signature(keys.trusted[0], load_key(key_file).sign(signed_message(folder, 0)))
+    (folder / SIGNATURE_NAME).write_bytes(write_signatures([old]))
+    assert json.loads((folder / SIGNATURE_NAME).read_text())["schema"] == 1
+    assert signer_of(folder, keys).serial == 0
+    other = make_key(tmp_path / "other.pem")
+    sign_bundle(folder, load_key(tmp_path / "other.pem"), 7)
+    both = parse_trusted_keys(f"trusted {keys.trusted[0]} a\ntrusted {other} b\n", "K")
+    assert (signer_of(folder, both).serial, signer_of(folder, both).key.comment) == (7, "b")
+    written = (folder / SIGNATURE_NAME).read_text()
+    (folder / SIGNATURE_NAME).write_text(written.replace('"serial": 7', '"serial": 8'))
+    with pytest.raises(BundleError, match="does not fit"):
+        check_whole(folder, both)
+
+
+def signer_of(folder: Path, keys: TrustedKeys) -> Signer:
+    signer = check_whole(folder, keys)[1]
+    assert signer is not None
+    return signer
 
 
 def test_a_bundle_that_changed_since_is_signed_anew(
@@ -153,7 +187,7 @@ def test_openssl_makes_keys_for_it(plain: Path, tmp_path: Path) -> None:
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", path], check=True, capture_output=True)
     folder = Path(shutil.copytree(plain, tmp_path / "bundle"))
     key = sign_bundle(folder, load_key(path))
-    assert check_whole(folder, parse_trusted_keys(f"trusted {key}", "K"))[1] == key
+    assert signer_of(folder, parse_trusted_keys(f"trusted {key}", "K")).key == key
 
 
 @pytest.mark.parametrize("line", ["trust ed25519:AAAA", "trusted", "trusted ed25519:AAAA", "trusted rsa:AAAA"])
@@ -171,7 +205,7 @@ def test_an_archive_is_the_same_each_time_and_unpacks_to_the_same(
     first, second = pack_bundle(signed, tmp_path / "a.tar.zst"), pack_bundle(moved, tmp_path / "b.tar.zst")
     assert first.read_bytes() == second.read_bytes()
     _, signer = unpack_archive(first, tmp_path / "out", keys)
-    assert signer == keys.trusted[0]
+    assert signer is not None and signer.key == keys.trusted[0]
     assert contents(tmp_path / "out") == contents(signed)
 
 

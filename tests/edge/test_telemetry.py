@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_DELTA
+
+from ryot.edge.bundle import load_bundle
+from ryot.edge.telemetry import Sender, count_metric
+from ryot.errors import ConfigError
+from tests.otlp import Receiver, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 GENERATE = """
@@ -75,6 +84,70 @@ def test_a_bundle_opens_no_socket_and_writes_no_file(llama_path: Path, tmp_path:
     writing = r"O_WRONLY|O_RDWR|O_CREAT|\b(mkdir|rename|unlink|link|symlink|truncate|chmod)(at|at2)?\("
     written = [line for line in lines if re.search(writing, line) and not re.search(r'"/(dev|proc)/', line)]
     assert not written
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+METER = """
+import sys
+from pathlib import Path
+from ryot.edge.cli import run
+sys.exit(run(Path(sys.argv[1]), ["--prompt", "def secret", "--max-new-tokens", "3", "--metrics-to", sys.argv[2]]))
+"""
+
+
+def test_an_owner_who_names_an_address_gets_numbers_there_and_nowhere_else(
+    llama_path: Path, tmp_path: Path, receiver: Receiver
+) -> None:
+    calls = tmp_path / "calls"
+    proxied = {"http_proxy": "http://127.0.0.1:9"}  # goes nowhere, and must not be asked
+    run = run_bare(METER, llama_path, receiver.address, home=tmp_path / "home", before=trace_calls(calls), **proxied)
+    assert (run.returncode, run.stderr) == (0, "")
+    connected = re.findall(r"connect\(.*?sin_port=htons\((\d+)\)", calls.read_text(errors="replace"))
+    assert connected == [str(receiver.port)]
+    [(path, body)] = receiver.received
+    assert path == "/v1/metrics"
+    found = read_metrics(body)
+    assert found["ryot.requests"].sum.data_points[0].as_int == 1 and found["ryot.requests"].sum.is_monotonic
+    assert found["ryot.tokens.generated"].sum.data_points[0].as_int == 3
+    first = found["gen_ai.server.time_to_first_token"].histogram
+    assert first.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA
+    assert (first.data_points[0].count, sum(first.data_points[0].bucket_counts)) == (1, 1)
+    assert len(first.data_points[0].bucket_counts) == len(first.data_points[0].explicit_bounds) + 1
+    assert 0 < first.data_points[0].sum <= found["gen_ai.server.request.duration"].histogram.data_points[0].sum < 60
+    said = body.decode()
+    for text in ("secret", load_bundle(llama_path).name, socket.gethostname(), getpass.getuser(), str(llama_path)):
+        assert text not in said
+
+
+def test_a_receiver_that_is_down_is_said_and_made_up_for(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    counts = {1: 2, 2: 5}
+    sender = Sender(
+        f"{receiver.address}/own?key=1",
+        lambda: {source: [count_metric("n", "1", count)] for source, count in counts.items()},
+        every_s=1000,
+    )
+    receiver.status = 503
+    sender.send()
+    sender.send()
+    assert [record.message for record in caplog.records] == [
+        f"{receiver.address}/own?key=1: takes no telemetry (it answered 503 Service Unavailable)"
+    ]
+    receiver.status = 200
+    sender.send()
+    counts[1] = 4
+    del counts[2]  # a model that is served no more
+    sender.close()
+    assert [path for path, _ in receiver.received] == ["/own?key=1"] * 2
+    assert [read_metrics(body)["n"].sum.data_points[0].as_int for _, body in receiver.received] == [7, 2]
+    for address in ("collector", "ftp://a", "http://", "http://u:p@host", "http://a:b"):
+        with pytest.raises(ConfigError, match="--metrics-to: got"):
+            Sender(address, dict)
 
 
 def test_what_the_user_has_set_wins(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def owner_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def signed_1(version_1: Path, owner_key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(version_1, tmp_path_factory.mktemp("signed") / "bundle"))
-    sign_bundle(folder, load_key(owner_key))
+    sign_bundle(folder, load_key(owner_key), 5)
     return folder
 
 

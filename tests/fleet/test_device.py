@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ryot.deploy.archive import pack_bundle, unpack_archive
+from ryot.deploy.signing import load_key, sign_bundle
+from ryot.edge.trust import check_whole
 from ryot.errors import BundleError, FleetError
 from ryot.fleet.device.agent import Agent, open_root
 from ryot.fleet.device.environment import unpack_wheel
@@ -121,6 +123,25 @@ def test_a_rollback_to_a_key_that_is_revoked_is_refused(
         with pytest.raises(BundleError, match="revokes"):
             agent.rollback({})
         assert root.current_id() == second
+
+
+def test_going_back_lets_in_nothing_that_was_signed_before(
+    signed_1: Path, version_2: Path, owner_key: Path, tmp_path: Path
+) -> None:
+    newer = Path(shutil.copytree(version_2, tmp_path / "newer" / "bundle"))
+    sign_bundle(newer, load_key(owner_key), 6)
+    root = Root(tmp_path / "device")
+    agent = Agent(root, lambda what: None)
+    with open_root(root, "session", "me"):
+        agent.trust({"keys": (owner_key.parent / "trusted").read_text()})
+        first, _ = install(agent, root, signed_1), install(agent, root, newer)
+        agent.rollback({})
+        assert (root.current_id(), root.read_state().serial) == (first, 6)
+        signer = check_whole(root.current / "bundle", root.load_keys())[1]
+        assert signer is not None and signer.serial == 5
+        root.check_serial(root.read_state().releases[first].bundle, signer)  # it is kept: pushing it changes nothing
+        with pytest.raises(FleetError, match="serial 5, expected 6 or more"):
+            root.check_serial("another", signer)
 
 
 def can_nobody_read(path: Path) -> bool:

@@ -164,7 +164,8 @@ def test_a_switch_whose_watcher_was_killed_is_proved_or_taken_back_by_the_next_c
     watcher.join()
     assert "proving a switch that was interrupted" in said
     assert any(line.startswith("took back a switch that was interrupted") for line in said) == (not proves)
-    assert result.outcome == ("unchanged" if proves else "failed"), result.reason
+    assert result.outcome == ("switched" if proves else "failed"), result.reason
+    assert any("lost behind the switch" in note for note in result.notes) == proves
     assert run_current(root).stdout.startswith("tiny-second: " if proves else "tiny-0: ")
     state = Root(root).read_state()
     assert state.pending is None and state.good[-1] == Root(root).current_id()

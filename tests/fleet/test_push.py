@@ -168,6 +168,11 @@ def test_a_device_with_keys_takes_only_what_they_signed(
     strange = Path(shutil.copytree(version_1, tmp_path / "strange"))
     sign_bundle(strange, load_key(tmp_path / "stranger.pem"))
     assert "does not trust" in push(strange).reason
+    # A version that was signed before this one, for whoever kept it.
+    sign_bundle(strange, load_key(owner_key), 4)
+    older = push(strange)
+    assert older.reason == "it was signed before what ran here last: serial 4, expected 5 or more"
+    assert older.hint is not None and "fleet rollback" in older.hint
     (tmp_path / "revoked").write_text(trusted.read_text() + trusted.read_text().replace("trusted", "revoked"))
     assert "revokes" in push(signed_1, trusted_keys=tmp_path / "revoked").reason
     assert run_current(root).returncode == 0

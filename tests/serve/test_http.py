@@ -18,6 +18,7 @@ import pytest
 from openai import AuthenticationError, RateLimitError
 
 from ryot.edge.bundle import Bundle
+from tests.otlp import Receiver, total
 from tests.serve.conftest import Server, running
 
 JSON = {"Content-Type": "application/json"}
@@ -308,7 +309,8 @@ def test_a_key_opens_and_keeps_prompts_apart(plain_bundle: Bundle, tmp_path: Pat
 
 
 def test_what_is_under_way_is_finished_at_the_end(chat_bundle: Bundle, tmp_path: Path) -> None:
-    with running(tmp_path, chat_bundle.path) as server:
+    receiver = Receiver()
+    with running(tmp_path, chat_bundle.path, "--metrics-to", receiver.address) as server:
         stream = server.client().completions.create(
             model="tiny-7", prompt="a", max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
@@ -319,6 +321,9 @@ def test_what_is_under_way_is_finished_at_the_end(chat_bundle: Bundle, tmp_path:
         assert last.choices[0].finish_reason == "length"
         ender.join()
         assert server.process.returncode == 0
+    # And counted for the owner who asked for it.
+    receiver.close()
+    assert (total(receiver, "ryot.requests"), total(receiver, "ryot.tokens.generated")) == (1, 1500)
 
 
 def test_an_answer_that_takes_too_long_is_given_up(chat_bundle: Bundle, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ryot.edge.trust import check_signatures, parse_trusted_keys
-from ryot.errors import FleetError, RyotError
+from ryot.errors import BundleError, FleetError, RyotError
 from ryot.fleet.device import checks, processes
 from ryot.fleet.device.environment import existing_python, find_python
 from ryot.fleet.device.store import DamagedFile, Release, Root, State, identify, write_whole
@@ -39,16 +39,19 @@ class Agent:
         self.switching = threading.Lock()
         """Held from a switch to its proof, which have to be seen through."""
 
-    def recover(self) -> None:
-        """Prove, or take back, a switch that nobody lived to see proved."""
+    def recover(self) -> str | None:
+        """Prove, or take back, a switch that nobody lived to see proved; the release that had proved itself before."""
         state = self._root.read_state()
-        if state.pending is not None:
-            self.tell("proving a switch that was interrupted")
-            try:
-                with self.switching:
-                    self._root.write_state(self._prove(state))
-            except FleetError as error:
-                self.tell(f"took back a switch that was interrupted: {error}")
+        if state.pending is None:
+            return self._root.current_id()
+        self.tell("proving a switch that was interrupted")
+        try:
+            with self.switching:
+                self._root.write_state(self._prove(state))
+        except FleetError as error:
+            self.tell(f"took back a switch that was interrupted: {error}")
+        before: str | None = state.pending["back"]
+        return before
 
     def status(self, request: dict[str, Any]) -> dict[str, Any]:
         state, current = self._root.read_state(), self._root.current_id()
@@ -103,7 +106,7 @@ class Agent:
             name=bundle.name,
             precision=bundle.precision,
             python=python,
-            signed_by="" if signer is None else str(signer),
+            signed_by="" if signer is None else str(signer.key),
             installed_at=time.time(),
             figures={},
         )
@@ -166,7 +169,8 @@ class Agent:
                 checks.check_golden([str(self._root.current / "run")], "the version that was switched to")
             if pending["health"]:
                 checks.run_owner_command(pending["health"], "health", pending["health_wait_s"])
-        except FleetError as error:
+            serial = self._serial_of_current()
+        except (FleetError, BundleError) as error:
             self._root.point_current(pending["back"])
             self._root.write_state(state._replace(pending=None))
             if pending["restart"] and pending["back"] is not None:
@@ -174,7 +178,13 @@ class Agent:
             what = "nothing runs" if pending["back"] is None else "the version before runs again"
             raise FleetError(f"{error}; {what}", hint=error.hint) from error
         good = [i for i in state.good if i not in (current, pending.get("forget"))] + ([current] if current else [])
-        return state._replace(good=good, pending=None)
+        return state._replace(good=good, pending=None, serial=max(state.serial, serial))
+
+    def _serial_of_current(self) -> int:
+        """The number of its trusted signature; 0 where there is none, or nobody is trusted."""
+        keys, folder = self._root.load_keys(), self._root.current / "bundle"
+        signer = check_signatures(folder, keys) if keys is not None and folder.exists() else None
+        return 0 if signer is None else signer.serial
 
 
 def serve() -> None:
@@ -203,8 +213,8 @@ def _serve(wire: Wire, request: dict[str, Any]) -> None:
         wire.send({})
         _answer_all(wire, root, {"status": agent.status})
     with open_root(root, request["session"], request["who"]):
-        agent.recover()
-        wire.send({"root": str(root.path)})
+        proved = agent.recover()
+        wire.send({"root": str(root.path), "proved": proved})
         operations = {
             "trust": agent.trust,
             "missing": agent.missing,

@@ -6,7 +6,7 @@ releases/ID/bundle         its bundle, for a server that has a Python of its own
 bundles/ID/                a bundle, byte for byte as it was made; files that two have in common are hard links
 environments/ID/           a virtual environment, named after what it was made from
 incoming/SHA256[.part]     files that came, or are on their way
-state.json                 releases, which of them proved good, and a switch that is not proved yet
+state.json                 releases, which of them proved good, a switch that is not proved yet, the highest serial
 trusted_keys               where it is there, nothing that these keys did not sign is installed
 lock                       held by whoever changes anything
 """
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ryot.edge.bundle import MANIFEST_NAME, Bundle, check_inside, hash_file
-from ryot.edge.trust import UNLISTED, PublicKey, TrustedKeys, check_whole, load_trusted_keys
-from ryot.errors import BundleError, FleetError
+from ryot.edge.trust import UNLISTED, Signer, TrustedKeys, check_whole, load_trusted_keys
+from ryot.errors import BundleError, FleetError, RyotError
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 _ID_LENGTH = 16
 
 
@@ -61,6 +61,8 @@ class State(NamedTuple):
     """Releases that proved good, oldest first."""
     pending: dict[str, Any] | None
     """A switch that is not proved yet: `to`, `back`, `forget` (good no longer, then), and commands for it."""
+    serial: int = 0
+    """The highest serial number of a trusted signature among versions that ever proved good here."""
 
 
 class Root:
@@ -127,7 +129,7 @@ class Root:
             if values["schema"] > STATE_SCHEMA:
                 raise FleetError(f"{path}: schema {values['schema']} is newer than {STATE_SCHEMA}", hint="upgrade ryot")
             releases = {r["id"]: Release(**{n: r[n] for n in Release._fields}) for r in values["releases"]}
-            return State(releases, list(values["good"]), values["pending"])
+            return State(releases, list(values["good"]), values["pending"], values.get("serial", 0))
         except FileNotFoundError:
             return State({}, [], None)
         except (ValueError, KeyError, TypeError) as error:
@@ -139,6 +141,7 @@ class Root:
             "releases": [r._asdict() for r in state.releases.values()],
             "good": state.good,
             "pending": state.pending,
+            "serial": state.serial,
         }
         write_whole(self.path / "state.json", json.dumps(values, indent=1).encode() + b"\n")
 
@@ -235,12 +238,27 @@ class Root:
         with path.open("rb") as file:
             self.receive(digest, 0, iter(lambda: file.read(1 << 20), b""))
 
-    def build_bundle(self, files: Mapping[str, str], wanted_id: str) -> tuple[Bundle, PublicKey | None]:
+    def check_serial(self, bundle_id: str, signer: Signer | None) -> None:
+        """Raise `FleetError` for a bundle signed before one that proved good here, unless it did so too and is kept.
+
+        Somebody may have kept an old version, signed as it is, for a fault that it has.
+        """
+        state = self.read_state()
+        good = {state.releases[i].bundle for i in state.good if i in state.releases}
+        if signer is not None and signer.serial < state.serial and bundle_id not in good:
+            raise FleetError(
+                f"it was signed before what ran here last: serial {signer.serial}, expected {state.serial} or more",
+                hint="a version that is kept there comes back by 'fleet rollback'; another one has to be signed again",
+            )
+
+    def build_bundle(self, files: Mapping[str, str], wanted_id: str) -> tuple[Bundle, Signer | None]:
         """Put a bundle together from files that are here (name: hash), check all of it, and give it its place."""
         target, keys = self.bundle(wanted_id), self.load_keys()
         if target.exists():
             with contextlib.suppress(BundleError):
-                return check_whole(target, keys)
+                bundle, signer = check_whole(target, keys)
+                self.check_serial(wanted_id, signer)
+                return bundle, signer
             # Damaged, or not trusted: put together again, and looked at again.
         stage = target.with_name(f".{wanted_id}")
         shutil.rmtree(stage, ignore_errors=True)
@@ -259,9 +277,10 @@ class Root:
             path.chmod(0o644)
         try:
             bundle, signer = check_whole(stage, keys)
-        except BundleError as error:
+            self.check_serial(wanted_id, signer)
+        except RyotError as error:
             shutil.rmtree(stage, ignore_errors=True)
-            raise BundleError(str(error).replace(str(stage), "pushed"), hint=error.hint) from error
+            raise type(error)(str(error).replace(str(stage), "pushed"), hint=error.hint) from error
         sync_tree(stage)
         if target.exists():
             damaged = target.with_name(f".{wanted_id}-damaged")
@@ -297,7 +316,7 @@ class Root:
         """Forget all but the last `keep` good releases, and remove what only others used."""
         kept = {*state.good[-keep:], self.current_id()}
         releases = {i: r for i, r in state.releases.items() if i in kept}
-        state = State(releases, [i for i in state.good if i in kept], state.pending)
+        state = state._replace(releases=releases, good=[i for i in state.good if i in kept])
         self.write_state(state)
         used = {
             "releases": set(releases),

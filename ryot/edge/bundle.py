@@ -127,6 +127,14 @@ class Bundle(NamedTuple):
         for name in sorted(names):
             _check_hash(self.path, name, self.files[name])
 
+    def check_in_place(self) -> None:
+        """Raise `BundleError` where the folder does not hold this bundle any more.
+
+        Files that were read before that are this bundle's, where folders are swapped as a whole.
+        """
+        if read_manifest(self.path) != self.manifest:
+            raise BundleError(f"{self.path}: was replaced by another bundle while it was being loaded")
+
 
 def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """The bundle in the folder `path`; with `verify` every file is hashed, else only its presence and size are checked.

@@ -80,11 +80,14 @@ class SlotEngine(OnnxruntimeEngine):
     def open_checker(self) -> None:
         """Load what `check_tokens` needs: the weights once more, unless all tokens of a call share a scale.
 
-        Another thread may do that while this engine works.
+        Another thread may do that while this engine works. Raises `BundleError` where it cannot be loaded, or the
+        folder holds another bundle by now.
         """
         if self.bundle.precision.rpartition("+")[2] != "int8-dyn":
             path = self.bundle.path / self.bundle.graphs["standard"]
-            self._checker = load_session(path, self.threads, prepack=True)
+            checker = load_session(path, self.threads, prepack=True)
+            self.bundle.check_in_place()
+            self._checker = checker
 
     def check_tokens(self, tokens: Sequence[int], row: int) -> np.ndarray:
         """Feed tokens behind what a row holds; the logits [S, V] after each. There must be room: see `make_room`."""

@@ -103,7 +103,7 @@ class TextCompletion:
             top_logprobs=scored,
             prompt_logprobs=self._echo and self._logprobs is not None,
             owner=owner,
-            constraint=params.constraint(self._model),
+            constraint=None if params.form is None else params.form.constrain(),
         )
 
     def _body(self, choice: Choice, prompt: int, *, echo: bool | None = None) -> Body:

@@ -53,6 +53,10 @@ class SlotEngine(OnnxruntimeEngine):
         """Bytes of the keys and values of one token."""
         return self.bundle.model.kv_cache_bytes(1, 1, np.dtype(self.bundle.kv_dtype).itemsize)
 
+    def longest(self, count: int) -> int:
+        """Tokens of the longest of the first `count` rows."""
+        return int(self._lengths[:count].max()) + 1
+
     def step_rows(self, count: int) -> None:
         """Feed `next_token` of the first `count` rows and compute the tokens after them.
 
@@ -83,7 +87,7 @@ class SlotEngine(OnnxruntimeEngine):
         Another thread may do that while this engine works. Raises `BundleError` where it cannot be loaded, or the
         folder holds another bundle by now.
         """
-        if self.bundle.precision.rpartition("+")[2] != "int8-dyn":
+        if not self.bundle.shared_scale:
             path = self.bundle.path / self.bundle.graphs["standard"]
             checker = load_session(path, self.threads, prepack=True)
             self.bundle.check_in_place()

@@ -94,9 +94,11 @@ class ServedModel:
                 (2 * shape.num_layers, shape.num_kv_heads, shape.head_dim),
                 np.dtype(self.bundle.kv_dtype),
             )
-        if self.bundle.precision == "int8-dyn":
+        if self.bundle.shared_scale:
             _log.warning(
-                "%s: int8-dyn rounds all tokens of a step by one scale, so an answer may depend on its neighbours", path
+                "%s: rounds all tokens of a step by one scale, so an answer may depend on its neighbours; a bundle "
+                "exported anew does not",
+                path,
             )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
         self._speculate = options.speculate

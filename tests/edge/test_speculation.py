@@ -103,9 +103,9 @@ def test_drafts_pause_where_they_do_not_pay() -> None:
     assert drafter.draft(ids, 50)
 
 
-def test_int8_dynamic_bundles_have_no_drafts(tmp_path: Path) -> None:
+def test_bundles_whose_tokens_share_a_scale_have_no_drafts(tmp_path: Path) -> None:
     found = load_bundle(write_bundle(tmp_path / "b", context=CONTEXT))
-    found = found._replace(precision="int8-dyn")
+    found = found._replace(shared_scale=True)
     scheduler = build_scheduler(found)
     scheduler.engine.open_checker()
     assert not scheduler.engine.can_check

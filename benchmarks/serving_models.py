@@ -36,7 +36,7 @@ from ryot.train.tokenizer import train_tokenizer
 CONTEXT = 4096
 #: The first one stands for ours where only our server is looked at. At SmolLM2 int8-dyn breaches its quality limit.
 BUNDLES = {
-    "M": (("int8", "int8"), ("int8-dyn", "int8"), ("int4", "float32")),
+    "M": (("int8", "int8"), ("int8-dyn", "int8"), ("int8-dyn", "float32"), ("int4", "float32"), ("int4", "int8")),
     "SmolLM2": (("int8", "float32"), ("int8", "int8"), ("int4", "float32")),
 }
 #: The bundle that onnxruntime-genai runs too.
@@ -44,8 +44,8 @@ GENAI_PRECISION = "int4"
 LLAMA_TYPES = ("Q8_0", "Q4_0")
 #: Text that BPE is learned from; 8192 tokens need no more.
 TOKENIZER_TEXTS = 400
-#: Blocks for M; those of SmolLM2 are what its export chooses.
-M_SETTINGS = ExportSettings(int8_block_size=128, int4_block_size=64)
+#: Blocks for M, what `tune` chooses where the figures come from; those of SmolLM2 are what its export chooses.
+M_SETTINGS = ExportSettings(int8_block_size=128, int4_block_size=128)
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
 

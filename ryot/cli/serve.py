@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,9 @@ def command(
 
     Example: ryot-deploy serve runs/first/bundle
     """
+    if address is None:
+        # A reload that is asked for before the bundles are read is done by reading them.
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     from ryot.serve.server import ServerOptions, run_server
 
     logging.getLogger("ryot.serve.access").setLevel(logging.WARNING if no_access_log else logging.INFO)
@@ -176,6 +180,10 @@ def command(
         raise ConfigError("TLS: Ray Serve's proxies have none", hint="end it in front of them")
     if metrics_to is not None:
         raise ConfigError("--metrics-to: replicas on Ray send nothing", hint="have each one's /metrics read")
+    if prefix_folder is not None:
+        raise ConfigError(
+            "--prefix-folder: is of no use with --address, where each replica has a machine of its choice"
+        )
     check_installed()
     where = deploy(bundles, model, options, ClusterOptions(address=address, malloc_tunables=""), max_replicas=replicas)
     sys.stderr.write(f"deployed at {where}/v1; 'serve shutdown' on a node of the cluster ends it\n")

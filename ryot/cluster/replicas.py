@@ -27,10 +27,13 @@ from ryot.errors import ConfigError
 from ryot.serve.app import Service, build_app
 from ryot.serve.errors import ApiError
 from ryot.serve.model import ModelOptions, ServedModel
+from ryot.serve.server import ServerOptions
 
 APP_NAME = "ryot"
 #: Characters of a prompt by which its replica is chosen: a system prompt and the beginning of what follows.
 PREFIX_CHARACTERS = 2000
+#: Arguments in a manifest that are fields of `ReplicaOptions`; others are the model's.
+OWN_ARGS = ("share_prefixes", "max_body_bytes", "timeout_s", "drain_s", "min_replicas", "max_replicas")
 DROPPED_HEADERS = (b"content-length", b"transfer-encoding", b"connection")
 
 
@@ -42,10 +45,29 @@ class ReplicaOptions:
     """Folders that every node sees under the same path."""
     model: ModelOptions
     api_keys: tuple[str, ...] = ()
+    share_prefixes: bool = False
     max_body_bytes: int = 4_000_000
     timeout_s: float = 600.0
+    drain_s: int = 30
+    """For requests under way in a replica that is told to end."""
     min_replicas: int = 1
     max_replicas: int = 4
+
+    @classmethod
+    def of(
+        cls, bundles: Sequence[Path], model: ModelOptions, server: ServerOptions, *, max_replicas: int
+    ) -> ReplicaOptions:
+        """The options with which one machine would be a server, for replicas."""
+        return cls(
+            bundles=tuple(path.resolve() for path in bundles),
+            model=model,
+            api_keys=server.api_keys,
+            share_prefixes=server.share_prefixes,
+            max_body_bytes=server.max_body_bytes,
+            timeout_s=server.timeout_s,
+            drain_s=server.drain_s,
+            max_replicas=max_replicas,
+        )
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -67,7 +89,12 @@ class Replica:
 
     def __init__(self, options: ReplicaOptions):
         models = [ServedModel(path, options.model) for path in options.bundles]
-        service = Service(api_keys=options.api_keys, max_body_bytes=options.max_body_bytes, timeout_s=options.timeout_s)
+        service = Service(
+            api_keys=options.api_keys,
+            share_prefixes=options.share_prefixes,
+            max_body_bytes=options.max_body_bytes,
+            timeout_s=options.timeout_s,
+        )
         self._models = models
         for model in models:
             model.start()
@@ -187,7 +214,7 @@ def build_application(options: ReplicaOptions) -> serve.Application:
         ),
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),  # type: ignore[arg-type]
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=options.timeout_s,
+        graceful_shutdown_timeout_s=options.drain_s,
     )(Replica)
     gateway = serve.deployment(
         name="gateway", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}, num_replicas=1
@@ -201,7 +228,7 @@ def build_from_config(args: Mapping[str, Any]) -> serve.Application:
     known = dict(args)
     if not (bundles := known.pop("bundles", None)):
         raise ConfigError("args.bundles: is missing, expected a list of folders")
-    own = {name: known.pop(name) for name in ("min_replicas", "max_replicas", "timeout_s") if name in known}
+    own = {name: known.pop(name) for name in OWN_ARGS if name in known}
     keys = Path(known.pop("api_keys_file")).read_text().split() if "api_keys_file" in known else ()
     try:
         model = ModelOptions(**known)

@@ -30,14 +30,7 @@ def deploy(
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
-        asked = ReplicaOptions(
-            bundles=tuple(path.resolve() for path in bundles),
-            model=model,
-            api_keys=options.api_keys,
-            max_body_bytes=options.max_body_bytes,
-            timeout_s=options.timeout_s,
-            max_replicas=max_replicas,
-        )
+        asked = ReplicaOptions.of(bundles, model, options, max_replicas=max_replicas)
         try:
             serve.run(build_application(asked), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:

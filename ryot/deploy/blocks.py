@@ -101,8 +101,13 @@ def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray 
             g.node("FusedMatMul", [x, weight], [product], domain=MS, transB=1)
             return product if bias is None else g.node("Add", [product, bias_name], [out])
         case DynamicMatrix(codes_NK, scales_N):
-            inputs = [x, g.constant(f"{name}.int8", codes_NK.T), g.constant(f"{name}.int8_scales", scales_N), ""]
-            return g.node("DynamicQuantizeMatMul", [*inputs, bias_name] if bias_name else inputs[:3], [out], domain=MS)
+            codes, sizes = _round_rows(g, x, name)
+            weight, scales = g.constant(f"{name}.int8", codes_NK.T), g.constant(f"{name}.int8_scales", scales_N)
+            inputs = [codes, weight, "row_scale", scales, "row_zero"]
+            product = g.node("MatMulIntegerToFloat", inputs, [f"{name}.even"], domain=MS)
+            scaled_rows = out if bias is None else f"{name}.product"
+            product = g.node("Mul", [product, sizes], [scaled_rows])
+            return product if bias is None else g.node("Add", [product, bias_name], [out])
         case OffsetBlockMatrix():
             return linear(g, _with_block_sums(g, x, name, matrix.blocks), name, matrix.joined(), bias, out)
         case BlockMatrix():
@@ -150,6 +155,23 @@ def embed(g: GraphBuilder, ids: str, name: str, matrix: Matrix) -> str:
         gather_axis=0,
         quantize_axis=1,
     )
+
+
+def _round_rows(g: GraphBuilder, x: str, name: str) -> tuple[str, str]:
+    """uint8 codes of [B, S, K] and the size [B, S, 1] of each token's largest value, which has the code 1 or 255.
+
+    A token has a scale of its own: one for a whole call, as `DynamicQuantizeMatMul` takes it, makes what a token comes
+    to depend on whatever else is computed with it. Reductions both ways take less time than one of absolute values.
+    """
+    axis = g.constant("last_axis", np.array([-1], np.int64))
+    high = g.node("ReduceMax", [x, axis], [f"{name}.high"], keepdims=1)
+    low = g.node("Neg", [g.node("ReduceMin", [x, axis], [f"{name}.low"], keepdims=1)], [f"{name}.minus_low"])
+    floor = g.constant("smallest_row", np.array(1e-30, np.float32))
+    sizes = g.node("Max", [high, low, floor], [f"{name}.sizes"])
+    even = g.node("Div", [x, sizes], [f"{name}.even_inputs"])
+    scale, zero = np.array(1 / 127, np.float32), np.array(128, np.uint8)
+    inputs = [even, g.constant("row_scale", scale), g.constant("row_zero", zero)]
+    return g.node("QuantizeLinear", inputs, [f"{name}.codes"]), sizes
 
 
 def _with_block_sums(g: GraphBuilder, x: str, name: str, matrix: BlockMatrix) -> str:

@@ -22,7 +22,6 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
-from ryot.deploy.memory import give_back_memory, map_large_arrays
 from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
 from ryot.deploy.precisions import check_precision, split_pair
 from ryot.deploy.quality import (
@@ -41,6 +40,7 @@ from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
 from ryot.edge.bundle import check_onnxruntime, load_bundle
+from ryot.edge.memory import give_back_memory, map_large_arrays
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import build_decoder

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ryot.deploy.memory import give_back_memory
 from ryot.deploy.reference import decoder_logits
 from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
+from ryot.edge.memory import give_back_memory
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import QualityError
 from ryot.models.spec import DecoderSpec

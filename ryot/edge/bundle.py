@@ -87,6 +87,8 @@ class Bundle(NamedTuple):
     """Whether the prefill graph is to be given one row per call, however many there are."""
     prefill_takes_past: bool
     """Whether the prefill graph can be given tokens that follow others; else a prompt goes through it whole."""
+    shared_scale: bool
+    """Whether a step rounds all of its tokens by one scale, so that each one's logits depend on the others."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     """None where the model has no token that begins a text."""
@@ -126,6 +128,14 @@ class Bundle(NamedTuple):
         names = {self.graphs[role] for role in roles} | {name for name in self.files if name.endswith(".data")}
         for name in sorted(names):
             _check_hash(self.path, name, self.files[name])
+
+    def check_in_place(self) -> None:
+        """Raise `BundleError` where the folder does not hold this bundle any more.
+
+        Files that were read before that are this bundle's, where folders are swapped as a whole.
+        """
+        if read_manifest(self.path) != self.manifest:
+            raise BundleError(f"{self.path}: was replaced by another bundle while it was being loaded")
 
 
 def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
@@ -256,6 +266,8 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
         prefill_takes_past=_typed(
             manifest.get("prefill_takes_past", not rounds_behind_prompt), "bool", "prefill_takes_past"
         ),
+        # As dynamic-int8 graphs did that came before those with a scale for each token.
+        shared_scale=_typed(manifest.get("shared_scale", manifest["precision"] == "int8-dyn"), "bool", "shared_scale"),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
         bos_token_id=None if (bos := manifest["bos_token_id"]) is None else _typed(bos, "int", "bos_token_id"),
         onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),

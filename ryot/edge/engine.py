@@ -57,9 +57,9 @@ class Engine(ABC):
     `truncate` change a row's end, so that a conversation goes on, or another one with the same beginning starts,
     without computing anew what they share.
 
-    A dynamic-int8 graph takes one scale for all tokens of a call, so there a row's logits depend, within the
-    quantization's error, on its neighbours and on where a prompt was cut into pieces, except where a bundle has the
-    rows of a prompt computed alone. Other precisions compute each row by itself.
+    Each token is computed by itself, but in bundles of before, whose dynamic-int8 graphs take one scale for all tokens
+    of a call (`Bundle.shared_scale`): there a row's logits depend, within the quantization's error, on its neighbours
+    and on where a prompt was cut into pieces.
     """
 
     #: What `engines.open_engine` and records call it.

@@ -31,8 +31,11 @@ from ryot.errors import ConfigError, ContextError
 #: since steps of few rows waste the machine, but together they take `PROMPTS_S` at most.
 PROMPT_STEPS = 1.25
 PROMPTS_S = 0.1
-#: Pieces are so many tokens or a multiple of it.
-MIN_PIECE_TOKENS = 8
+#: Tokens of a piece: few sizes, since a call of a size that came before is bound already.
+PIECE_SIZES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, PIECE_TOKENS)
+#: The smallest piece but one, at which a row of a product costs little more than in a large one, is taken where time is
+#: left for less, unless it takes longer than so many steps, as behind a long past.
+MANY_STEPS = 3.0
 #: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
 SMOOTHING = 0.2
 
@@ -172,7 +175,7 @@ class Scheduler:
         alone = self.num_running == 1 and not self._waiting
         if alone and engine.can_check and self._step_s and (events := self._check_draft(self._running[0])):
             return events
-        while not engine.make_room(self.num_running, max(engine.lengths[: len(self._running)]) + 1):
+        while not engine.make_room(self.num_running, engine.longest(len(self._running)) + 1):
             self._preempt()
         count = len(self._running)
         began = time.perf_counter()
@@ -262,8 +265,13 @@ class Scheduler:
         one_s = PROMPT_STEPS * self._step_s
         free_rows = self.engine.batch_size - len(self._running)
         prompts = max(1, min(len(self._waiting) + (self._prefilling is not None), free_rows))
-        fitting = int(max(one_s, min(prompts * one_s, PROMPTS_S)) / self._token_s)
-        return max(fitting // MIN_PIECE_TOKENS * MIN_PIECE_TOKENS, MIN_PIECE_TOKENS)
+        fitting = max(one_s, min(prompts * one_s, PROMPTS_S)) / self._token_s
+        usual = PIECE_SIZES[1]
+        if fitting < usual and usual * self._token_s <= MANY_STEPS * self._step_s:
+            return usual
+        if fitting >= PIECE_TOKENS:
+            return int(fitting) // PIECE_TOKENS * PIECE_TOKENS
+        return max((size for size in PIECE_SIZES if size <= fitting), default=PIECE_SIZES[0])
 
     def _prefill_piece(self, budget: int) -> tuple[int, TokenEvent | None]:
         """Compute up to `budget` tokens of the prompt on its way: how many it was, and what came of the last one."""

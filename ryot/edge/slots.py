@@ -53,6 +53,10 @@ class SlotEngine(OnnxruntimeEngine):
         """Bytes of the keys and values of one token."""
         return self.bundle.model.kv_cache_bytes(1, 1, np.dtype(self.bundle.kv_dtype).itemsize)
 
+    def longest(self, count: int) -> int:
+        """Tokens of the longest of the first `count` rows."""
+        return int(self._lengths[:count].max()) + 1
+
     def step_rows(self, count: int) -> None:
         """Feed `next_token` of the first `count` rows and compute the tokens after them.
 
@@ -80,11 +84,14 @@ class SlotEngine(OnnxruntimeEngine):
     def open_checker(self) -> None:
         """Load what `check_tokens` needs: the weights once more, unless all tokens of a call share a scale.
 
-        Another thread may do that while this engine works.
+        Another thread may do that while this engine works. Raises `BundleError` where it cannot be loaded, or the
+        folder holds another bundle by now.
         """
-        if self.bundle.precision.rpartition("+")[2] != "int8-dyn":
+        if not self.bundle.shared_scale:
             path = self.bundle.path / self.bundle.graphs["standard"]
-            self._checker = load_session(path, self.threads, prepack=True)
+            checker = load_session(path, self.threads, prepack=True)
+            self.bundle.check_in_place()
+            self._checker = checker
 
     def check_tokens(self, tokens: Sequence[int], row: int) -> np.ndarray:
         """Feed tokens behind what a row holds; the logits [S, V] after each. There must be room: see `make_room`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from ryot.edge.sequence import Logprobs, TokenEvent
@@ -164,7 +165,7 @@ _MARK = "\x00text\x00"
 
 
 def _quote(text: str) -> bytes:
-    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return encode_basestring(text).encode("utf-8", "backslashreplace")
 
 
 def _event(body: Body) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from ryot.edge.sequence import Request
 from ryot.errors import ConfigError, RyotError
 from ryot.serve.answers import Body, Choice, count_usage, describe_token
+from ryot.serve.constraints import Form
 from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
@@ -50,7 +51,7 @@ class ChatCompletion:
         )
         self._top_logprobs = _read_logprobs(fields)
         ids = encode_messages(fields, model, self._tools)
-        grammar = self._read_call_form(params.grammar)
+        form = self._read_call_form(params.form)
         room = model.engine.max_len - len(ids)
         if room < 1:
             raise ApiError(
@@ -80,7 +81,7 @@ class ChatCompletion:
                 continues_text=False,
                 top_logprobs=scored,
                 owner=owner,
-                constraint=None if grammar is None else model.grammars.constrain(grammar),
+                constraint=None if form is None else form.constrain(),
             )
             for choice in range(params.num_candidates)
         ]
@@ -141,14 +142,14 @@ class ChatCompletion:
             usage = count_usage(self.answers, self.num_per_prompt)
             yield self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
 
-    def _read_call_form(self, grammar: str | None) -> str | None:
+    def _read_call_form(self, form: Form | None) -> Form | None:
         """The form of the answer: that of a call where one is required, else what was asked for."""
         if self._tools is None or not self._tools.required:
-            return grammar
-        if grammar is not None:
+            return form
+        if form is not None:
             raise invalid("response_format", "and a tool_choice that requires a call exclude each other")
         try:
-            return self._tools.grammar(self._model)
+            return self._tools.form(self._model)
         except ConfigError as error:
             raise invalid("tools", str(error)) from error
 

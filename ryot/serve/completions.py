@@ -36,7 +36,7 @@ class TextCompletion:
         self._echo = fields.flag("echo")
         self._logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
         self.num_per_prompt = params.num_candidates
-        self._prompts = _read_prompts(fields, model)
+        self._prompts = _read_prompts(fields, model, with_text=self._echo or params.verifier is not None)
         if len(self._prompts) * self.num_per_prompt > MAX_CHOICES:
             raise invalid(
                 "prompt",
@@ -103,7 +103,7 @@ class TextCompletion:
             top_logprobs=scored,
             prompt_logprobs=self._echo and self._logprobs is not None,
             owner=owner,
-            constraint=params.constraint(self._model),
+            constraint=None if params.form is None else params.form.constrain(),
         )
 
     def _body(self, choice: Choice, prompt: int, *, echo: bool | None = None) -> Body:
@@ -135,8 +135,8 @@ class TextCompletion:
         }
 
 
-def _read_prompts(fields: Fields, model: ServedModel) -> list[tuple[str, list[int]]]:
-    """Each prompt's text and ids: `prompt` is a text, ids, or a list of either."""
+def _read_prompts(fields: Fields, model: ServedModel, *, with_text: bool) -> list[tuple[str, list[int]]]:
+    """Each prompt's text and ids: `prompt` is a text, ids, or a list of either; ids get theirs `with_text` alone."""
     value = fields.get("prompt")
     if isinstance(value, str) or (isinstance(value, list) and value and all(_is_id(item) for item in value)):
         value = [value]
@@ -154,7 +154,7 @@ def _read_prompts(fields: Fields, model: ServedModel) -> list[tuple[str, list[in
         elif isinstance(item, list) and item and all(_is_id(token) for token in item):
             if wrong := [token for token in item if not 0 <= token < model.bundle.model.vocab_size]:
                 raise invalid(where, f"got token {wrong[0]}, expected ids below {model.bundle.model.vocab_size}")
-            prompts.append((model.tokenizer.decode(item), item))
+            prompts.append((model.tokenizer.decode(item) if with_text else "", item))
         else:
             raise invalid(where, f"got {show(item)}, expected a string or a list of token ids")
     return prompts

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 #: JSON as Python's `json.dumps` writes it: where any space may stand, a small model can go on with spaces for ever.
 JSON_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+#: Characters of a form. Nobody is answered while one is compiled: at these lengths that took at most 0.1 s, of GBNF
+#: too, which llguidance translates in Python in time that grows with the square of its length.
+MAX_SCHEMA_LENGTH, MAX_PATTERN_LENGTH, MAX_GBNF_LENGTH = 65_536, 16_384, 4_096
+#: What llguidance may do to compile a form, a tenth of what it allows itself: three nested repeats of 99 stopped all
+#: streams for 3.7 s before the first token.
+LEXER_FUEL, GRAMMAR_SIZE, LEXER_STATES = 100_000, 50_000, 25_000
+#: Forms that are kept compiled.
+KEPT_FORMS = 32
 
 
 class Grammars:
@@ -26,54 +35,82 @@ class Grammars:
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer):
         """Raises `ConfigError` where llguidance is missing, or the model has no token that ends a text."""
         try:
-            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise ConfigError("response_format needs llguidance", hint="pip install 'ryot[serve]'") from error
         if not bundle.eos_token_ids:
             raise ConfigError("response_format: this model has no token that ends a text")
         self._matcher = LLMatcher
+        self._limits = LLParserLimits(
+            initial_lexer_fuel=LEXER_FUEL, max_grammar_size=GRAMMAR_SIZE, max_lexer_states=LEXER_STATES
+        )
+        self._forms: OrderedDict[str, Form] = OrderedDict()
         self._vocab_size = bundle.model.vocab_size
         vocabulary = _Vocabulary(bundle, tokenizer)
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=list(bundle.eos_token_ids)
         )
 
-    def build_json(self, schema: Mapping[str, object]) -> str:
-        """The grammar of a JSON schema; raises `ConfigError` for one that llguidance does not take."""
+    def build_json(self, schema: Mapping[str, object]) -> Form:
+        """The form of a JSON schema; raises `ConfigError` for one that llguidance does not take, or a costly one."""
+        text = json.dumps(schema)
+        _check_length("the schema", text, MAX_SCHEMA_LENGTH)
         try:
-            return self._checked(self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_LAYOUT))
+            return self._compile(self._matcher.grammar_from_json_schema(text, overrides=JSON_LAYOUT))
         except ValueError as error:
             raise ConfigError(f"the schema cannot be used ({_line(error)})") from error
 
-    def build_regex(self, pattern: str) -> str:
-        """The grammar of a regular expression, in the syntax of Rust's regex crate; raises like `build_json`."""
+    def build_regex(self, pattern: str) -> Form:
+        """The form of a regular expression, in the syntax of Rust's regex crate; raises like `build_json`."""
+        _check_length("the regular expression", pattern, MAX_PATTERN_LENGTH)
         try:
-            return self._checked(self._matcher.grammar_from_regex(pattern))
+            return self._compile(self._matcher.grammar_from_regex(pattern))
         except ValueError as error:  # half of a pair, which UTF-8 cannot hold
             raise ConfigError(f"the regular expression cannot be used ({_line(error)})") from error
 
-    def build_grammar(self, text: str) -> str:
-        """The grammar of a text in llguidance's dialect of Lark, or in llama.cpp's GBNF; raises like `build_json`."""
+    def build_grammar(self, text: str) -> Form:
+        """The form of a text in llguidance's dialect of Lark, or in llama.cpp's GBNF; raises like `build_json`."""
+        is_gbnf = "::=" in text and not text.startswith("start:")
+        _check_length("the grammar", text, MAX_GBNF_LENGTH if is_gbnf else MAX_PATTERN_LENGTH)
+        return self._build_grammar("gbnf" if is_gbnf else "lark", text)
+
+    def build_choice(self, choices: Sequence[str]) -> Form:
+        """The form of one of several texts; raises like `build_json`."""
+        text = "start: " + " | ".join(json.dumps(choice) for choice in choices)
+        _check_length("the list of choices", text, MAX_SCHEMA_LENGTH)
+        return self._build_grammar("lark", text)
+
+    def _build_grammar(self, kind: Literal["gbnf", "lark"], text: str) -> Form:
         from llguidance import grammar_from
 
-        is_gbnf = "::=" in text and not text.startswith("start:")
         try:
-            return self._checked(str(grammar_from("gbnf" if is_gbnf else "lark", text)))
+            return self._compile(str(grammar_from(kind, text)))
         except ValueError as error:
             raise ConfigError(f"the grammar cannot be used ({_line(error)})") from error
 
-    def build_choice(self, choices: Sequence[str]) -> str:
-        """The grammar of one of several texts; raises like `build_json`."""
-        return self.build_grammar("start: " + " | ".join(json.dumps(choice) for choice in choices))
+    def _compile(self, grammar: str) -> Form:
+        if (form := self._forms.get(grammar)) is not None:
+            self._forms.move_to_end(grammar)
+            return form
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise ConfigError(f"the form of the answer cannot be used ({_line(matcher.get_error())})")
+        form = self._forms[grammar] = Form(matcher, self._vocab_size)
+        if len(self._forms) > KEPT_FORMS:
+            self._forms.popitem(last=False)
+        return form
 
-    def constrain(self, grammar: str) -> TokenMask:
+
+class Form:
+    """A compiled form; every sequence that is to have it takes a constraint of its own."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int):
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def constrain(self) -> TokenMask:
         """A constraint of one sequence."""
-        return TokenMask(self._matcher(self._tokenizer, grammar, log_level=0), self._vocab_size)
-
-    def _checked(self, grammar: str) -> str:
-        if message := self._matcher.validate_grammar(grammar, self._tokenizer):
-            raise ConfigError(f"the form of the answer cannot be used ({_line(message)})")
-        return grammar
+        return TokenMask(self._matcher.deep_copy(), self._vocab_size)
 
 
 class TokenMask:
@@ -112,6 +149,11 @@ class _Vocabulary:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer.encode_plain(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def _check_length(what: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise ConfigError(f"{what} has {len(text)} characters, expected at most {limit}")
 
 
 def _line(error: object) -> str:

@@ -20,7 +20,7 @@ from ryot.edge.slots import SlotEngine
 from ryot.edge.tokenizer import load_tokenizer
 from ryot.edge.tokenizer_config import read_json
 from ryot.edge.verifiers import Rights
-from ryot.errors import ConfigError
+from ryot.errors import BundleError, ConfigError
 from ryot.serve.constraints import Grammars
 from ryot.serve.prefix_file import load_prefixes, prefix_path, save_prefixes
 from ryot.serve.runner import Runner
@@ -83,6 +83,7 @@ class ServedModel:
             # Both now: when a request comes the folder may hold another bundle.
             self.template = load_chat_template(path, self.tokenizer.config)
             self.tool_template = load_chat_template(path, self.tokenizer.config, tools=True)
+        self.bundle.check_in_place()
         self._warm_up()
         self._prefix_path = None if options.prefix_folder is None else prefix_path(options.prefix_folder, self.bundle)
         if self._prefix_path is not None:
@@ -93,9 +94,11 @@ class ServedModel:
                 (2 * shape.num_layers, shape.num_kv_heads, shape.head_dim),
                 np.dtype(self.bundle.kv_dtype),
             )
-        if self.bundle.precision == "int8-dyn":
+        if self.bundle.shared_scale:
             _log.warning(
-                "%s: int8-dyn rounds all tokens of a step by one scale, so an answer may depend on its neighbours", path
+                "%s: rounds all tokens of a step by one scale, so an answer may depend on its neighbours; a bundle "
+                "exported anew does not",
+                path,
             )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
         self._speculate = options.speculate
@@ -110,7 +113,7 @@ class ServedModel:
         self.runner.start()
         if self._speculate:
             # Nobody waits for it: until it is there, tokens come one by one.
-            threading.Thread(target=self.engine.open_checker, name="ryot-checker", daemon=True).start()
+            threading.Thread(target=self._open_checker, name="ryot-checker", daemon=True).start()
 
     def close(self) -> None:
         """End the runner and keep what is to be kept. Raises `ConfigError` where it cannot be written."""
@@ -136,6 +139,12 @@ class ServedModel:
         """A token by itself, as logprobs show it."""
         data = self.tokenizer.token_bytes(token)
         return data.decode("utf-8", "replace") if data else self.tokenizer.token_name(token) or ""
+
+    def _open_checker(self) -> None:
+        try:
+            self.engine.open_checker()
+        except BundleError as error:
+            _log.warning("tokens come one by one: %s", error)
 
     def _warm_up(self) -> None:
         # Two, since an engine prepares for the long run at its second prompt.

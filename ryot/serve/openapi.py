@@ -6,6 +6,7 @@ from typing import Any
 
 from ryot import __version__
 from ryot.serve.chat import ROLES
+from ryot.serve.constraints import MAX_PATTERN_LENGTH
 from ryot.serve.params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS
 
 Schema = dict[str, Any]
@@ -130,8 +131,8 @@ def _shared() -> dict[str, Schema]:
                 {
                     "type": {"enum": ["text", "json_object", "json_schema", "regex", "grammar"]},
                     "json_schema": {"type": "object"},
-                    "regex": {"type": "string"},
-                    "grammar": {"type": "string"},
+                    "regex": {"type": "string", "maxLength": MAX_PATTERN_LENGTH},
+                    "grammar": {"type": "string", "maxLength": MAX_PATTERN_LENGTH},
                 },
                 required=["type"],
             )

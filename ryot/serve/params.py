@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.verifiers import Verifier
 from ryot.errors import ConfigError
-from ryot.serve.constraints import TokenMask
+from ryot.serve.constraints import Form
 from ryot.serve.errors import invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
@@ -70,8 +70,8 @@ class Params:
     ignore_eos: bool
     stream: bool
     include_usage: bool
-    grammar: str | None
-    """Of llguidance; None lets any text pass."""
+    form: Form | None
+    """Of each answer; None lets any text pass."""
     verifier: Verifier | None
     num_candidates: int
     """`best_of`, at least `n`: of so many the `n` best are answered."""
@@ -81,10 +81,6 @@ class Params:
         if self.verifier is None:
             return None
         return Verification(self.verifier, prompts, self.num_candidates, self.n)
-
-    def constraint(self, model: ServedModel) -> TokenMask | None:
-        """The form of one answer."""
-        return None if self.grammar is None else model.grammars.constrain(self.grammar)
 
 
 def read_params(
@@ -109,7 +105,7 @@ def read_params(
         ignore_eos=fields.flag("ignore_eos"),
         stream=stream,
         include_usage=options is not None and options.flag("include_usage"),
-        grammar=_read_grammar(fields, model),
+        form=_read_form(fields, model),
         verifier=verifier,
         num_candidates=_read_best_of(fields, n, stream, verifier),
     )
@@ -182,7 +178,7 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
     return tuple(str(stop) for stop in stops)
 
 
-def _read_grammar(fields: Fields, model: ServedModel) -> str | None:
+def _read_form(fields: Fields, model: ServedModel) -> Form | None:
     """The form that `response_format`, as OpenAI has it, or `structured_outputs`, as vLLM has it, asks for."""
     wanted, own = fields.table("response_format"), fields.table("structured_outputs")
     where = "response_format" if wanted is not None else "structured_outputs"
@@ -194,7 +190,7 @@ def _read_grammar(fields: Fields, model: ServedModel) -> str | None:
         raise invalid(where, str(error)) from error
 
 
-def _read_response_format(wanted: Fields, model: ServedModel) -> str | None:
+def _read_response_format(wanted: Fields, model: ServedModel) -> Form | None:
     match wanted.choice("type", ("text", "json_object", "json_schema", "regex", "grammar")):
         case "regex" | "grammar" as kind:
             text = wanted.text(kind) or wanted.text("pattern" if kind == "regex" else "value")
@@ -214,7 +210,7 @@ def _read_response_format(wanted: Fields, model: ServedModel) -> str | None:
     raise invalid(wanted.where("type"), "is missing, expected text, json_object, json_schema, regex or grammar")
 
 
-def _read_structured_outputs(own: Fields, model: ServedModel) -> str:
+def _read_structured_outputs(own: Fields, model: ServedModel) -> Form:
     own.refuse_unknown(("json", "regex", "grammar", "choice"))
     if isinstance(schema := own.get("json"), dict):
         return model.grammars.build_json(schema)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
+from ryot.edge.memory import trim_heap
 from ryot.edge.scheduler import Scheduler
 from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
 from ryot.errors import BundleError, RyotError
@@ -21,6 +22,8 @@ _log = logging.getLogger(__name__)
 #: Tokens that come faster than this are sent together: a write costs a tenth of a small model's step. A first token and
 #: a last one wait for nothing.
 FLUSH_S = 0.003
+#: Without work for so long, a runner gives back the memory that the last requests needed.
+IDLE_S = 1.0
 
 
 class Answers:
@@ -148,8 +151,13 @@ class Runner:
         scheduler = self.scheduler
         while True:
             with self._wakeup:
+                rested = False
                 while not (self._inbox or self._stopped) and scheduler.idle:
-                    self._wakeup.wait()
+                    if not self._wakeup.wait(None if rested else IDLE_S) and not rested:
+                        rested = True
+                        self._wakeup.release()
+                        trim_heap()
+                        self._wakeup.acquire()
                 if self._stopped:
                     return
                 arrived, self._inbox = self._inbox, []

@@ -121,6 +121,9 @@ def run_server(
         if loading.done() and loading.exception() is not None:
             server.should_exit = True
         await serving
+        # The loop leaves a signal to the system, which would end the process before its models are closed.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         loading.cancel()
         if loading.done() and not loading.cancelled():
             loading.result()

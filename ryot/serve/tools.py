@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ryot.serve.constraints import Form
 from ryot.serve.errors import invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
@@ -51,7 +52,7 @@ class Tools:
     several: bool
     """Whether an answer may make more than one call."""
 
-    def grammar(self, model: ServedModel) -> str | None:
+    def form(self, model: ServedModel) -> Form | None:
         """The form of an answer that must call; None where it need not. Raises `ConfigError`."""
         if not self.required:
             return None

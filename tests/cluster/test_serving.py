@@ -15,6 +15,7 @@ from ryot.cluster.options import ClusterOptions
 from ryot.cluster.runtime import open_cluster
 from ryot.serve.batch import run_batch
 from ryot.serve.model import ModelOptions, ServedModel
+from ryot.serve.server import ServerOptions
 from tests.edge.tiny_bundle import write_bundle
 from tests.serve.test_batch import read
 
@@ -55,7 +56,14 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
     from ryot.cluster.replicas import APP_NAME, ReplicaOptions, build_application, prefix_key
 
     bundle = write_bundle(tmp_path / "bundle", context=1024, seed=1)
-    asked = ReplicaOptions(bundles=(bundle,), model=OPTIONS, api_keys=("secret",), min_replicas=2, max_replicas=2)
+    asked = ReplicaOptions(
+        bundles=(bundle,),
+        model=OPTIONS,
+        api_keys=("secret", "other"),
+        share_prefixes=True,
+        min_replicas=2,
+        max_replicas=2,
+    )
     with open_cluster(ClusterOptions(num_cpus=2, malloc_tunables=""), log_dir=tmp_path / "logs"):
         serve.start(http_options={"host": "127.0.0.1", "port": 18431})
         serve.run(build_application(asked), name=APP_NAME, route_prefix="/")
@@ -74,6 +82,8 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
         assert len({json.dumps(one["choices"]) for one in found}) == 1
         cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
         assert cached[0] == 0 and all(cached[1:])
+        # As `--share-prefixes` allows.
+        assert json.loads(post(body, "other")[1])["usage"]["prompt_tokens_details"]["cached_tokens"]
         status, text = post(body | {"stream": True})
         assert status == 200 and text.startswith(b"data: ") and text.endswith(b"data: [DONE]\n\n")
         assert post({"prompt": 5})[0] == 400
@@ -82,6 +92,20 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     longer = [*talk, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
     assert prefix_key(json.dumps({"messages": talk}).encode()) == prefix_key(json.dumps({"messages": longer}).encode())
+
+
+def test_what_serve_is_told_reaches_the_replicas(tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve")
+    from ryot.cluster.replicas import ReplicaOptions, build_application
+
+    told = ServerOptions(
+        api_keys=("secret",), share_prefixes=True, max_body_bytes=7, timeout_s=8.0, drain_s=9, host="0.0.0.0"
+    )
+    asked = ReplicaOptions.of((tmp_path,), OPTIONS, told, max_replicas=2)
+    same = ("api_keys", "share_prefixes", "max_body_bytes", "timeout_s", "drain_s")
+    assert [getattr(asked, name) for name in same] == [getattr(told, name) for name in same]
+    (replicas,) = build_application(asked)._bound_deployment.init_args[:1]
+    assert replicas._bound_deployment._deployment_config.graceful_shutdown_timeout_s == 9
 
 
 def test_a_stream_that_breaks_in_a_replica_ends() -> None:

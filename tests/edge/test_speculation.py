@@ -11,6 +11,7 @@ from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.scheduler import run_all
 from ryot.edge.sequence import Request
 from ryot.edge.speculation import SIZES, DraftCosts, Drafter
+from ryot.errors import BundleError
 from tests.edge.test_scheduler import CONTEXT, assert_tokens, build_scheduler
 from tests.edge.tiny_bundle import write_bundle
 
@@ -102,9 +103,19 @@ def test_drafts_pause_where_they_do_not_pay() -> None:
     assert drafter.draft(ids, 50)
 
 
-def test_int8_dynamic_bundles_have_no_drafts(tmp_path: Path) -> None:
+def test_bundles_whose_tokens_share_a_scale_have_no_drafts(tmp_path: Path) -> None:
     found = load_bundle(write_bundle(tmp_path / "b", context=CONTEXT))
-    found = found._replace(precision="int8-dyn")
+    found = found._replace(shared_scale=True)
     scheduler = build_scheduler(found)
     scheduler.engine.open_checker()
+    assert not scheduler.engine.can_check
+
+
+def test_drafts_are_never_checked_by_another_bundle_s_weights(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle", context=CONTEXT, seed=1)
+    scheduler = build_scheduler(load_bundle(path))
+    path.rename(tmp_path / "old")
+    write_bundle(path, context=CONTEXT, seed=2)
+    with pytest.raises(BundleError, match="was replaced by another bundle"):
+        scheduler.engine.open_checker()
     assert not scheduler.engine.can_check

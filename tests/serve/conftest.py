@@ -44,10 +44,10 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def running(folder: Path, *arguments: object) -> Iterator[Server]:
-    """`ryot-deploy serve` on a free port, until the block ends."""
+def running(folder: Path, *arguments: object, first: str = "") -> Iterator[Server]:
+    """`ryot-deploy serve` on a free port, until the block ends; `first` is run before it in its process."""
     log = folder / "server.log"
-    code = "from ryot.cli.main import run; run()"
+    code = f"{first}\nfrom ryot.cli.main import run; run()"
     command = [sys.executable, "-c", code, "serve", *map(str, arguments), "--port", "0"]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stderr=stderr, text=True)

@@ -97,6 +97,24 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
             "response_format",
             "the regular expression cannot be used",
         ),
+        (
+            "completions",
+            PROMPT | {"response_format": {"type": "regex", "regex": "a" * 16_385}},
+            "response_format",
+            "the regular expression has 16385 characters, expected at most 16384",
+        ),
+        (
+            "completions",
+            PROMPT | {"response_format": {"type": "grammar", "grammar": 'root ::= "' + "a" * 4_096}},
+            "response_format",
+            "the grammar has 4106 characters, expected at most 4096",
+        ),
+        (
+            "completions",
+            PROMPT | {"structured_outputs": {"json": {"const": "a" * 65_536}}},
+            "structured_outputs",
+            "the schema has 65549 characters, expected at most 65536",
+        ),
         ("chat/completions", CHAT | {"messages": [{"role": "king"}]}, "messages[0].role", "expected one of system"),
         (
             "chat/completions",

@@ -11,13 +11,26 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle
+from ryot.edge.tokenizer import Tokenizer, load_tokenizer
+from ryot.errors import BundleError
 from ryot.serve.app import Service
-from ryot.serve.model import ModelOptions
+from ryot.serve.model import ModelOptions, ServedModel
 from ryot.serve.server import _Reloader
 from tests.edge.tiny_bundle import write_bundle, write_manifest
 from tests.serve.conftest import TEMPLATE, Server, running
 from tests.serve.test_http import post, wait_for
 
+#: Sends the process a SIGHUP when it begins to load what a server needs.
+HANGUP_AT_START = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == "uvicorn":
+            os.kill(os.getpid(), signal.SIGHUP)
+
+sys.meta_path.insert(0, Sender())
+"""
 BODY = {"prompt": "a", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
 
@@ -100,6 +113,24 @@ def test_what_is_served_needs_no_file_of_its_bundle_once_that_is_replaced(tmp_pa
         form = {"response_format": {"type": "regex", "regex": "a"}, "prompt": "a"}
         status, told = post(server, "/v1/completions", form)
         assert status == 200, told
+
+
+def test_a_reload_asked_for_before_anything_is_loaded_ends_nothing(tmp_path: Path, plain_bundle: Bundle) -> None:
+    with running(tmp_path, plain_bundle.path, first=HANGUP_AT_START) as server:
+        assert server.end() == 0
+
+
+def test_a_model_is_never_made_of_two_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = write_bundle(tmp_path / "served", context=256, seed=1)
+    fresh = write_bundle(tmp_path / "fresh", context=256, seed=2)
+
+    def load_after_swap(bundle: Bundle) -> Tokenizer:
+        replace(served, fresh)
+        return load_tokenizer(bundle)
+
+    monkeypatch.setattr("ryot.serve.model.load_tokenizer", load_after_swap)
+    with pytest.raises(BundleError, match="was replaced by another bundle"):
+        ServedModel(served, ModelOptions())
 
 
 def test_a_reload_asked_for_while_the_models_load_leaves_one_of_each(plain_bundle: Bundle) -> None:

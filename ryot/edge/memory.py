@@ -1,4 +1,5 @@
-"""Memory of an export: what is free goes back to the system, so that a peak is what is needed at one time."""
+"""Memory that is free goes back to the system: in an export, so that a peak is what is needed at one time, and where
+a server has nothing to do."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ def map_large_arrays() -> None:
 def give_back_memory() -> None:
     """Return what is free to the system; glibc keeps the pieces of a session that has ended, hundreds of MB of them."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return what the allocator has free, without a look at what Python could free; other threads run meanwhile."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,12 +1,16 @@
 """How much training time does `optimized` need for the baseline's held-out loss, and what else does it buy?
 
     python benchmarks/training.py [--seeds 3] [--side-seeds 3] [--skip-small]
+    python benchmarks/training.py --optimizers [--seeds 3]
 
 Every training is a process of its own on one core with nothing beside it, the cases in turn; the same malloc and thread
 settings for all. Time is that of the steps, evaluation excluded. *Time to the baseline's loss* is the time of a whole
 training, with its own budget and schedule, that ends at or below the mean test loss of the baseline's seeds. Two more
 cases: a minimal GPT-2 (`minimal_gpt.py`), and the baseline's recipe before the sweep (`baseline_batch32.toml`), which
 the figures asked for were set against. What is asked stands beside each figure in the result.
+
+`--optimizers` asks instead whether Muon for the matrices, or short sequences in the first steps, make `optimized`
+better in the same time, at the reference size and at small: CPU seconds, so that the machine may do other things.
 """
 
 from __future__ import annotations
@@ -38,6 +42,14 @@ OLD_BASELINE = str(Path(__file__).with_name("baseline_batch32.toml"))
 #: What `optimized` needs for the loss of the old baseline.
 OLD_TOKENS = 358_400
 TAX_STEPS = 60
+
+#: Of the recipe with AdamW at each size, whose CPU seconds all cases of `--optimizers` get.
+OPTIMIZER_TOKENS = {"reference": 563_200, "small": 122_880}
+#: Muon's rate: a first search on validation with seed 0; where the best is at an end, it goes on there.
+MUON_RATES = (0.004, 0.008, 0.016)
+COST_STEPS = 30
+#: Short sequences: a quarter of the recipe's length in the first 30 % of the steps, the same tokens in each.
+SHORT = {"short_share": 0.3, "short_divisor": 4}
 
 
 class Bench:
@@ -101,14 +113,73 @@ def main() -> None:
     parser.add_argument("--side-seeds", type=int, default=3, help="seeds of the two more cases")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--skip-small", action="store_true", help="leave out the preset small")
+    parser.add_argument("--optimizers", action="store_true", help="compare optimizers instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="training-") as scratch:
         bench = Bench(args.core, Path(scratch))
-        text = measure(bench, args.seeds, args.side_seeds, small=not args.skip_small)
+        if args.optimizers:
+            presets = ["reference"] if args.skip_small else list(OPTIMIZER_TOKENS)
+            text = "\n\n".join(compare_optimizers(bench, preset, args.seeds) for preset in presets)
+        else:
+            text = measure(bench, args.seeds, args.side_seeds, small=not args.skip_small)
     setting = describe_setting()
-    title = f"# Training, {setting['environment']['cpu']['model']}, commit {setting['commit']}"
+    what, name = ("Optimizers", "training-optimizers") if args.optimizers else ("Training", "training")
+    title = f"# {what}, {setting['environment']['cpu']['model']}, commit {setting['commit']}"
     text = f"{title}\n\n`{setting['command']}`\n\n{text}"
-    print(write_result("training", {**setting, "runs": bench.runs}, text))
+    print(write_result(name, {**setting, "runs": bench.runs}, text))
+
+
+def compare_optimizers(bench: Bench, preset: str, seeds: int) -> str:
+    """Muon, and short sequences at first, beside the recipe as it is, all with its CPU seconds."""
+    cases: dict[str, dict[str, float]] = {"AdamW": {}, "Muon": {"muon_rate": 0.008}, "short first": SHORT}
+    costs = bench.work("costs", "optimized", preset, cases=cases, steps=COST_STEPS)["token_cpu_s"]
+
+    def train(name: str, seed: int, **changes: float) -> dict[str, Any]:
+        tokens = int(OPTIMIZER_TOKENS[preset] * costs["AdamW"] / costs[name])
+        return bench.work("train", "optimized", preset, seed=seed, tokens=tokens, optimizer=name, **changes)
+
+    tried = {rate: train("Muon", 0, muon_rate=rate) for rate in MUON_RATES}
+    while (best := min(tried, key=lambda rate: tried[rate]["val_loss"])) in (min(tried), max(tried)):
+        rate = best * 2 if best == max(tried) else best / 2
+        tried[rate] = train("Muon", 0, muon_rate=rate)
+    cases["Muon"] = {"muon_rate": best}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+    for seed in range(seeds):
+        for name, changes in cases.items():
+            known = name == "Muon" and seed == 0
+            found[name].append(tried[best] if known else train(name, seed, **changes))
+    base = losses(found["AdamW"])
+    table = []
+    for name, runs in found.items():
+        better = interval = ""
+        if name != "AdamW" and seeds > 1:
+            found_difference = compare_means(losses(runs), base)
+            low, high = found_difference.low, found_difference.high
+            interval = f"{found_difference.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+            better = ", ".join(f"{x - y:+.4f}" for x, y in zip(losses(runs), base))
+        cpu_s = [r["train_cpu_s"] for r in runs]
+        table.append(
+            [
+                name,
+                f"{costs[name] / costs['AdamW']:.3f}",
+                f"{runs[0]['tokens'] / 1e3:.0f}",
+                mean(cpu_s),
+                mean(losses(runs, "val")),
+                mean(losses(runs)),
+                better,
+                interval,
+            ]
+        )
+    head = ["case", "CPU per token", "tokens (k)", "CPU (s)", "val loss", "test loss", "by seed", "difference [90 %]"]
+    rates = [[f"{rate:g}", f"{run['val_loss']:.4f}", f"{run['test_loss']:.4f}"] for rate, run in sorted(tried.items())]
+    return "\n\n".join(
+        [
+            f"## {preset}",
+            tabulate(table, head, tablefmt="github", disable_numparse=True),
+            f"Muon's rate, chosen on validation with seed 0 ({best:g}):",
+            tabulate(rates, ["rate", "val loss", "test loss"], tablefmt="github", disable_numparse=True),
+        ]
+    )
 
 
 def measure(bench: Bench, seeds: int, side_seeds: int, *, small: bool) -> str:

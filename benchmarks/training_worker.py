@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     variant = resolve_variant(job["case"], job["preset"], tokens=job.get("tokens"))
     plan = build_from_mapping(KernelPlan, job["plan"], "plan") if job.get("plan") else variant.kernels
     trainer = Trainer(TrainJob(variant=variant, seed=job["seed"], dataset_dir=job["dataset"]), plan)
+    cpu_s = change_trainer(trainer, job)
     curve, final = [], {}
     while not trainer.done:
         for event in trainer.run_chunk(5.0):
@@ -42,9 +44,100 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "params": variant.model.num_parameters,
         "tokens": trainer.tokens,
         "train_wall_s": trainer.train_wall_s,
+        "train_cpu_s": sum(cpu_s),
         "compile_s": trainer.compile_s,
         "curve": curve,
     }
+
+
+class MuonBesideAdamW:
+    """torch's Muon for the matrices inside the layers, the recipe's AdamW for all else.
+
+    Of matrices that are stored as one (query, key and value; gate and up) each is orthogonalized on its own.
+    """
+
+    def __init__(self, trainer: Trainer, rate: float):
+        spec = trainer.job.variant.model.spec
+        packed = {"qkv": [spec.q_dim, spec.kv_dim, spec.kv_dim], "gate_up": [spec.ff_dim, spec.ff_dim]}
+        self._adamw = trainer._take_step.optimizer
+        #: Each with the matrices in it, which share its memory.
+        self._parts: dict[torch.nn.Parameter, list[torch.nn.Parameter]] = {}
+        for name, whole in trainer.model.named_parameters():
+            if name.startswith("layers.") and whole.ndim == 2:
+                rows = packed.get(name.split(".")[-2], [len(whole)])
+                self._parts[whole] = [torch.nn.Parameter(part) for part in whole.data.split(rows)]
+        for group in self._adamw.param_groups:
+            group["params"] = [p for p in group["params"] if p not in self._parts]
+        # Updates are of the size of AdamW's, so that rates are of one kind; no decay, as in the recipe.
+        matrices = [part for parts in self._parts.values() for part in parts]
+        self._muon = torch.optim.Muon(
+            [{"params": matrices, "peak_lr": rate}], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        self.param_groups = [*self._adamw.param_groups, *self._muon.param_groups]
+
+    def step(self) -> None:
+        self._adamw.step()
+        for whole, parts in self._parts.items():
+            assert whole.grad is not None
+            for part, gradient in zip(parts, whole.grad.split([len(p) for p in parts])):
+                part.grad = gradient
+        self._muon.step()
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        self._adamw.zero_grad(set_to_none)
+        for whole in self._parts:
+            whole.grad = None
+
+
+class ShortFirst:
+    """The same tokens in the same steps, in the first of them as more sequences of a shorter length."""
+
+    def __init__(self, batches: Any, length: int, until: float):
+        self._batches, self._length, self._until = batches, length, until
+
+    def batch(self, step: int) -> tuple[torch.Tensor, ...]:
+        tensors: tuple[torch.Tensor, ...] = self._batches.batch(step)
+        return tuple(t.view(-1, self._length) for t in tensors) if step < self._until else tensors
+
+
+def change_trainer(trainer: Trainer, job: dict[str, Any]) -> list[float]:
+    """Apply what a case changes on the recipe; returns a list that each step's CPU seconds are added to."""
+    if "muon_rate" in job:
+        trainer._take_step.optimizer = MuonBesideAdamW(trainer, job["muon_rate"])  # type: ignore[assignment]
+    if "short_share" in job:
+        length = trainer.job.variant.sequence_length // job["short_divisor"]
+        trainer._batches = ShortFirst(trainer._batches, length, job["short_share"] * trainer.num_steps)  # type: ignore[assignment]
+    take, cpu_s = trainer._take_step.take, []
+
+    def timed(*arguments: Any) -> tuple[float, float]:
+        begin = time.process_time()
+        answer = take(*arguments)
+        cpu_s.append(time.process_time() - begin)
+        return answer
+
+    trainer._take_step.take = timed  # type: ignore[method-assign]
+    return cpu_s
+
+
+def step_costs(job: dict[str, Any]) -> dict[str, Any]:
+    """CPU seconds of a token in each of the cases, their steps taken in turn; others may use the machine meanwhile."""
+    variant = resolve_variant(job["case"], job["preset"])
+    data = TrainJob(variant=variant, seed=0, dataset_dir=job["dataset"])
+    seconds: dict[str, list[float]] = {}
+    trainers = {}
+    for name, changes in job["cases"].items():
+        trainers[name] = trainer = Trainer(data, variant.kernels)
+        trainer.evaluate = lambda *_: None  # type: ignore[method-assign]
+        # A case of short sequences is timed in them alone.
+        seconds[name] = change_trainer(trainer, changes | ({"short_share": 1.0} if "short_share" in changes else {}))
+    for _ in range(job["steps"]):
+        for trainer in trainers.values():
+            trainer.run_chunk(60.0, 1)
+    token_s = {name: statistics.median(found) / variant.step_tokens for name, found in seconds.items()}
+    for name, changes in job["cases"].items():
+        share = changes.get("short_share", 1.0)
+        token_s[name] = share * token_s[name] + (1 - share) * token_s["AdamW"]
+    return {"token_cpu_s": token_s, "step_cpu_s": seconds}
 
 
 def train_gpt(job: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +267,7 @@ def framework_tax(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "equal_weights": all(torch.equal(a, b) for a, b in weights), "last_loss": losses[-1]}
 
 
-KINDS = {"train": train, "gpt": train_gpt, "tune": tune, "tax": framework_tax}
+KINDS = {"train": train, "gpt": train_gpt, "tune": tune, "tax": framework_tax, "costs": step_costs}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -44,6 +44,9 @@ T = TypeVar("T")
 Schedule = Literal["cosine", "linear-decay"]
 Attention = Literal["explicit", "sdpa"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cpu", "cuda"]
+#: `auto`: a GPU where each worker can have one.
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 #: How an exported graph attends: in tiles with a running softmax, or with all scores at once.
 GraphAttention = Literal["flash", "full"]
 
@@ -181,7 +184,7 @@ class KernelPlan:
     """Whether AdamW updates all parameters in one kernel."""
     threads: int = 1
     """torch's intra-op threads."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the step runs."""
 
     def __post_init__(self) -> None:

@@ -44,6 +44,45 @@ KERNELS = ("attention", "dtype", "compile", "loss_chunk", "fused_optimizer")
 
 #: preset, variant -> tune, model, train and kernels as the fields above.
 EXPECTED = {
+    ('124m', 'baseline'): (False, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'elastic'): (True, ('llama', 24576, 384, 12, 12, 12, 384, 1024, True), (563200, 4, 0.0016, 0.0067, 0.0067, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, (192, 288)), ('explicit', 'fp32', False, 256, True)),
+    ('124m', 'optimized'): (True, ('llama', 24576, 384, 12, 12, 6, 384, 1024, True), (563200, 4, 0.0016, 0.0067, 0.0067, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('124m', 'rlvr'): (False, ('llama', 257, 256, 2, 4, 4, 512, 64, False), (75000, 16, 0.002, 0.006, 0.002, 1.0, 0.05, 'linear-decay', 0.6, 0.9, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('explicit', 'fp32', False, 0, False)),
+    ('124m', 'wide'): (True, ('llama', 24576, 768, 12, 12, 6, 768, 1024, True), (614400, 4, 0.0016, 0.0067, 0.0067, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('124m', 'baseline+all'): (True, ('llama', 24576, 384, 12, 12, 6, 384, 1024, True), (1228800, 4, 0.0016, 0.0067, 0.0067, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('124m', 'baseline+adamw'): (False, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'baseline+architecture'): (False, ('llama', 24576, 768, 12, 12, 6, 3072, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'baseline+kernels'): (True, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('explicit', 'fp32', False, 256, True)),
+    ('124m', 'baseline+narrow'): (False, ('opt', 24576, 384, 12, 12, 12, 384, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'baseline+rates'): (False, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, False), (1228800, 4, 0.0016, 0.0067, 0.0067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'baseline+tied'): (False, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, True), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, True, 0.04, True, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('124m', 'baseline+warmup'): (False, ('opt', 24576, 768, 12, 12, 12, 3072, 1024, False), (1228800, 4, 0.00067, 0.00067, 0.00067, 1.0, 0.02, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline'): (False, ('opt', 4096, 512, 8, 8, 8, 2048, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'elastic'): (True, ('llama', 4096, 256, 8, 8, 8, 256, 512, True), (563200, 4, 0.003, 0.01, 0.01, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, (128, 192)), ('explicit', 'fp32', False, 256, True)),
+    ('30m', 'optimized'): (True, ('llama', 4096, 256, 8, 8, 4, 256, 512, True), (563200, 4, 0.003, 0.01, 0.01, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('30m', 'rlvr'): (False, ('llama', 257, 256, 2, 4, 4, 512, 64, False), (75000, 16, 0.002, 0.006, 0.002, 1.0, 0.05, 'linear-decay', 0.6, 0.9, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('explicit', 'fp32', False, 0, False)),
+    ('30m', 'wide'): (True, ('llama', 4096, 512, 8, 8, 4, 512, 512, True), (614400, 4, 0.003, 0.01, 0.01, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('30m', 'baseline+all'): (True, ('llama', 4096, 256, 8, 8, 4, 256, 512, True), (1228800, 4, 0.003, 0.01, 0.01, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('30m', 'baseline+adamw'): (False, ('opt', 4096, 512, 8, 8, 8, 2048, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline+architecture'): (False, ('llama', 4096, 512, 8, 8, 4, 2048, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline+kernels'): (True, ('opt', 4096, 512, 8, 8, 8, 2048, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('explicit', 'fp32', False, 256, True)),
+    ('30m', 'baseline+narrow'): (False, ('opt', 4096, 256, 8, 8, 8, 256, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline+rates'): (False, ('opt', 4096, 512, 8, 8, 8, 2048, 512, False), (1228800, 4, 0.003, 0.01, 0.01, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline+tied'): (False, ('opt', 4096, 512, 8, 8, 8, 2048, 512, True), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, True, 0.04, True, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('30m', 'baseline+warmup'): (False, ('opt', 4096, 512, 8, 8, 8, 2048, 512, False), (1228800, 4, 0.001, 0.001, 0.001, 1.0, 0.02, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline'): (False, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'elastic'): (True, ('llama', 24576, 1024, 24, 16, 16, 2048, 1024, True), (563200, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, (512, 768)), ('explicit', 'fp32', False, 256, True)),
+    ('350m', 'optimized'): (True, ('llama', 24576, 1024, 24, 16, 4, 2048, 1024, True), (563200, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('350m', 'rlvr'): (False, ('llama', 257, 256, 2, 4, 4, 512, 64, False), (75000, 16, 0.002, 0.006, 0.002, 1.0, 0.05, 'linear-decay', 0.6, 0.9, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('explicit', 'fp32', False, 0, False)),
+    ('350m', 'wide'): (True, ('llama', 24576, 1024, 24, 16, 4, 2048, 1024, True), (614400, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('350m', 'baseline+all'): (True, ('llama', 24576, 1024, 24, 16, 4, 2048, 1024, True), (1228800, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
+    ('350m', 'baseline+adamw'): (False, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline+architecture'): (False, ('llama', 24576, 1024, 24, 16, 4, 4096, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline+kernels'): (True, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('explicit', 'fp32', False, 256, True)),
+    ('350m', 'baseline+narrow'): (False, ('opt', 24576, 1024, 24, 16, 16, 2048, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline+rates'): (False, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, False), (1228800, 4, 0.001, 0.005, 0.005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline+tied'): (False, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, True), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, True, 0.04, True, ()), ('sdpa', 'fp32', False, 0, False)),
+    ('350m', 'baseline+warmup'): (False, ('opt', 24576, 1024, 24, 16, 16, 4096, 1024, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.02, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
     ('medium', 'baseline'): (False, ('opt', 8192, 1024, 6, 16, 16, 4096, 512, False), (1228800, 4, 0.0005, 0.0005, 0.0005, 1.0, 0.1, 'linear-decay', 0.6, 0.8, 0.98, 1e-08, 0.01, False, 1.0, False, ()), ('sdpa', 'fp32', False, 0, False)),
     ('medium', 'elastic'): (True, ('llama', 8192, 1024, 6, 16, 16, 2048, 512, True), (563200, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, (512, 768)), ('explicit', 'fp32', False, 256, True)),
     ('medium', 'optimized'): (True, ('llama', 8192, 1024, 6, 16, 4, 2048, 512, True), (563200, 4, 0.001, 0.005, 0.005, 1.0, 0.02, 'linear-decay', 0.6, 0.7, 0.97, 1e-10, 0.0, True, 0.04, True, ()), ('explicit', 'fp32', False, 256, True)),
@@ -101,6 +140,20 @@ def test_the_table_has_every_recipe_part_and_size() -> None:
     variants = {*list_named("variants"), "baseline+all", *(f"baseline+{p}" for p in list_named("optimizations"))}
     variants -= {"finetune", "lora"}  # of the size of the model that they start from
     assert set(EXPECTED) == {(preset, variant) for preset in list_named("presets") for variant in variants}
+
+
+@pytest.mark.parametrize("preset", ["30m", "124m", "350m"])
+def test_a_preset_has_the_parameters_that_its_name_says(preset: str) -> None:
+    named = float(preset.removesuffix("m")) * 1e6
+    assert resolve_variant("baseline", preset).model.num_parameters == pytest.approx(named, rel=0.02)
+
+
+def test_rates_fall_with_width_and_never_rise() -> None:
+    widths = {p: resolve_variant("wide", p).model.dim for p in list_named("presets")}
+    for recipe in ("baseline", "optimized", "wide", "elastic"):
+        for rate in ("learning_rate", "embedding_learning_rate"):
+            rates = [getattr(resolve_variant(recipe, p).train, rate) for p in sorted(widths, key=lambda p: widths[p])]
+            assert rates == sorted(rates, reverse=True), (recipe, rate)
 
 
 @pytest.mark.parametrize("preset", ["reference", "small", "medium"])

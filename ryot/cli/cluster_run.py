@@ -72,6 +72,10 @@ def command(
     if not resume:
         check_output_folder(run_dir)
         _check_cluster(cluster.address)
+        if plan.options.device == "cuda" and not cluster.address:
+            from ryot.train.device import choose_device
+
+            choose_device(plan.options.device)
     return _carry_out(run_dir, plan, cluster, build_given(ctx, DriverOptions), fmt, resume=bool(resume))
 
 

@@ -60,6 +60,8 @@ def _option(name: str, hint: Any, default: Any, text: OptionText) -> Callable[[F
         return click.option(flag, name, is_flag=True, **common)
     if dataclasses.is_dataclass(hint):
         raise TypeError(f"{name}: a table cannot be an option")
+    if text.choices:
+        return click.option(flag, name, type=click.Choice(text.choices), default=default, show_default=True, **common)
     common |= {"metavar": text.metavar}
     if default:
         common |= {"default": default, "show_default": True}

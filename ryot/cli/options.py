@@ -74,7 +74,18 @@ def preset_option(function: F) -> F:
         metavar="NAME",
         default="reference",
         show_default=True,
-        help="Size: reference, small, medium or a file",
+        help="Size: reference, small, 30m, medium, 124m, 350m or a file",
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """`--device auto|cpu|cuda`."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to train: auto is a GPU where there is one",
     )(function)
 
 

@@ -5,10 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ryot.cli.options import HELP, cache_dir, check_output_folder, data_option, preset_option, verbose_option
+from ryot.cli.options import (
+    HELP,
+    cache_dir,
+    check_output_folder,
+    data_option,
+    device_option,
+    preset_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from ryot.config import DeviceChoice
 
 CHECKPOINT_EVERY_S = 30.0
 #: How often a signal is looked for.
@@ -23,7 +35,7 @@ SLICE_S = 1.0
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of weights and data order")
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N", help="Training budget  [default: the recipe's]")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of a step")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train")
+@device_option
 @click.option("--no-tune", is_flag=True, help="Keep the recipe's kernels instead of measuring on this machine")
 @click.option("--resume", metavar="DIR", type=click.Path(path_type=Path), help="Go on from this checkpoint")
 @click.option(
@@ -38,7 +50,7 @@ def command(
     seed: int,
     tokens: int | None,
     threads: int,
-    device: str,
+    device: DeviceChoice,
     no_tune: bool,
     resume: Path | None,
     output: Path,
@@ -57,14 +69,10 @@ def command(
     from ryot.run.signals import StopSignals
 
     recipe = resolve_variant(variant, preset, tokens=tokens, init=init)
-    if device == "cuda":
-        import torch
 
-        from ryot.errors import ConfigError
+    from ryot.train.device import asked_device, choose_device, place_kernels
 
-        if not torch.cuda.is_available():
-            raise ConfigError("device: got 'cuda', but torch sees no CUDA device here", hint="use --device cpu")
-    recipe = replace(recipe, kernels=replace(recipe.kernels, device=device, threads=threads))
+    recipe = replace(recipe, kernels=place_kernels(recipe, choose_device(asked_device(recipe, device)), threads))
 
     from ryot.deploy.teacher import open_teacher
     from ryot.optimize.kernels import choose_kernels, format_decision

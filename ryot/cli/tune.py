@@ -5,10 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ryot.cli.options import HELP, cache_dir, data_option, format_option, preset_option, verbose_option
+from ryot.cli.options import (
+    HELP,
+    cache_dir,
+    data_option,
+    device_option,
+    format_option,
+    preset_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from ryot.config import DeviceChoice
 
 
 @click.command("tune", context_settings=HELP)
@@ -16,6 +28,7 @@ from ryot.cli.options import HELP, cache_dir, data_option, format_option, preset
 @preset_option
 @data_option
 @click.option("--threads", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Threads")
+@device_option
 @click.option(
     "--what",
     type=click.Choice(["all", "training", "inference"]),
@@ -37,6 +50,7 @@ def command(
     preset: str,
     data: tuple[str, ...],
     threads: int,
+    device: DeviceChoice,
     what: str,
     bundle: Path | None,
     again: bool,
@@ -50,7 +64,7 @@ def command(
         _show_widths(bundle, threads, fmt)
         return
     from ryot.cli.progress import Progress
-    from ryot.config import resolve_variant
+    from ryot.config import replace, resolve_variant
     from ryot.scratch import scratch_folder
 
     recipe = resolve_variant(variant, preset)
@@ -63,7 +77,10 @@ def command(
             from ryot.optimize.kernels import format_decision as format_training
             from ryot.run.variant_data import prepare_variant
             from ryot.train.corpus import load_corpus
+            from ryot.train.device import asked_device, choose_device, place_kernels
 
+            chosen = choose_device(asked_device(recipe, device))
+            recipe = replace(recipe, kernels=place_kernels(recipe, chosen, threads))
             with Progress() as show:
                 dataset, _ = prepare_variant(recipe, load_corpus(data), cache, on_progress=show.tell_data)
             training = choose_kernels(recipe, dataset, found, threads=threads)

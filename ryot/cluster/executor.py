@@ -57,11 +57,15 @@ class RayExecutor(Executor):
         """Raises `ClusterError` for what the cluster can never do for this run."""
         cluster = self._connect(log_dir)
         self._workplace = find_workplace(cluster, needed.folders)
-        self._workplace.placement.check_fits(ResourceRequest(needed.threads), needed.workers, "training")
+        self._workplace.placement.check_fits(ResourceRequest(needed.threads, needed.gpus), needed.workers, "training")
         if not cluster.embedded:
             find_node(cluster, self.bench_label, needed.bench_threads)
         nodes = cluster.nodes()
         return f"{len(nodes)} node, {sum(n.cpus for n in nodes):g} cores at {cluster.address}"
+
+    def has_gpus(self, *, threads: int, workers: int) -> bool:
+        assert self._workplace is not None
+        return self._workplace.placement.count_places(ResourceRequest(threads, gpus=1)) >= workers
 
     def tune(self, variant: VariantConfig, dataset: Dataset, cache_dir: Path, *, threads: int) -> KernelDecision:
         assert self._cluster is not None

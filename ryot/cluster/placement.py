@@ -54,6 +54,11 @@ class Placement:
             self._available = available_resources_per_node()
         self._looked_at = time.monotonic()
 
+    def count_places(self, request: ResourceRequest) -> int:
+        """Workers that the nodes have room for when nothing else runs there."""
+        self.look()
+        return sum(self._places(request, n.cpus, n.gpus) for n in self._nodes)
+
     def check_fits(self, request: ResourceRequest, workers: int, what: str) -> None:
         """Raise `ClusterError` when `workers` actors never fit, or not one of them fits now; asked once."""
         if (request, workers) in self._checked:
@@ -68,7 +73,7 @@ class Placement:
                 f"{what} needs {request} on one node, but the largest of {len(nodes)} nodes has {largest:g}{gpus}",
                 hint="use fewer threads, or a cluster with a larger node" + (" and a GPU" if request.gpus else ""),
             )
-        places = sum(self._places(request, n.cpus, n.gpus) for n in able)
+        places = self.count_places(request)
         if workers > places:
             raise ClusterError(
                 f"{what} needs {workers} workers of {request}, but the nodes have room for {places}",

@@ -31,7 +31,8 @@ def tune_on_cluster(
     from ray.exceptions import RayError, RayTaskError
 
     packed = None if cluster.embedded else pack_folder(dataset.path)
-    decide = ray.remote(num_cpus=threads, max_retries=2)(_decide)
+    gpus = 1 if variant.kernels.device == "cuda" else 0
+    decide = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=2)(_decide)
     ref = decide.remote(variant, str(dataset.path), packed, str(cache_dir), threads)
     hint = "resume the run, or start it with --no-tune"
     ready, _ = ray.wait([ref], timeout=TIMEOUT_S)

@@ -109,6 +109,8 @@ class DecoderSpec:
             require(getattr(self, name) > 0, name, getattr(self, name), "a whole number above 0")
         for name, known in (("norm", Norm), ("norm_place", NormPlace), ("activation", Activation), ("qk_norm", QKNorm)):
             require(getattr(self, name) in get_args(known), name, getattr(self, name), " or ".join(get_args(known)))
+        # No family has it, and neither torch's decoder nor a file's names have a place for such a bias.
+        require(not (self.head_bias and self.tie_embeddings), "head_bias", True, "false with tie_embeddings")
         if self.parallel_residual:
             require(self.norm_place == "pre", "norm_place", self.norm_place, "pre with parallel_residual")
         require(

@@ -29,6 +29,8 @@ class Requirements:
     """Workers that one training takes."""
     bench_threads: int
     """Cores of the node that measures."""
+    gpus: int
+    """GPUs of each."""
     folders: tuple[Path, ...]
     """Folders of the driver that the nodes may or may not see."""
 
@@ -60,6 +62,9 @@ class Executor(Protocol):
 
     def open(self, needed: Requirements, log_dir: Path) -> str:
         """Get ready, refuse at once what can never be done, and say in a few words what there is."""
+
+    def has_gpus(self, *, threads: int, workers: int) -> bool:
+        """Whether so many workers, of so many cores each, can have a GPU each; asked of one that is open."""
 
     def tune(self, variant: VariantConfig, dataset: Dataset, cache_dir: Path, *, threads: int) -> KernelDecision:
         """The kernel decision for a variant, taken where it will be trained."""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ryot.config import PRECISIONS, build_from_mapping, check_known, load_toml, unknown
 from ryot.errors import ConfigError
@@ -32,6 +32,7 @@ class OptionText:
     repeated: bool = False
     """Whether a tuple is given by repeating the option, not as a list separated by commas."""
     envvar: str = ""
+    choices: tuple[str, ...] = ()
     flag: str = ""
     """The option's name where it is not the field's."""
 
@@ -95,6 +96,11 @@ class RunOptions:
     tune: bool = option(True, "Let the machine choose the kernels of variants that allow it")
     rounds: int = option(5, "Rounds of measurement, each in fresh processes", metavar="N", at_least=1)
     threads: int = option(1, "Threads of each training (of each of its workers)", metavar="N", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto",
+        "Where trainings run: auto is GPUs where each of their workers can have one",
+        choices=("auto", "cpu", "cuda"),
+    )
     workers_per_variant: int = option(
         1,
         "Processes that share each training, on one node or several; on one node --threads is faster",

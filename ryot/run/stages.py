@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ryot.atomic import write_atomically
-from ryot.config import KernelPlan, replace
+from ryot.config import Device, KernelPlan, VariantConfig, replace
 from ryot.deploy.remeasure import threads_under
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.tune import choose_inference
@@ -22,6 +22,7 @@ from ryot.run.imports import Importer, ImportResult
 from ryot.run.inputs import RunInputs
 from ryot.run.plan import RunPlan, plan_to_toml
 from ryot.run.training import TrainResult, plan_training
+from ryot.train.device import asked_device, place_kernels
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +36,18 @@ def tune_variants(context: RunContext, plan: RunPlan, inputs: RunInputs) -> RunP
         return plan
     options, cache_dir = plan.options, context.settings.cache_dir
     may_tune = options.tune and not options.quick
-    if may_tune and any(v.tune for v in plan.variants):
+    if plan.variants:
         _open_executor(context, plan, inputs)
     kernels: dict[str, KernelPlan] = {}
     inference: dict[str, ExportSettings] = {}
     with context.stage("tune") as note:
         for variant in plan.variants:
+            device = _choose_device(context, plan, variant)
+            placed = replace(variant, kernels=place_kernels(variant, device, options.threads))
             if not (may_tune and variant.tune):
-                kernels[variant.name] = replace(variant.kernels, threads=options.threads)
+                kernels[variant.name] = placed.kernels
                 continue
-            training = context.executor.tune(variant, inputs.datasets[variant.name], cache_dir, threads=options.threads)
+            training = context.executor.tune(placed, inputs.datasets[variant.name], cache_dir, threads=options.threads)
             export = choose_inference(variant.model.spec, cache_dir)
             kernels[variant.name] = training.plan
             inference[variant.name] = export.settings
@@ -130,14 +133,25 @@ def _open_executor(context: RunContext, plan: RunPlan, inputs: RunInputs) -> Non
         threads=plan.options.threads,
         workers=plan.options.workers_per_variant if plan.variants else 1,
         bench_threads=threads_under(plan.targets),
+        gpus=1 if plan.variants and plan.options.device == "cuda" else 0,
         folders=tuple(folders),
     )
     with context.stage("cluster") as note:
         note.detail = context.executor.open(needed, context.folder.logs)
 
 
+def _choose_device(context: RunContext, plan: RunPlan, variant: VariantConfig) -> Device:
+    """Where a variant is trained; GPUs that are asked for and are not there are refused before its first step."""
+    options = plan.options
+    if (asked := asked_device(variant, options.device)) != "auto":
+        return asked
+    workers = options.workers_per_variant
+    return "cuda" if context.executor.has_gpus(threads=options.threads, workers=workers) else "cpu"
+
+
 def describe_kernels(plan: KernelPlan) -> str:
     """A kernel plan in a few words."""
-    parts = [f"attention {plan.attention}", plan.dtype, "compiled" if plan.compile else "eager"]
+    parts = ["on a GPU"] if plan.device == "cuda" else []
+    parts += [f"attention {plan.attention}", plan.dtype, "compiled" if plan.compile else "eager"]
     parts.append(f"loss in chunks of {plan.loss_chunk}" if plan.loss_chunk else "loss whole")
     return ", ".join(parts)

@@ -129,18 +129,19 @@ class TrainStep:
         `step`, the step's number, says which of the narrower models has its turn, and whether weights are rounded.
         """
         micro, learned = self._micro_batches(batch), batch.num_learned
-        total = 0.0
+        losses: list[Tensor] = []
         with self.rounded(step):
             for part in micro:
                 # The mean is over what the whole batch has to learn, wherever it stands.
                 share = 1 / len(micro) if learned is None else (part.num_learned or 0) * self.num_shares / learned
                 loss = self.loss(part) * share
                 self.scaler.scale(loss).backward()
-                total += loss.item()
+                losses.append(loss.detach())
                 if self._narrow:
                     narrow = self._narrow[step % len(self._narrow)]
                     self.scaler.scale(self.narrow_loss(narrow, part) * share).backward()
-        return self._combine(total), self.apply(lr_factor)
+        # Asked for when all has been given to the device, which would otherwise wait for each part.
+        return self._combine(sum(loss.item() for loss in losses)), self.apply(lr_factor)
 
     def apply(self, lr_factor: float) -> float:
         """Take a step with the gradients that there are; returns their norm before clipping."""
@@ -342,13 +343,14 @@ class Trainer:
         }
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state = self._take_step.optimizer.state
+        state, fused = self._take_step.optimizer.state, self.plan.fused_optimizer
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             prefix = f"optimizer.{name}."
             state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
+                # The fused kernel counts its steps where it runs, the others on the CPU.
+                key.removeprefix(prefix): value.to(parameter.device if value.ndim or fused else "cpu")
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }

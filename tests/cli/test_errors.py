@@ -50,6 +50,8 @@ def check_refused(result: subprocess.CompletedProcess[str], code: int, message: 
     assert result.stdout == ""
 
 
+needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+
 USAGE = [
     (("--preset", "refrence"), r"preset: 'refrence' is not known; did you mean 'reference'\?"),
     (("--variants", "baseline,optimised"), r"variant: 'optimised' is not known; did you mean 'optimized'\?"),
@@ -64,6 +66,9 @@ USAGE = [
     (("--resume", "/no/such"), "resume /no/such: is not a run folder"),
     (("--variants", "baseline,baseline"), "variants: baseline, baseline names one twice"),
     (("--no-such-option",), "No such option"),
+    pytest.param(
+        ("--device", "cuda"), "device: got 'cuda', but torch sees no CUDA device here", marks=needs_no_gpu, id="cuda"
+    ),
 ]
 
 
@@ -96,6 +101,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     [
         ("presett = 'reference'", "key: 'presett' is not known; did you mean 'preset'"),
         ("seeds = 'many'", "seeds: got 'many', expected a whole number"),
+        ("device = 'gpu'", "device: got 'gpu', expected"),
         ("seeds = -1", "seeds: got -1, expected a whole number above 0"),
         ("= 3", "not valid TOML"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ryot.errors import CheckpointError
+from ryot.errors import CheckpointError, ConfigError
 from ryot.train.checkpoint import load_model
 from tests.models.doubles import difference
 
@@ -101,6 +102,11 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
         lambda t: {**t, "model.layers.0.self_attn.q_proj.lora_A": torch.zeros(2)},
         r"tensor model\.layers\.0\.self_attn\.q_proj\.lora_A is not part of a llama model",
     ),
+    "head_bias": (
+        "qwen2",
+        lambda t: {**t, "lm_head.bias": torch.zeros(272)},
+        r"tensor lm_head\.bias is not part of a qwen2 model",
+    ),
     "classifier": ("qwen2", lambda t: {**t, "score.weight": torch.zeros(2, 64)}, r"score\.weight is not part"),
     "vocabulary": (
         "llama",
@@ -152,6 +158,13 @@ def test_faults_are_refused(fault: str, hf_checkpoint: Callable[[str], Path], tm
     with pytest.raises(CheckpointError, match=message) as error:
         load_model(folder)
     assert str(error.value).startswith(str(folder))
+
+
+def test_a_tied_head_has_no_bias(hf_checkpoint: Callable[[str], Path]) -> None:
+    tied = load_model(hf_checkpoint("qwen2")).spec
+    # torch's decoder would leave it out without a word.
+    with pytest.raises(ConfigError, match="head_bias: got True, expected false with tie_embeddings"):
+        dataclasses.replace(tied, head_bias=True)
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(hf_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

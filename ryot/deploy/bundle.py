@@ -162,6 +162,7 @@ def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by
         "position_ids": spec.learned_positions,
         "kv_dtype": kv_dtype,
         "prompt_by_row": prompt_by_row,
+        "prefill_takes_past": True,
     }
 
 

@@ -82,7 +82,9 @@ class BlockMatrix:
     def dequantize(self) -> FloatArray:
         """The values the runtime multiplies with, [N, K]."""
         zeros = 1 << (self.bits - 1) if self.zeros_NC is None else self.zeros_NC[..., None].astype(np.float32)
-        values = (self.codes_NCE.astype(np.float32) - zeros) * self.scales_NC[..., None]
+        values = self.codes_NCE.astype(np.float32)
+        values -= zeros
+        values *= self.scales_NC[..., None]
         return values.reshape(len(values), -1)[:, : self.num_inputs]
 
 

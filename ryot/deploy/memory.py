@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 
+from ryot.deploy.mapped import release_mapped_arrays
+
 #: glibc's number of the setting, and the size from which an allocation is a mapping of its own, which goes when it is
 #: freed. By itself glibc raises that size with what it sees, up to 32 MB, and keeps freed arrays of a layer's size.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1 << 20
@@ -18,8 +20,12 @@ def map_large_arrays() -> None:
 
 
 def give_back_memory() -> None:
-    """Return what is free to the system; glibc keeps the pieces of a session that has ended, hundreds of MB of them."""
+    """Return what is free to the system; glibc keeps the pieces of a session that has ended, hundreds of MB of them.
+
+    What weights in a file have brought into memory goes too.
+    """
     gc.collect()
+    release_mapped_arrays()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

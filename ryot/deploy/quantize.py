@@ -27,7 +27,7 @@ from torch import Tensor
 from ryot.config import replace
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
-from ryot.deploy.graph import KVScales, float_matrices
+from ryot.deploy.graph import KVScales, float_matrices, matrix_names
 from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix
 from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
@@ -231,8 +231,8 @@ class Quantizer:
         return Quantized(matrices={name: option.matrix for name, option in mix.items()}, record=record)
 
     def _options(self) -> dict[str, list[Option]]:
-        """The ways to round each matrix, in the order of `float_matrices`; what the source has rounded stays so."""
-        names = list(float_matrices(self._weights))
+        """The ways to round each matrix, in the order of `matrix_names`; what the source has rounded stays so."""
+        names = matrix_names(self._weights)
         options = self._stored_options(names)
         if len(options) == len(names):
             return options

@@ -64,9 +64,9 @@ class Sensitivity:
         """Nats of KL that mean squared output errors [N] of a product cost, to second order."""
         return 0.5 * float(self.outputs[name] @ errors_N)
 
-    def lookup_cost(self, errors_VD: Tensor) -> float:
-        """The same of errors [V, D] in the rows of a table."""
-        return 0.5 * float(self.counts_V @ (errors_VD.square() @ self.lookup_D))
+    def lookup_cost(self, errors_RD: Tensor, rows: slice = slice(None)) -> float:
+        """The same of errors [R, D] in some rows of a table."""
+        return 0.5 * float(self.counts_V[rows] @ (errors_RD.square() @ self.lookup_D))
 
 
 def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, seed: int = 0) -> Sensitivity:

@@ -21,7 +21,7 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
-from ryot.deploy.mapped import map_weights
+from ryot.deploy.mapped import map_weights, release_behind
 from ryot.deploy.memory import give_back_memory, map_large_arrays
 from ryot.deploy.oracle import OracleAnswer, OracleResult, ask_oracle, check_oracle
 from ryot.deploy.precisions import STANDARD_GRAPH, check_precision, split_pair
@@ -91,6 +91,7 @@ def export_variant(
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     map_large_arrays()
+    give_back_memory()  # of what was tuned before
     with scratch_folder("export") as scratch:
         files = scratch / "files"
         files.mkdir()
@@ -111,6 +112,7 @@ def export_variant(
         del weights
         give_back_memory()
         model = build_decoder(origin.weights.spec, origin.weights.arrays)
+        release_behind(model, origin.weights.arrays)
         parity = check_parity(model, fp32, windows)
         oracle = check_oracle(answer, checkpoint, model, windows, parity.tolerance, scratch)
         give_back_memory()

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import functools
 import mmap
+import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, TypeVar
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
 from ryot.train.model import Decoder, RotaryTables
 
+T = TypeVar("T", bound=np.generic)
+
 _PAGE = mmap.PAGESIZE
-#: Those that are in use, by their `id`.
-_ALIVE: weakref.WeakValueDictionary[int, MappedArrays] = weakref.WeakValueDictionary()
+#: What is smaller is not worth an open file.
+MIN_FILE_BYTES = 1 << 20
+#: Every mapping that is in use.
+_MAPPINGS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 class MappedArrays(Mapping[str, FloatArray]):
@@ -33,8 +40,7 @@ class MappedArrays(Mapping[str, FloatArray]):
     def __init__(self, path: Path, offsets: Mapping[str, int], arrays: Mapping[str, FloatArray]):
         """`offsets` say where in the file each array may stand; one that does not stand there is kept in memory."""
         with path.open("rb") as file:
-            # Private and writable, because torch warns of arrays that it could not write; nobody does.
-            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map = _map_file(file)
         self._places: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, FloatArray] = dict(arrays)
         for name, offset in offsets.items():
@@ -44,7 +50,7 @@ class MappedArrays(Mapping[str, FloatArray]):
             if np.array_equal(found, array):
                 self._arrays[name] = found
                 self._places[name] = (offset, array.nbytes)
-        _ALIVE[id(self)] = self
+                self.release(name)
 
     def __getitem__(self, name: str) -> FloatArray:
         return self._arrays[name]
@@ -63,15 +69,28 @@ class MappedArrays(Mapping[str, FloatArray]):
             if start < end:
                 self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    def release_all(self) -> None:
-        """Let the pages of all arrays go."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+
+def put_away(array: NDArray[T], folder: Path) -> NDArray[T]:
+    """The same array in a file without a name on the disk of `folder`, which goes with it; a small one as it is."""
+    if array.nbytes < MIN_FILE_BYTES:
+        return array
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(np.ascontiguousarray(array).data)
+        file.flush()
+        return np.frombuffer(_map_file(file), array.dtype).reshape(array.shape)
 
 
 def release_mapped_arrays() -> None:
     """Let the pages of all mapped arrays of this process go."""
-    for arrays in list(_ALIVE.values()):
-        arrays.release_all()
+    for mapping in list(_MAPPINGS):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _map_file(file: IO[bytes]) -> mmap.mmap:
+    # Private and writable, because torch warns of arrays that it could not write; nobody does.
+    mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    _MAPPINGS.add(mapping)
+    return mapping
 
 
 def map_weights(weights: DecoderWeights, graph: Path, data: Path) -> DecoderWeights:
@@ -82,6 +101,13 @@ def map_weights(weights: DecoderWeights, graph: Path, data: Path) -> DecoderWeig
         if array is not None and array.shape == tuple(tensor.dims) and tensor.external_data:
             offsets[tensor.name] = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
     return DecoderWeights(spec=weights.spec, arrays=MappedArrays(data, offsets, weights.arrays))
+
+
+def release_behind(model: Decoder, arrays: Mapping[str, FloatArray]) -> None:
+    """Have each layer of a torch decoder over mapped arrays let its pages go when it has been computed."""
+    for i, layer in enumerate(model.layers):
+        names = [f"layers.{i}.{name}" for name in layer.state_dict()]
+        layer.register_forward_hook(functools.partial(_release, arrays, names))
 
 
 def stream_decoder(weights: DecoderWeights) -> Decoder:
@@ -112,6 +138,10 @@ def _drop_layer(
     _out: object,
 ) -> None:
     layer.load_state_dict(without, assign=True)
+    _release(arrays, [f"{prefix}.{name}" for name in without])
+
+
+def _release(arrays: Mapping[str, FloatArray], names: Sequence[str], *_call: object) -> None:
     if isinstance(arrays, MappedArrays):
-        for name in without:
-            arrays.release(f"{prefix}.{name}")
+        for name in names:
+            arrays.release(name)

@@ -69,6 +69,11 @@ class BlockMatrix:
         zeros = 0 if self.zeros_NC is None else len(self.zeros_NC) * (self.zeros_NC.shape[1] * self.bits + 7) // 8
         return self.codes_NCE.size * self.bits // 8 + self.scales_NC.nbytes + zeros
 
+    def rows(self, which: slice) -> BlockMatrix:
+        """Some of its output features."""
+        zeros = None if self.zeros_NC is None else self.zeros_NC[which]
+        return BlockMatrix(self.codes_NCE[which], self.scales_NC[which], self.bits, self.num_inputs, zeros)
+
     def packed(self) -> ByteArray:
         """Codes as the runtime stores them, [N, C, E * bits / 8]; of two 4-bit codes the first is the low half."""
         return self.codes_NCE if self.bits == 8 else _pack_pairs(self.codes_NCE)

@@ -75,6 +75,7 @@ def smooth(weights: DecoderWeights, input_sizes: Mapping[str, FloatArray]) -> De
         sizes_K = np.sqrt(np.square(arrays[name]).mean(axis=0))
         factors_K = _factors(input_sizes[fold.matrix], sizes_K, fold.power)
         arrays.columns[name] = factors_K
+        arrays.release(name)
         if fold.matrix == "embedding":
             spec = dataclasses.replace(spec, embedding_scale=True)
             arrays.vectors["embedding_scale"] = arrays.get("embedding_scale", np.ones_like(factors_K)) / factors_K
@@ -110,9 +111,13 @@ class _ScaledArrays(Mapping[str, FloatArray]):
         made: FloatArray = array.copy() if columns_K is None else array * columns_K
         if rows_N is not None:
             made[-len(rows_N) :] /= rows_N[:, None]
+        self.release(name)
+        return made
+
+    def release(self, name: str) -> None:
+        """Let the pages of a base in a file go; what was made of it stays."""
         if isinstance(self.base, MappedArrays):
             self.base.release(name)
-        return made
 
     def __iter__(self) -> Iterator[str]:
         yield from self.base

@@ -42,8 +42,9 @@ def command(paths: tuple[Path, ...], trusted_keys: Path | None, files_only: bool
                 said.append(f"signed by {signer}" + (f" ({signer.key.comment})" if signer.key.comment else ""))
             if not files_only:
                 from ryot.edge.engines import open_engine
-                from ryot.edge.generate import check_golden
+                from ryot.edge.generate import check_golden, golden_rows
 
                 total = sum(len(golden.tokens) for golden in bundle.golden)
-                said.append(f"{check_golden(open_engine(bundle))} of {total} golden tokens compared and equal")
+                compared = check_golden(open_engine(bundle, batch_size=golden_rows(bundle)))
+                said.append(f"{compared} of {total} golden tokens compared and equal")
             click.echo(", ".join(said))

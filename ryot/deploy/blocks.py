@@ -302,10 +302,22 @@ def attention(
     return g.node("GroupQueryAttention", inputs, [f"{name}.mix", *present], domain=MS, **attributes)
 
 
-def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unused: str, out: str) -> str:
-    """Keys or values [B, K, S, H] in float32 to an int8 cache [B, K, S + U, H]; `unused` comes of `unused_positions`.
+def load_int8(g: GraphBuilder, cache: str, scales: FloatArray, head_dim: int, held: str) -> str:
+    """Keys or values [B, K, P, H] in float32 of what an int8 cache [B, K, T, H] holds; `held` is P.
 
     `scales` are one [1] or one a channel [K * H].
+    """
+    start, axis = g.constant("no_pad", np.array([0], np.int64)), g.constant("cache_axis", np.array([2], np.int64))
+    codes = g.node("Slice", [cache, start, held, axis], [f"{cache}.held"])
+    values = g.node("Cast", [codes], [f"{cache}.codes"], to=TensorProto.FLOAT)
+    by_channel = scales if len(scales) == 1 else scales.reshape(1, -1, 1, head_dim)
+    return g.node("Mul", [values, g.constant(f"{cache}.scales", by_channel)], [f"{cache}.float"])
+
+
+def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unused: str, out: str) -> str:
+    """Keys or values [B, K, T, H] in float32 to an int8 cache [B, K, T + U, H]; `unused` comes of `cache_positions`.
+
+    `scales` are one [1] or one a channel [K * H]. Those that come of `load_int8` get the codes that they had.
     """
     scale, zero = np.array(1, np.float32), g.constant("zero_point", np.array(0, np.int8))
     if len(scales) == 1:
@@ -316,16 +328,19 @@ def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unuse
     return g.node("Pad", [codes, unused, "", g.constant("cache_axis", np.array([2], np.int64))], [out])
 
 
-def unused_positions(g: GraphBuilder, cache: str, ids: str) -> str:
-    """[2] a zero, and how many positions U of the `cache` [B, K, T, H] the prompt `ids` [B, S] leaves; for `Pad`.
+def cache_positions(g: GraphBuilder, cache: str, total: str, ids: str) -> tuple[str, str]:
+    """How many positions [1] a `cache` [B, K, T, H] holds, and [2] a zero and how many it has left; for `Pad`.
 
-    None of a cache that grows. What such a cache holds is not looked at: the prompt is the beginning of the text.
+    `total` is the length with the new tokens `ids` [B, S]. A cache that grows has none left.
     """
-    room = g.node("Shape", [cache], ["cache.room"], start=2, end=3)
+    length = g.node("Cast", [total], ["cache.total"], to=TensorProto.INT64)
     new = g.node("Shape", [ids], ["prompt.length"], start=1, end=2)
-    left = g.node("Sub", [room, new], ["cache.left"])
+    held = g.node("Sub", [length, new], ["cache.held"])
+    room = g.node("Shape", [cache], ["cache.room"], start=2, end=3)
+    left = g.node("Sub", [room, length], ["cache.left"])
     zero = g.constant("no_pad", np.array([0], np.int64))
-    return g.node("Concat", [zero, g.node("Max", [left, zero], ["cache.rest"])], ["cache.unused"], axis=0)
+    unused = g.node("Concat", [zero, g.node("Max", [left, zero], ["cache.rest"])], ["cache.unused"], axis=0)
+    return held, unused
 
 
 def activate(g: GraphBuilder, x: str, kind: Activation, out: str) -> str:

@@ -163,6 +163,7 @@ def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by
         "kv_dtype": kv_dtype,
         "prompt_by_row": prompt_by_row,
         "shared_scale": False,
+        "prefill_takes_past": True,
     }
 
 

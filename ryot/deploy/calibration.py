@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ryot.deploy.mapped import stream_decoder
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
-from ryot.train.checkpoint import build_decoder
+from ryot.train.model import Decoder
 
 #: Tokens of one backward pass: its activations are what takes memory.
 SENSITIVITY_WINDOW = 256
@@ -63,14 +64,14 @@ class Sensitivity:
         """Nats of KL that mean squared output errors [N] of a product cost, to second order."""
         return 0.5 * float(self.outputs[name] @ errors_N)
 
-    def lookup_cost(self, errors_VD: Tensor) -> float:
-        """The same of errors [V, D] in the rows of a table."""
-        return 0.5 * float(self.counts_V @ (errors_VD.square() @ self.lookup_D))
+    def lookup_cost(self, errors_RD: Tensor, rows: slice = slice(None)) -> float:
+        """The same of errors [R, D] in some rows of a table."""
+        return 0.5 * float(self.counts_V[rows] @ (errors_RD.square() @ self.lookup_D))
 
 
 def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, seed: int = 0) -> Sensitivity:
     """One forward and backward pass over token windows [B, T], with labels drawn from the model's own predictions."""
-    model = build_decoder(weights.spec, weights.arrays)
+    model = stream_decoder(weights)
     generator = torch.Generator().manual_seed(seed)
     energy: dict[str, Tensor] = {}
     by_token: dict[str, list[Tensor]] = {}
@@ -82,7 +83,8 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            out.register_hook(functools.partial(add, name))
+            if out.requires_grad:
+                out.register_hook(functools.partial(add, name))
 
         return see
 
@@ -90,13 +92,8 @@ def measure_sensitivity(weights: DecoderWeights, windows: NDArray[np.int64], *, 
         model.get_submodule(name).register_forward_hook(watch(name))
     pieces = _cut(windows, SENSITIVITY_WINDOW)
     for ids_T in pieces:
-        # The gradient by this leaf is the one by the rows looked up; no other leaf is asked for one.
-        table_TD = model.table_VE[ids_T].requires_grad_()
-        x_BTD, _ = model.trunk(torch.arange(len(ids_T))[None], table_TD)
-        gradient_BTD, head_V, head_T = _label_gradients(x_BTD.detach(), model.head_weight_VE(model.table_VE), generator)
-        x_BTD.backward(gradient_BTD)
-        assert table_TD.grad is not None
-        add("lookup", table_TD.grad)
+        lookup_TD, head_V, head_T = _backward(model, ids_T, generator)
+        add("lookup", lookup_TD)
         energy[weights.head] = energy.get(weights.head, 0) + head_V
         by_token.setdefault(weights.head, []).append(head_T)
     tokens = sum(map(len, pieces))
@@ -119,7 +116,7 @@ def capture_moments(
 
     The moments of one matrix exist at a time. `token_weights` [B * T] are those of `cost`.
     """
-    model = build_decoder(weights.spec, weights.arrays)
+    model = stream_decoder(weights)
 
     def moments(name: str, x_BTK: Tensor) -> Moments:
         x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
@@ -145,7 +142,7 @@ def capture_moments(
 @torch.no_grad()
 def measure_input_sizes(weights: DecoderWeights, windows: NDArray[np.int64]) -> dict[str, FloatArray]:
     """Mean absolute value of each input [K] of every matrix product over token windows [B, T]."""
-    model = build_decoder(weights.spec, weights.arrays)
+    model = stream_decoder(weights)
     sizes: dict[str, FloatArray] = {}
 
     def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -156,6 +153,33 @@ def measure_input_sizes(weights: DecoderWeights, windows: NDArray[np.int64]) -> 
     x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
     sizes[weights.head] = x_BTD.abs().mean(dim=(0, 1)).numpy()
     return sizes
+
+
+def _backward(model: Decoder, ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by the rows looked up [T, D], and the squared ones by logits, over T and over V.
+
+    Layers are computed twice, so that the activations and weights of only one are there at a time.
+    """
+    table_TD = model.table_VE[ids_T].requires_grad_()
+    embedded_BTD = model.embed(torch.arange(len(ids_T))[None], table_TD, 0)
+    inputs = [embedded_BTD.detach()]
+    with torch.no_grad():
+        for layer in model.layers:
+            inputs.append(layer(inputs[-1], model.rotary, None)[0])
+    last_BTD = inputs.pop().requires_grad_()
+    finished_BTD = model.finish(last_BTD)
+    gradient, head_V, head_T = _label_gradients(finished_BTD.detach(), model.head_weight_VE(model.table_VE), generator)
+    gradient = _gradient(finished_BTD, last_BTD, gradient)
+    for layer, input_BTD in zip(reversed(model.layers), reversed(inputs), strict=True):
+        gradient = _gradient(layer(input_BTD.requires_grad_(), model.rotary, None)[0], input_BTD, gradient)
+    return _gradient(embedded_BTD, table_TD, gradient), head_V, head_T
+
+
+def _gradient(out: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient by a leaf, of the gradient by what was made of it."""
+    out.backward(gradient)
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _layer_linears(weights: DecoderWeights) -> list[str]:

@@ -48,7 +48,7 @@ class DataFile:
         """Have the file hold all that was placed."""
         self._file.flush()
 
-    def place(self, content: bytes) -> int:
+    def place(self, content: bytes | memoryview) -> int:
         """Offset of `content` in the file; written if it is not there yet."""
         key = hashlib.sha256(content).digest()
         if key not in self._placed:
@@ -64,7 +64,7 @@ class DataFile:
         array = np.ascontiguousarray(array)
         if array.nbytes < INLINE_BELOW_BYTES:
             return onnx.numpy_helper.from_array(array, name)
-        content = array.tobytes()
+        content = array.data.cast("B")  # no copy of a large one
         tensor = onnx.TensorProto(
             name=name,
             data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from ryot.deploy.artifact import (
     measured_prompt_tokens,
     onnxruntime_min,
 )
-from ryot.deploy.oracle import NO_ORACLE, OracleResult, check_oracle
-from ryot.deploy.precisions import check_precision, split_pair
+from ryot.deploy.mapped import map_weights, release_behind
+from ryot.deploy.memory import give_back_memory
+from ryot.deploy.oracle import OracleAnswer, OracleResult, ask_oracle, check_oracle
+from ryot.deploy.precisions import STANDARD_GRAPH, check_precision, split_pair
 from ryot.deploy.quality import (
     REFERENCE,
     EvalData,
@@ -39,8 +40,8 @@ from ryot.deploy.stored import CheckpointBlocks, stored_in_four_bits
 from ryot.deploy.text_check import check_text
 from ryot.deploy.verify import SAFETY, ParityResult, check_parity, parity_size, reference_logits
 from ryot.deploy.weights import load_decoder_weights
-from ryot.edge.bundle import check_onnxruntime, load_bundle
-from ryot.edge.memory import give_back_memory, map_large_arrays
+from ryot.edge.bundle import DATA_NAME, check_onnxruntime, load_bundle
+from ryot.edge.memory import map_large_arrays
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import build_decoder
@@ -83,38 +84,40 @@ def export_variant(
     checkpoint against transformers where `options` say so; all artifacts are scored against float32 on one pass over
     the held-out text. Raises `QualityError` when parity fails and nothing can be trusted; an artifact that is merely
     worse than the limit comes back with `passed` false. `tell` hears of each stage.
+
+    The weights are in memory until they stand in the float32 bundle that parity is checked on, in a temporary folder;
+    from then on they are read from there.
     """
     for precision in precisions:
         check_precision(precision)
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
     map_large_arrays()
+    give_back_memory()  # of what was tuned before
     with scratch_folder("export") as scratch:
         files = scratch / "files"
         files.mkdir()
         bundle.write_checkpoint_files(checkpoint, files)
         weights = load_decoder_weights(checkpoint, options.context)
         text = check_text(files, vocab_size=weights.spec.vocab_size)
-        stored = stored_in_four_bits(checkpoint, weights.spec)
-        if not any(_as_it_is(precision, stored) for precision in precisions):
-            tell("smoothing the inputs of matrices")
-            weights = smooth_for(weights, data)
-            give_back_memory()
         prompts = data.windows("val", NUM_PROMPTS, measured_prompt_tokens(weights.spec))[:, :-1]
         origin = Origin(checkpoint, weights, options, text, data.corpus_sha256, prompts)
         rows, tokens = parity_size(weights.spec)
         windows = data.windows(options.split, rows, tokens)[:, :-1]
-        tell("checking the float32 graphs against torch")
-        model = build_decoder(weights.spec, weights.arrays)
-        plain = {"fp32": quantize_rtn(weights, "fp32", options.settings)}
-        unproven = dataclasses.replace(origin, prompts=prompts[:0])
-        fp32 = build_artifact(unproven, scratch / "fp32", "fp32", plain, FLOAT_CACHE, Scores())
-        parity = check_parity(model, fp32, windows)
-        shutil.rmtree(fp32)
-        give_back_memory()
-        oracle = NO_ORACLE
+        # Asked before the float32 graphs lie on the disk: of two copies of the weights in float32 one is gone by then.
+        answer = OracleAnswer(reason="not asked")
         if options.oracle:
-            tell("checking what was read against transformers")
-            oracle = check_oracle(checkpoint, model, windows, parity.tolerance, scratch)
+            tell("asking transformers what it computes")
+            answer = ask_oracle(checkpoint, windows, scratch)
+        tell("checking the float32 graphs against torch")
+        origin, fp32 = _write_float32(origin, scratch / "fp32")
+        del weights
+        give_back_memory()
+        model = build_decoder(origin.weights.spec, origin.weights.arrays)
+        release_behind(model, origin.weights.arrays)
+        parity = check_parity(model, fp32, windows)
+        oracle = check_oracle(answer, checkpoint, model, windows, parity.tolerance, scratch)
+        give_back_memory()
+        stored = stored_in_four_bits(checkpoint, origin.weights.spec)
         quantized = _quantize(origin, stored, precisions, data, scratch, tell)
         give_back_memory()
         cache = quantized[precisions[0]].quantizer.choose_cache()
@@ -131,6 +134,16 @@ def export_variant(
     return results
 
 
+def _write_float32(origin: Origin, target: Path) -> tuple[Origin, Path]:
+    """The float32 bundle without golden prompts, and the origin with its weights as they lie there."""
+    weights = origin.weights
+    plain = {"fp32": quantize_rtn(weights, "fp32", origin.options.settings)}
+    unproven = dataclasses.replace(origin, prompts=origin.prompts[:0])
+    path = build_artifact(unproven, target, "fp32", plain, FLOAT_CACHE, Scores())
+    mapped = map_weights(weights, path / STANDARD_GRAPH, path / DATA_NAME)
+    return dataclasses.replace(origin, weights=mapped), path
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """Weights that some of the precisions are made from, and what was made of them."""
@@ -141,8 +154,8 @@ class _Way:
 
 
 def _as_it_is(precision: str, stored: CheckpointBlocks | None) -> bool:
-    """Whether a precision takes the blocks that the checkpoint holds, which stand for its own values alone."""
-    return stored is not None and "int4" in split_pair(precision)
+    """Whether a precision holds the checkpoint's own values: in float32, or in the blocks that it has them in."""
+    return precision == "fp32" or (stored is not None and "int4" in split_pair(precision))
 
 
 def _quantize(
@@ -155,18 +168,16 @@ def _quantize(
 ) -> dict[str, _Way]:
     """The matrices of every precision, by precision.
 
-    Where some are made of the checkpoint's own values, which are then the origin's, the others come of a second set of
-    weights, smoothed for rounded inputs; else the origin's are smoothed already. All are held against the origin's
-    float32 decoder.
+    Those that hold the checkpoint's own values are made of the origin's weights, the others of the same smoothed for
+    rounded inputs. All are held against the origin's float32 decoder.
     """
     options, weights = origin.options, origin.weights
     settings, limit = options.settings, options.max_bpb_ratio
     first = _Way(origin, Quantizer(weights, data, settings, limit, scratch, source=stored), {})
-    two_ways = any(_as_it_is(precision, stored) for precision in precisions)
     second: _Way | None = None
     ways: dict[str, _Way] = {}
     for precision in precisions:
-        if not two_ways or _as_it_is(precision, stored):
+        if _as_it_is(precision, stored):
             ways[precision] = first
             continue
         if second is None:

@@ -9,7 +9,7 @@ so a margin above twice that decides a token on both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ryot.deploy.matrices import Matrix
+from ryot.deploy.memory import give_back_memory
 from ryot.deploy.precisions import ArtifactMatrices
 from ryot.deploy.reference import Load, Piece, layerwise_logits
 from ryot.deploy.weights import DecoderWeights
@@ -57,8 +58,8 @@ def make_golden(
     num_answer = max(1, min(MAX_ANSWER, context // ANSWER_SHARE))
     # A text that goes round is what a model is surest of.
     asked = [prompt[:num_prompt] for prompt in prompts] + [np.resize(prompt[:PERIOD], num_prompt) for prompt in prompts]
-    decoder = OnnxruntimeEngine(bundle)
-    answers = [_answer(decoder, prompt, num_answer) for prompt in asked]
+    answers = _answers(OnnxruntimeEngine(bundle), asked, num_answer)
+    give_back_memory()
     # Teacher-forced: each token of an answer is followed by the next logits.
     fed = [np.stack(asked), np.stack([tokens[:-1] for tokens, _ in answers])]
     loads = (_dequantized(weights, artifact.prefill), _dequantized(weights, artifact.decode))
@@ -106,6 +107,13 @@ def _dequantized(weights: DecoderWeights, matrices: Mapping[str, Matrix]) -> Loa
         return weights[name] if matrix is None else matrix.dequantize()
 
     return load
+
+
+def _answers(
+    decoder: OnnxruntimeEngine, asked: Sequence[NDArray[np.int64]], count: int
+) -> list[tuple[NDArray[np.int64], FloatArray]]:
+    """The answer to each prompt; the decoder and its weights are gone when this returns."""
+    return [_answer(decoder, prompt, count) for prompt in asked]
 
 
 def _answer(decoder: OnnxruntimeEngine, prompt: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], FloatArray]:

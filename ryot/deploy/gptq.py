@@ -36,6 +36,8 @@ DAMPING = 0.01
 PANEL = 64
 #: Values that a search works on at a time, so that they stay in the processor's cache.
 CHUNK_VALUES = 1 << 17
+#: Output features whose errors are taken at a time.
+ERROR_ROWS = 16_384
 
 
 def round_by_search(
@@ -119,8 +121,16 @@ def round_by_gptq(
 
 def output_errors(values_NK: FloatArray, matrix: BlockMatrix, moments_KK: Tensor) -> Tensor:
     """Mean squared error of each output feature [N] over inputs with these second moments, in closed form."""
-    difference = torch.from_numpy(matrix.dequantize()).sub_(torch.from_numpy(values_NK))
-    return (difference @ moments_KK).mul_(difference).sum(dim=1).clamp_(min=0)
+    errors = []
+    for rows in row_slices(len(values_NK)):
+        difference = torch.from_numpy(matrix.rows(rows).dequantize()).sub_(torch.from_numpy(values_NK[rows]))
+        errors.append((difference @ moments_KK).mul_(difference).sum(dim=1).clamp_(min=0))
+    return torch.cat(errors)
+
+
+def row_slices(num_rows: int) -> Iterator[slice]:
+    """Pieces of a matrix whose errors are taken at a time: a table of float32 values is large."""
+    return (slice(start, start + ERROR_ROWS) for start in range(0, num_rows, ERROR_ROWS))
 
 
 def search_scales(blocks_NCE: Tensor, energy_CE: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Tensor]:

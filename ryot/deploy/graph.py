@@ -4,7 +4,8 @@ Four graphs, made of the same blocks and the same bytes:
 
     standard   what other runtimes expect: attention_mask in, logits of all positions out
     fast       lengths in, the next token and the logits of the last position out; any number of new tokens
-    prefill    `fast` for tokens before which there are none; an int8 cache is written behind attention in float32
+    prefill    `fast` for prompts; attends in float32 to what an int8 cache holds and to the new tokens, and only then
+               rounds their keys and values
     decode     `fast` for exactly one new token
 
 Requires: arrays of the shapes that `models.spec.parameter_shapes` gives, all finite, and a format for each matrix.
@@ -54,9 +55,14 @@ class KVScales:
         return KVScales(keys=keys, values=values)
 
 
+def matrix_names(weights: DecoderWeights) -> list[str]:
+    """Every matrix of the decoder, without `.weight`: the embedding, and those of products in their order."""
+    return list(dict.fromkeys(("embedding", *weights.linears)))
+
+
 def float_matrices(weights: DecoderWeights) -> dict[str, Matrix]:
     """Every matrix of the decoder, unquantized."""
-    return {name: FloatMatrix(weights[f"{name}.weight"]) for name in ("embedding", *weights.linears)}
+    return {name: FloatMatrix(weights[f"{name}.weight"]) for name in matrix_names(weights)}
 
 
 def build_graph(
@@ -107,7 +113,7 @@ class _DecoderGraph:
         self.lengths = self._lengths()
         self.past = [self._past(i) for i in range(self.spec.num_layers)]
         if self.kind == "prefill" and self.kv_scales is not None:
-            self.unused = blocks.unused_positions(self.g, self.past[0][0], ids)
+            self.held, self.unused = blocks.cache_positions(self.g, self.past[0][0], self.lengths[1], ids)
         positions = None
         if self.spec.learned_positions:
             positions = self.g.input("position_ids", TensorProto.INT64, ["batch", new])
@@ -268,9 +274,11 @@ class _DecoderGraph:
             mixed = attend(past, present)
         elif self.kind == "prefill":
             exact = [f"{name}.keys", f"{name}.values"]
-            mixed = attend(["", ""], exact)
-            for x, of_layers, cache in zip(exact, (self.kv_scales.keys, self.kv_scales.values), present):
-                blocks.store_int8(g, x, of_layers[layer], spec.head_dim, self.unused, cache)
+            both = [self.kv_scales.keys[layer], self.kv_scales.values[layer]]
+            held = [blocks.load_int8(g, c, s, spec.head_dim, self.held) for c, s in zip(past, both, strict=True)]
+            mixed = attend(held, exact)
+            for x, of_layer, cache in zip(exact, both, present, strict=True):
+                blocks.store_int8(g, x, of_layer, spec.head_dim, self.unused, cache)
         else:
             scales = (
                 g.constant(f"{name}.key_scales", self.kv_scales.keys[layer]),

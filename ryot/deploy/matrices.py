@@ -34,7 +34,7 @@ class FloatMatrix:
 
 @dataclass(frozen=True, slots=True)
 class DynamicMatrix:
-    """int8 with one scale for each output feature; activations are rounded to uint8, token by token, as the graph runs."""
+    """int8 with one scale for each output feature; activations are rounded to uint8 as the graph runs, token by token."""
 
     codes_NK: NDArray[np.int8]
     scales_N: FloatArray
@@ -69,6 +69,11 @@ class BlockMatrix:
         zeros = 0 if self.zeros_NC is None else len(self.zeros_NC) * (self.zeros_NC.shape[1] * self.bits + 7) // 8
         return self.codes_NCE.size * self.bits // 8 + self.scales_NC.nbytes + zeros
 
+    def rows(self, which: slice) -> BlockMatrix:
+        """Some of its output features."""
+        zeros = None if self.zeros_NC is None else self.zeros_NC[which]
+        return BlockMatrix(self.codes_NCE[which], self.scales_NC[which], self.bits, self.num_inputs, zeros)
+
     def packed(self) -> ByteArray:
         """Codes as the runtime stores them, [N, C, E * bits / 8]; of two 4-bit codes the first is the low half."""
         return self.codes_NCE if self.bits == 8 else _pack_pairs(self.codes_NCE)
@@ -82,7 +87,9 @@ class BlockMatrix:
     def dequantize(self) -> FloatArray:
         """The values the runtime multiplies with, [N, K]."""
         zeros = 1 << (self.bits - 1) if self.zeros_NC is None else self.zeros_NC[..., None].astype(np.float32)
-        values = (self.codes_NCE.astype(np.float32) - zeros) * self.scales_NC[..., None]
+        values = self.codes_NCE.astype(np.float32)
+        values -= zeros
+        values *= self.scales_NC[..., None]
         return values.reshape(len(values), -1)[:, : self.num_inputs]
 
 

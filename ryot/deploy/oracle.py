@@ -64,16 +64,23 @@ class OracleResult:
 NO_ORACLE = OracleResult(reason="not asked")
 
 
-def check_oracle(
-    checkpoint: Checkpoint, model: Decoder, ids_BT: NDArray[np.int64], tolerance: float, scratch: Path
-) -> OracleResult:
-    """Compare transformers' float32 logits of a checkpoint with those of `model`, and its texts with ours.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OracleAnswer:
+    """What transformers said of a checkpoint, in files of the scratch folder."""
 
-    Raises `OracleError` when logits differ by more than a few times `tolerance`; a difference in texts is logged as a
-    warning. A transformers that is not installed, or cannot load this checkpoint, is no error: the result says so.
+    reason: str = ""
+    """Why it said nothing; empty where it did."""
+    converted: bool = False
+    """Whether it read a Hugging Face folder that was made here of another kind of file."""
+
+
+def ask_oracle(checkpoint: Checkpoint, ids_BT: NDArray[np.int64], scratch: Path) -> OracleAnswer:
+    """Have transformers compute its float32 logits of a checkpoint for these ids, and its texts.
+
+    A transformers that is not installed, or cannot load this checkpoint, is no error: the answer says so.
     """
     if importlib.util.find_spec("transformers") is None:
-        return OracleResult(reason="transformers is not installed")
+        return OracleAnswer(reason="transformers is not installed")
     # Where it has to be converted, transformers judges the config, the names and the shapes, not the dequantization.
     # A hub's snapshot is written as a folder too, since only its files were asked for.
     converted = checkpoint.kind != "hf" or not Path(checkpoint.where).is_dir()
@@ -88,7 +95,25 @@ def check_oracle(
         shutil.rmtree(folder)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return OracleResult(reason=f"transformers cannot run it: {lines[-1][:200]}")
+        return OracleAnswer(reason=f"transformers cannot run it: {lines[-1][:200]}")
+    return OracleAnswer(converted=converted)
+
+
+def check_oracle(
+    answer: OracleAnswer,
+    checkpoint: Checkpoint,
+    model: Decoder,
+    ids_BT: NDArray[np.int64],
+    tolerance: float,
+    scratch: Path,
+) -> OracleResult:
+    """Compare what transformers answered with the logits of `model` for the same ids, and its texts with ours.
+
+    Raises `OracleError` when logits differ by more than a few times `tolerance`; a difference in texts is logged as a
+    warning.
+    """
+    if answer.reason:
+        return OracleResult(reason=answer.reason)
     said = json.loads((scratch / "oracle.json").read_text())
     found_BTV = np.load(scratch / "logits.npy")
     with torch.no_grad():
@@ -108,7 +133,7 @@ def check_oracle(
         log.warning("%s: differs from %s: %s", checkpoint.where, said["oracle"], text)
     return OracleResult(
         oracle=said["oracle"],
-        converted=converted,
+        converted=answer.converted,
         max_difference=difference,
         tolerance=tolerance,
         tokens_compared=int(sure.sum()),

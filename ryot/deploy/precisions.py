@@ -9,7 +9,7 @@ import onnx
 
 from ryot.config import PRECISIONS, GraphAttention, unknown
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices
+from ryot.deploy.graph import GraphKind, KVScales, build_graph, float_matrices, matrix_names
 from ryot.deploy.matrices import Matrix, quantize_blocks, quantize_dynamic
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
@@ -47,11 +47,11 @@ def quantize_matrices(weights: DecoderWeights, precision: str, settings: ExportS
     The embedding is in blocks in every quantized artifact, and so is a head that is tied to it: lookup and product read
     the same bytes. A head of its own has the kind of the other matrices.
     """
-    matrices = float_matrices(weights)
     if precision == "fp32":
-        return matrices
+        return float_matrices(weights)
     bits = 4 if precision == "int4" else 8
-    for name in matrices:
+    matrices: dict[str, Matrix] = {}
+    for name in matrix_names(weights):
         values = weights[f"{name}.weight"]
         if precision == "int8-dyn" and name != "embedding":
             matrices[name] = quantize_dynamic(values, bits=settings.dynamic_bits)

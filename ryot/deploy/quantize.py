@@ -11,6 +11,7 @@ that takes a small part of the loss allowed; elsewhere that or a scale a channel
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections import Counter
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from ryot.config import replace
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
-from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
-from ryot.deploy.graph import KVScales, float_matrices
+from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search, row_slices
+from ryot.deploy.graph import KVScales, float_matrices, matrix_names
+from ryot.deploy.mapped import put_away
 from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix
 from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
@@ -231,8 +233,8 @@ class Quantizer:
         return Quantized(matrices={name: option.matrix for name, option in mix.items()}, record=record)
 
     def _options(self) -> dict[str, list[Option]]:
-        """The ways to round each matrix, in the order of `float_matrices`; what the source has rounded stays so."""
-        names = list(float_matrices(self._weights))
+        """The ways to round each matrix, in the order of `matrix_names`; what the source has rounded stays so."""
+        names = matrix_names(self._weights)
         options = self._stored_options(names)
         if len(options) == len(names):
             return options
@@ -282,12 +284,15 @@ class Quantizer:
             if moments_KK is not None:
                 cost += sensitivity.product_cost(name, output_errors(values, matrix, moments_KK))
             if name == "embedding":
-                cost += sensitivity.lookup_cost(torch.from_numpy(matrix.dequantize() - values))
+                for rows in row_slices(len(values)):
+                    errors = torch.from_numpy(matrix.rows(rows).dequantize() - values[rows])
+                    cost += sensitivity.lookup_cost(errors, rows)
             return Option(
                 expected_kl=cost,
                 label=f"{matrix.bits} bits/{matrix.block_size}",
                 num_bytes=matrix.num_bytes,
-                matrix=matrix,
+                # Of most matrices all options but one come to nothing.
+                matrix=dataclasses.replace(matrix, codes_NCE=put_away(matrix.codes_NCE, self._scratch)),
             )
 
         sizes = dict.fromkeys(self._block_size(name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK))

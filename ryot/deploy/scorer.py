@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ryot.deploy.mapped import stream_decoder
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
-from ryot.train.checkpoint import build_decoder
 from ryot.train.model import Cache
 
 
@@ -16,7 +16,7 @@ class TorchScorer:
     """Logits in float32 without a second copy of the weights, which a session of the float32 graph would hold."""
 
     def __init__(self, weights: DecoderWeights):
-        self._model = build_decoder(weights.spec, weights.arrays)
+        self._model = stream_decoder(weights)
 
     @torch.no_grad()
     def run(self, ids_BS: NDArray[np.int64], past: Cache | None = None) -> tuple[FloatArray, Cache]:

@@ -17,11 +17,12 @@ the same inputs gave 0.26 and 0.92, and 0.40 and 0.97, and is not free where the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ryot.deploy.mapped import MappedArrays
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray
@@ -64,22 +65,66 @@ def foldable(spec: DecoderSpec) -> list[Fold]:
 
 
 def smooth(weights: DecoderWeights, input_sizes: Mapping[str, FloatArray]) -> DecoderWeights:
-    """The same decoder with even inputs; `input_sizes` [K] are mean absolute values by matrix."""
-    spec, arrays = weights.spec, dict(weights.arrays)
+    """The same decoder with even inputs; `input_sizes` [K] are mean absolute values by matrix.
+
+    Its matrices are made when they are asked for, each time anew: a second set of weights takes no memory.
+    """
+    spec, arrays = weights.spec, _ScaledArrays(weights.arrays)
     for fold in foldable(spec):
         name = f"{fold.matrix}.weight"
         sizes_K = np.sqrt(np.square(arrays[name]).mean(axis=0))
         factors_K = _factors(input_sizes[fold.matrix], sizes_K, fold.power)
-        arrays[name] = arrays[name] * factors_K
+        arrays.columns[name] = factors_K
+        arrays.release(name)
         if fold.matrix == "embedding":
             spec = dataclasses.replace(spec, embedding_scale=True)
-            arrays["embedding_scale"] = arrays.get("embedding_scale", np.ones_like(factors_K)) / factors_K
+            arrays.vectors["embedding_scale"] = arrays.get("embedding_scale", np.ones_like(factors_K)) / factors_K
         for maker in fold.makers:
+            if weights[maker].ndim == 2:
+                arrays.rows[maker] = factors_K
+                continue
             made = arrays[maker].copy()
-            rows = made[-len(factors_K) :]
-            rows /= factors_K if made.ndim == 1 else factors_K[:, None]
-            arrays[maker] = made
+            made[-len(factors_K) :] /= factors_K
+            arrays.vectors[maker] = made
     return DecoderWeights(spec=spec, arrays=arrays)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ScaledArrays(Mapping[str, FloatArray]):
+    """Arrays of which some differ from the `base` by factors of their columns, then of their last rows."""
+
+    base: Mapping[str, FloatArray]
+    columns: dict[str, FloatArray] = field(default_factory=dict)
+    """Multiply the inputs of a matrix."""
+    rows: dict[str, FloatArray] = field(default_factory=dict)
+    """Divide its last outputs."""
+    vectors: dict[str, FloatArray] = field(default_factory=dict)
+    """Arrays that are others altogether."""
+
+    def __getitem__(self, name: str) -> FloatArray:
+        if name in self.vectors:
+            return self.vectors[name]
+        array = self.base[name]
+        columns_K, rows_N = self.columns.get(name), self.rows.get(name)
+        if columns_K is None and rows_N is None:
+            return array
+        made: FloatArray = array.copy() if columns_K is None else array * columns_K
+        if rows_N is not None:
+            made[-len(rows_N) :] /= rows_N[:, None]
+        self.release(name)
+        return made
+
+    def release(self, name: str) -> None:
+        """Let the pages of a base in a file go; what was made of it stays."""
+        if isinstance(self.base, MappedArrays):
+            self.base.release(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.base
+        yield from (name for name in self.vectors if name not in self.base)
+
+    def __len__(self) -> int:
+        return len(self.base) + sum(name not in self.base for name in self.vectors)
 
 
 def _factors(input_sizes_K: FloatArray, weight_sizes_K: FloatArray, power: float) -> FloatArray:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ryot.deploy.memory import give_back_memory
 from ryot.deploy.reference import decoder_logits
 from ryot.deploy.standard import Past, StandardGraph
 from ryot.edge.bundle import load_bundle
-from ryot.edge.memory import give_back_memory
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.errors import QualityError
 from ryot.models.spec import DecoderSpec
@@ -72,6 +72,7 @@ def check_parity(model: Decoder, bundle_path: Path, windows: NDArray[np.int64]) 
     ids_BT = windows[:rows, :length]
     expected, torch_error = reference_logits(model, ids_BT)
     tolerance = SAFETY * torch_error
+    give_back_memory()
     # One session at a time, and no second copy of its weights: a large model is there already.
     graph = StandardGraph(bundle_path / load_bundle(bundle_path, verify=False).graphs["standard"], prepack=False)
     difference = 0.0
@@ -120,6 +121,7 @@ def check_greedy_tokens(
     prompt = ids_BT[:, : max(1, ids_BT.shape[1] // 2)]
     new = ids_BT.shape[1] - prompt.shape[1]
     expected, margins = greedy(model, prompt, new)
+    give_back_memory()
     decoder = OnnxruntimeEngine(load_bundle(bundle_path, verify=False), batch_size=len(prompt), prepack=False)
     found = decode_greedy(decoder, prompt, new)
     compared = 0

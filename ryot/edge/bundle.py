@@ -250,7 +250,7 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
             raise ValueError(f"graphs.{role}: {name!r} is not among files")
     if manifest["kv_dtype"] not in KV_DTYPES:
         raise ValueError(f"kv_dtype: got {manifest['kv_dtype']!r}, expected one of {', '.join(KV_DTYPES)}")
-    # Until graphs of another kind came, those of a pair that round keys and values behind the prompt took no past.
+    # The graphs of a pair that round keys and values behind the prompt took no past before the manifest said so.
     rounds_behind_prompt = graphs["prefill"] != graphs["decode"] and manifest["kv_dtype"] == "int8"
     return Bundle(
         path=root,

@@ -319,9 +319,10 @@ def _verify(bundle_path: Path, options: argparse.Namespace) -> int:
     keys = None if options.trusted_keys is None else load_trusted_keys(options.trusted_keys)
     bundle, signer = check_whole(bundle_path, keys)
     from ryot.edge.engines import open_engine
-    from ryot.edge.generate import check_golden
+    from ryot.edge.generate import check_golden, golden_rows
 
-    compared = check_golden(open_engine(bundle, threads=options.threads, engine=options.engine))
+    rows = golden_rows(bundle)
+    compared = check_golden(open_engine(bundle, threads=options.threads, batch_size=rows, engine=options.engine))
     total = sum(len(golden.tokens) for golden in bundle.golden)
     sys.stdout.write(f"{bundle.name}: {len(bundle.files)} files as in the manifest, ")
     sys.stdout.write(f"{compared} of {total} golden tokens compared and equal")

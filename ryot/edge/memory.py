@@ -1,10 +1,8 @@
-"""Memory that is free goes back to the system: in an export, so that a peak is what is needed at one time, and where
-a server has nothing to do."""
+"""What glibc's allocator keeps goes back to the system: in an export, and where a server has nothing to do."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 
 #: glibc's number of the setting, and the size from which an allocation is a mapping of its own, which goes when it is
 #: freed. By itself glibc raises that size with what it sees, up to 32 MB, and keeps freed arrays of a layer's size.
@@ -16,12 +14,6 @@ def map_large_arrays() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl and macOS have none
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-
-
-def give_back_memory() -> None:
-    """Return what is free to the system; glibc keeps the pieces of a session that has ended, hundreds of MB of them."""
-    gc.collect()
-    trim_heap()
 
 
 def trim_heap() -> None:

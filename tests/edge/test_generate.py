@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from ryot.edge.bundle import Bundle, GoldenPrompt, load_bundle
 from ryot.edge.engine import Engine
-from ryot.edge.generate import StopFilter, check_golden, generate, generate_batch
+from ryot.edge.generate import StopFilter, check_golden, generate, generate_batch, golden_rows
 from ryot.edge.sampling import Sampler
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import OnnxruntimeEngine
@@ -272,6 +272,20 @@ def test_more_than_the_context_holds_is_refused_before_any_work(decoder: Engine,
 
 def test_golden_prompts_pass_on_the_machine_that_made_them(bundle: Bundle, decoder: Engine) -> None:
     assert check_golden(decoder) == sum(len(g.tokens) for g in bundle.golden)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_golden_prompts_are_compared_together_and_named_by_their_own_number(bundle: Bundle, rows: int) -> None:
+    first = bundle.golden[0]
+    short = first._replace(ids=first.ids[:3], tokens=bundle.golden[0].tokens[:1], margins=(0.0,))
+    golden = (first, short, first._replace(tokens=first.tokens[:2], margins=first.margins[:2]))
+    many = bundle._replace(golden=golden)
+    assert golden_rows(many) == 3
+    assert golden_rows(many._replace(precision="int8-dyn+int4")) == 1
+    assert check_golden(OnnxruntimeEngine(many, batch_size=rows)) == len(first.tokens) + 2
+    wrong = golden[2]._replace(tokens=(first.tokens[0], first.tokens[1] ^ 1))
+    with pytest.raises(BundleError, match="golden prompt 3: token 2 is"):
+        check_golden(OnnxruntimeEngine(bundle._replace(golden=(*golden[:2], wrong)), batch_size=rows))
 
 
 def with_golden(bundle: Bundle, **changes: object) -> Bundle:

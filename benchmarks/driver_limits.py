@@ -26,7 +26,7 @@ from ryot.events import EventLog, StepEvent, event_to_dict
 from ryot.mapping import to_mapping
 from ryot.run.folder import RunFolder
 from ryot.run.journal import CheckpointAccepted, Journal
-from ryot.run.training import TrainMetrics
+from ryot.run.metrics import TrainMetrics
 
 #: Measured with `many_variants.py` (2026-11-24): CPU time of the driver for one call of a worker, Ray's part included.
 RAY_CALL_S = 0.003

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from record import describe_setting, write_result
 
-from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from tests.device_bundle import write_device_bundle
-from tests.fleet.conftest import rewrite_manifest
-from tests.fleet.sshd import Sshd, descendants, kill
+from tests.fleet.conftest import rewrite_manifest, run_current
+from tests.fleet.kills import Desk, kill_command
+from tests.fleet.sshd import Sshd
 
 LIMITS = {"push_s": 15.0, "update_s": 3.0, "many_ratio": 3.0}
 
@@ -128,40 +127,28 @@ def kill_at_random(lab: Lab, kills: int, seed: int) -> dict[str, Any]:
     server, root = lab.servers["victim"], lab.root("victim")
     [result] = lab.push(lab.first, ["victim"], rounds=0)
     assert result.outcome == "switched", result.reason
-    where = ["--ssh-config", str(lab.config), "--root", str(root)]
     log: list[dict[str, Any]] = []
-    for number in range(kills):
-        action = rng.choice(["push", "update", "rollback"])
-        bundle = lab.first if action == "push" else lab.second
-        words = ["push", str(bundle), "victim", "--rounds", "0", "--python", sys.executable, *where]
-        if action == "rollback":
-            words = ["fleet", "rollback", "victim", *where]
-        desk = subprocess.Popen(
-            [sys.executable, "-c", "from ryot.cli.main import run; run()", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+
+    def wait(desk: Desk) -> None:
         end = time.monotonic() + rng.uniform(0.3, 4.0)
         while time.monotonic() < end and desk.poll() is None:
             time.sleep(0.005)
-        ended = desk.poll() is not None
+
+    for number in range(kills):
+        action = rng.choice(["push", "update", "rollback"])
+        bundle = {"push": lab.first, "update": lab.second, "rollback": None}[action]
         side = rng.choice(["device", "desk"])
-        kill(*(server.sessions() if side == "device" else [*descendants(desk.pid), desk.pid]))
-        at_once = run_current(root)
-        desk.wait(timeout=300)
-        after = run_current(root)
-        state = Root(root).read_state()
+        found = kill_command(server, root, bundle, on_device=side == "device", wait=wait)
         log.append(
             {
                 "action": action,
                 "side": side,
-                "ended_before": ended,
-                "pending": state.pending is not None,
+                "ended_before": found.too_late,
+                "pending": found.pending,
                 "answers": [
-                    done.stdout.split(":")[0] if done.returncode == 0 else done.stderr for done in (at_once, after)
+                    done.stdout.split(":")[0] if done.returncode == 0 else done.stderr for done in found.answers
                 ],
-                "whole": all(done.returncode == 0 for done in (at_once, after)),
+                "whole": found.is_whole,
             }
         )
         print(f"kill {number + 1}: {log[-1]}", file=sys.stderr)
@@ -174,11 +161,6 @@ def kill_at_random(lab: Lab, kills: int, seed: int) -> dict[str, Any]:
         "last_push": last.outcome,
         "log": log,
     }
-
-
-def run_current(root: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(root / "current" / "run"), "--verify"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def render(found: dict[str, Any]) -> str:

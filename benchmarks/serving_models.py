@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from peer_models import SIZES, draw_state
 
-from ryot.config import ModelConfig
 from ryot.deploy.export import FLOAT_CACHE, ExportOptions, export_unscored
 from ryot.deploy.precisions import STANDARD_GRAPH
 from ryot.deploy.quantize import CacheFormat, observe_kv_scales
@@ -107,17 +106,7 @@ def _write_m(checkpoint: Path) -> Path:
     if checkpoint.exists():
         return checkpoint
     torch.set_num_threads(1)
-    spec = ModelConfig(
-        architecture="llama",
-        vocab_size=8192,
-        dim=512,
-        num_layers=6,
-        num_heads=8,
-        num_kv_heads=8,
-        ff_dim=2048,
-        max_seq_len=CONTEXT,
-        tie_embeddings=False,
-    ).spec
+    spec = dataclasses.replace(SIZES["M"], max_seq_len=CONTEXT)
     tokenizer = train_tokenizer(load_corpus().texts("train")[:TOKENIZER_TEXTS], spec.vocab_size)
     draft = checkpoint.with_name(f"draft-{os.getpid()}")
     save_checkpoint(draft, spec=spec, state=draw_state(spec), tokenizer_json=tokenizer.to_str().encode())

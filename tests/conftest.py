@@ -45,8 +45,28 @@ max_seq_len = {CONTEXT}
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes minutes: whatever starts a Ray cluster, or a whole run."""
+#: Tests that stay together in one process of several: clusters, as two Rays wait for each other's cores, and what
+#: shares something that takes seconds to make. The longest first, so that none is left over at the end.
+_TOGETHER = ("tests/cluster/", "tests/browser/", "tests/native/")
+_FIRST = (
+    *("tests/cluster/", "tests/run/test_pipeline.py", "tests/run/test_imports.py", "tests/fleet/test_faults.py"),
+    *("tests/deploy/test_export.py", "tests/models/test_families.py", "tests/fleet/test_push.py", "tests/browser/"),
+    *("tests/run/test_pipeline_adapting.py", "tests/native/", "tests/fleet/", "tests/deploy/", "tests/models/"),
+)
+
+
+def _scope(nodeid: str) -> str:
+    return next((folder for folder in _TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+
+def _rank(item: pytest.Item) -> int:
+    return next((n for n, name in enumerate(_FIRST) if item.nodeid.startswith(name)), len(_FIRST))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what takes minutes: whatever starts a Ray cluster, or a whole run; put it first for several processes."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_rank)
     for item in items:
         if item.nodeid.startswith(("tests/cluster/", "tests/run/test_pipeline", "tests/run/test_imports")):
             item.add_marker("slow")
@@ -54,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes a file's tests stay together, and all cluster tests: two Rays wait for each other's cores.
+    """With several processes a file's tests stay together, and those of `_TOGETHER`.
 
     Not by pytest-xdist's own groups, whose marks pytest 9.2 does not pass on.
     """
@@ -62,8 +82,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.partition("::")[0]
+            return _scope(nodeid)
 
+    # By their number, as xdist would have it, a few long ones come last.
+    config.option.loadscopereorder = False
     return Scheduler(config, log)
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+#: Name of a core's socket; the same in every process of this machine.
+NAME = "ryot/core/{}"
+
 
 class CoreClaim:
     """Exclusive hold on some cores of this machine until `release` or the end of the process."""
@@ -35,7 +38,7 @@ class CoreClaim:
         for core in self._candidates:
             claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
-                claim.bind(f"\0ryot/core/{core}")
+                claim.bind("\0" + NAME.format(core))
             except OSError:
                 claim.close()
                 continue

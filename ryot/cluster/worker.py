@@ -25,7 +25,8 @@ from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
 from ryot.reinforce.trainer import ReinforceTrainer, build_trainer
 from ryot.run.folder import WORKER_LOG
-from ryot.run.training import Training, TrainMetrics
+from ryot.run.metrics import TrainMetrics
+from ryot.run.training import Training
 from ryot.train.gates import GateBreach
 from ryot.train.loop import Trainer, TrainJob
 from ryot.train.parallel import Group, ShardedTrainer, join_group, leave_group

@@ -20,15 +20,10 @@ from ryot.fleet.facts import Facts, FactsReader, remote_command
 from ryot.fleet.inventory import Host
 from ryot.fleet.program import build_program
 
-#: Nobody is there to answer a question; an unknown host key is refused whatever the user's configuration says; and a
-#: dead link is noticed after 15 s.
-_OPTIONS = (
-    *("-o", "BatchMode=yes"),
-    *("-o", "StrictHostKeyChecking=yes"),
-    *("-o", "ConnectTimeout=15"),
-    *("-o", "ServerAliveInterval=5"),
-    *("-o", "ServerAliveCountMax=3"),
-)
+#: Seconds until a host that does not answer is given up.
+CONNECT_S = 15
+#: Seconds between signs of life of a connection; three that stay away end it.
+ALIVE_S = 5
 #: A device that measures for long says nothing meanwhile; ssh itself notices when the link is gone.
 SILENCE_S = 3600.0
 _LINES_BEFORE_FACTS = 200
@@ -152,8 +147,7 @@ class Connection:
 @contextlib.contextmanager
 def connect(host: Host, ssh_config: Path | None, links: Links, tell: Callable[[str], None]) -> Iterator[Connection]:
     """A connection whose device has said what it is. Raises `FleetError` when it cannot be reached."""
-    config = [] if ssh_config is None else ["-F", str(ssh_config)]
-    command = ["ssh", *config, *_OPTIONS, "-T", "--", host.destination]
+    command = ["ssh", *_ssh_options(ssh_config), "-T", "--", host.destination]
     command.append(remote_command(host.root, host.python, len(build_program())))
     process = links.start(command)
     assert process.stdin is not None and process.stdout is not None
@@ -167,6 +161,14 @@ def connect(host: Host, ssh_config: Path | None, links: Links, tell: Callable[[s
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
+
+
+def _ssh_options(ssh_config: Path | None) -> list[str]:
+    """Nobody is there to answer a question, and an unknown host key is refused whatever the configuration says."""
+    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={CONNECT_S}"]
+    options += [f"ServerAliveInterval={ALIVE_S}", "ServerAliveCountMax=3"]
+    config = [] if ssh_config is None else ["-F", str(ssh_config)]
+    return [*config, *(word for option in options for word in ("-o", option))]
 
 
 def _read_facts(wire: Wire, process: subprocess.Popen[bytes]) -> Facts:

@@ -23,8 +23,9 @@ from ryot.run.executor import Measured
 from ryot.run.folder import RunFolder
 from ryot.run.imports import ImportResult
 from ryot.run.inputs import RunInputs
+from ryot.run.metrics import TrainMetrics
 from ryot.run.plan import RunPlan
-from ryot.run.training import TrainMetrics, TrainResult
+from ryot.run.training import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from ryot.atomic import fsync
 from ryot.errors import ClusterError
 from ryot.mapping import formerly, read_mapping, to_mapping
 from ryot.run.folder import RunFolder
-from ryot.run.training import TrainMetrics
+from ryot.run.metrics import TrainMetrics
 
 log = logging.getLogger(__name__)
 

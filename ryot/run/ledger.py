@@ -20,8 +20,9 @@ from pathlib import Path
 from ryot.errors import ClusterError, RyotError, TrainingError
 from ryot.events import CheckpointEvent, Event, GateEvent, StageEvent, StageStatus
 from ryot.run.journal import AttemptBegun, CheckpointAccepted, Journal, TrainingDone, TrainingFailed
+from ryot.run.metrics import TrainMetrics
 from ryot.run.store import CheckpointStore
-from ryot.run.training import OnDone, Training, TrainMetrics, TrainResult
+from ryot.run.training import OnDone, Training, TrainResult
 from ryot.train.gates import GateBreach
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from pathlib import Path
 from ryot.errors import ClusterError
 from ryot.run.folder import RunFolder
 from ryot.run.journal import CheckpointAccepted, CheckpointRejected, Journal
-from ryot.run.training import Training, TrainMetrics
+from ryot.run.metrics import TrainMetrics
+from ryot.run.training import Training
 from ryot.train.checkpoint import checkpoint_digest
 
 log = logging.getLogger(__name__)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import ryot
 from ryot.config import KernelPlan, VariantConfig, digest, to_mapping
 from ryot.errors import RyotError
-from ryot.events import EvalEvent, Event
+from ryot.run.metrics import TrainMetrics
 from ryot.train.dataset import load_dataset
 from ryot.train.loop import TrainJob
 from ryot.train.parallel import check_shares
@@ -48,42 +47,6 @@ def plan_training(
     return Training(
         variant=variant, seed=seed, dataset_dir=str(dataset_dir), kernels=kernels, digest=inputs, workers=workers
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainMetrics:
-    """What is known of a training at some point; losses in nats per token, `bpb` in bits per byte."""
-
-    tokens: int = 0
-    train_wall_s: float | None = None
-    """Time in training steps, evaluation, checkpoints and compilation excluded."""
-    compile_s: float | None = None
-    grad_norm_max: float | None = None
-    initial_val_loss: float | None = None
-    val_loss: float | None = None
-    val_bpb: float | None = None
-    test_loss: float | None = None
-    test_bpb: float | None = None
-
-    def after(self, counters: TrainMetrics, events: Iterable[Event]) -> TrainMetrics:
-        """What is known after a worker's report: its counters, and the held-out losses among its events."""
-        known = dataclasses.replace(
-            self,
-            tokens=counters.tokens,
-            train_wall_s=counters.train_wall_s,
-            compile_s=counters.compile_s,
-            grad_norm_max=counters.grad_norm_max,
-        )
-        for event in events:
-            if not isinstance(event, EvalEvent):
-                continue
-            if event.split == "test":
-                known = dataclasses.replace(known, test_loss=event.loss, test_bpb=event.bits_per_byte)
-                continue
-            if event.step == 0:
-                known = dataclasses.replace(known, initial_val_loss=event.loss)
-            known = dataclasses.replace(known, val_loss=event.loss, val_bpb=event.bits_per_byte)
-        return known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

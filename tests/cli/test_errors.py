@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
+from ryot.cli.main import run
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
@@ -34,6 +40,25 @@ def ryot(
         check=False,
         preexec_fn=before,
     )
+
+
+def ryot_here(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported already what takes a command of training or export its seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            unittest.mock.patch.dict(os.environ, env or {}),
+        ):
+            run(list(map(str, arguments)))
+    except SystemExit as end:
+        code = end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def drop_override() -> None:
@@ -162,7 +187,7 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_corpus_that_cannot_be_used_is_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     code = 2 if name == "small.txt" else 1
-    result = ryot("train", "--data", tmp_path / name, "-o", tmp_path / "out")
+    result = ryot_here("train", "--data", tmp_path / name, "-o", tmp_path / "out")
     check_refused(result, code, message)
     assert not (tmp_path / "out").exists()
 
@@ -171,7 +196,7 @@ def test_a_truncated_checkpoint_is_refused(trained: Path, tmp_path: Path) -> Non
     path = Path(shutil.copytree(trained, tmp_path / "c"))
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    check_refused(ryot("export", path, "-o", tmp_path / "out"), 1, r"model\.safetensors: cut short")
+    check_refused(ryot_here("export", path, "-o", tmp_path / "out"), 1, r"model\.safetensors: cut short")
     assert not (tmp_path / "out").exists()
 
 
@@ -188,14 +213,16 @@ def test_an_export_that_cannot_be_scored_is_refused_before_it_tunes(
 ) -> None:
     (tmp_path / "text.txt").write_text(text)
     cache = {"RYOT_CACHE_DIR": str(tmp_path / "cache")}
-    result = ryot("export", trained, "--data", tmp_path / "text.txt", "-o", tmp_path / "out", *arguments, env=cache)
+    result = ryot_here(
+        "export", trained, "--data", tmp_path / "text.txt", "-o", tmp_path / "out", *arguments, env=cache
+    )
     check_refused(result, code, message)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused_before_the_text_is_read(tmp_path: Path) -> None:
     cache = {"RYOT_CACHE_DIR": str(tmp_path / "cache")}
-    result = ryot("cluster-run", "--workers-per-variant", "3", "-o", tmp_path / "run", env=cache)
+    result = ryot_here("cluster-run", "--workers-per-variant", "3", "-o", tmp_path / "run", env=cache)
     check_refused(result, 2, "workers per variant: got 3, but baseline has a batch of 8 sequences")
     assert not (tmp_path / "run").exists() and list((tmp_path / "cache").iterdir()) == []
 

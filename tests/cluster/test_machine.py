@@ -18,14 +18,16 @@ import pytest
 
 from ryot import scratch
 from ryot.cluster import reaper
-from ryot.cluster.address import PROBE_S, probe_address, resolve_address
+from ryot.cluster.address import probe_address, resolve_address
 from ryot.cluster.cores import CoreClaim
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.errors import ClusterError, ConfigError
 
 CLAIM = """
-import threading
+import sys, threading
+from ryot.cluster import cores
 from ryot.cluster.cores import CoreClaim, pin_process
+cores.NAME = sys.argv[1]
 waiting = threading.Event()
 threads = [threading.Thread(target=waiting.wait, daemon=True) for _ in range(3)]
 for thread in threads:
@@ -38,9 +40,14 @@ input()
 """
 
 
-def test_workers_get_different_cores_with_all_their_threads_and_a_dead_one_frees_its_own() -> None:
+def test_workers_get_different_cores_with_all_their_threads_and_a_dead_one_frees_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Runs of this moment, another test's too, hold cores under the name that they share.
+    name = f"ryot-test-{os.getpid()}/core/{{}}"
+    monkeypatch.setattr("ryot.cluster.cores.NAME", name)
     cores = sorted(os.sched_getaffinity(0))
-    holders = [subprocess.Popen([sys.executable, "-c", CLAIM], stdin=-1, stdout=-1, text=True) for _ in cores]
+    holders = [subprocess.Popen([sys.executable, "-c", CLAIM, name], stdin=-1, stdout=-1, text=True) for _ in cores]
     try:
         claimed = []
         for holder in holders:
@@ -152,9 +159,10 @@ def test_a_host_name_is_tried_at_each_of_its_addresses(monkeypatch: pytest.Monke
 
 def test_a_name_server_that_does_not_answer_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = threading.Event()
+    monkeypatch.setattr("ryot.cluster.address.PROBE_S", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent.wait(60)][1:])
     begin = time.monotonic()
-    with pytest.raises(ClusterError, match="cluster head:6379: no answer within 3 s"):
+    with pytest.raises(ClusterError, match=r"cluster head:6379: no answer within 0\.5 s"):
         probe_address("head", 6379)
     assert time.monotonic() - begin < 10
     silent.set()
@@ -177,13 +185,14 @@ def test_a_dead_port_is_refused_at_once() -> None:
         probe_address("127.0.0.1", port)
 
 
-def test_a_silent_port_is_given_up_in_seconds() -> None:
+def test_a_silent_port_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ryot.cluster.address.PROBE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         begin = time.monotonic()
-        with pytest.raises(ClusterError, match="no answer within 3 s"):
+        with pytest.raises(ClusterError, match=r"no answer within 0\.5 s"):
             probe_address("127.0.0.1", server.getsockname()[1])
     # One connect, which succeeds, and one read.
-    assert time.monotonic() - begin < PROBE_S + 2
+    assert time.monotonic() - begin < 10
 
 
 def test_a_port_that_speaks_something_else_is_no_ray_head() -> None:

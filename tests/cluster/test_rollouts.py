@@ -16,7 +16,9 @@ from ryot.cluster.rollout_fleet import GROUPS_AT_ONCE, RayFleet
 from ryot.cluster.runtime import EmbeddedCluster
 from ryot.config import KernelPlan
 from ryot.errors import ConfigError
+from ryot.events import Event
 from ryot.reinforce.rollouts import Group, LocalFleet, Policy
+from ryot.reinforce.trainer import build_trainer
 from ryot.run.training import Training, plan_training
 from ryot.train.dataset import Dataset
 from ryot.train.model import Decoder
@@ -67,31 +69,39 @@ def test_a_killed_rollout_worker_costs_the_samples_it_was_at_and_nothing_else(
         fleet.close()
 
 
-@pytest.mark.slow
-def test_a_run_whose_rollout_worker_and_trainer_are_killed_learns_what_an_undisturbed_one_learns(
+def test_a_run_whose_rollout_worker_and_then_its_trainer_are_killed_learns_what_an_undisturbed_one_learns(
     cluster: EmbeddedCluster, dataset: Dataset, tmp_path: Path
 ) -> None:
     training = reinforced(dataset, tmp_path)
-    [undisturbed] = train(tmp_path / "a", [training], cluster)
-    assert undisturbed.error is None and undisturbed.attempts == 1
+    alone = build_trainer(training, training.kernels)
+    alone.run_chunk(600)
+    alone.save(tmp_path / "alone")
+    alone.close()
+    lost_before: list[str] = []
 
     def kill_rollouts() -> None:
-        for pid in rollout_workers(cluster.folder):
+        victims = rollout_workers(cluster.folder)
+        assert victims
+        for pid in victims:
             os.kill(pid, signal.SIGKILL)
 
-    seen = Recorder("reinforce", kill_rollouts, after=2)
-    [result] = train(tmp_path / "b", [training], cluster, emit=seen)
-    assert (result.error, result.attempts) == (None, 1)
-    assert learned(result.checkpoint) == learned(undisturbed.checkpoint)
-
     def kill_trainer() -> None:
+        # The rollout worker's death cost no attempt.
+        lost_before.extend(seen.details("lost"))
         [worker] = workers_of(cluster.folder)
         os.kill(worker, signal.SIGKILL)
 
-    seen = Recorder("reinforce", kill_trainer, after=2)
-    [result] = train(tmp_path / "c", [training], cluster, emit=seen)
+    class Both(Recorder):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if event.kind == "reinforce" and len([e for e in self.events if e.kind == "reinforce"]) == 4:
+                kill_trainer()
+
+    seen = Both("reinforce", kill_rollouts, after=2)
+    [result] = train(tmp_path / "run", [training], cluster, emit=seen)
+    assert lost_before == []
     assert (result.error, result.attempts) == (None, 2)
-    assert learned(result.checkpoint) == learned(undisturbed.checkpoint)
+    assert learned(result.checkpoint) == learned(tmp_path / "alone")
     deadline = time.monotonic() + 30
     while rollout_workers(cluster.folder):
         assert time.monotonic() < deadline, "rollout workers outlive their trainer"

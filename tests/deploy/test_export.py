@@ -60,6 +60,11 @@ def trained(request, tmp_path_factory, tokenizer, data):
     return path
 
 
+def only(name):
+    """For what is the same in both architectures, and takes seconds."""
+    return pytest.mark.parametrize("trained", [name], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def artifacts(trained, data, tmp_path_factory):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
@@ -111,6 +116,7 @@ def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_one
         assert found.record["candidates"][0]["block_size"] == 64
 
 
+@only("opt")
 def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, artifacts):
     four = load_bundle(artifacts["int4"].path).manifest["quantization"]["int4"]["candidates"][0]
     lost = max(four["bpb_ratio"] - 1, four["kl"] / four["reference_loss"])
@@ -128,6 +134,7 @@ def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, t
     assert all(max(c["bpb_ratio"] - 1, c["kl"] / c["reference_loss"]) > 0.85 * (limit - 1) for c in smaller)
 
 
+@only("llama")
 def test_the_text_that_artifacts_are_scored_on_has_no_say_in_how_they_are_made(trained, data, tmp_path):
     asked = []
 
@@ -165,6 +172,7 @@ def test_temporary_graphs_leave_the_disk_once_they_are_loaded(trained, data, tmp
     assert np.abs(first - second).max() > 0
 
 
+@only("llama")
 def test_a_chosen_artifact_is_byte_identical_when_built_again(trained, data, tmp_path, artifacts):
     options = ExportOptions(name="tiny", variant=trained.name, seed=3)
     [again] = export_variant(open_folder(trained), tmp_path, ["int4"], data, options=options)
@@ -173,6 +181,7 @@ def test_a_chosen_artifact_is_byte_identical_when_built_again(trained, data, tmp
         assert first.read_bytes() == path.read_bytes(), path.name
 
 
+@only("llama")
 def test_an_artifact_beyond_the_limit_is_marked_and_not_raised(trained, data, tmp_path):
     [artifact] = export_variant(
         open_folder(trained), tmp_path, ["int8"], data, options=ExportOptions(max_bpb_ratio=0.5)
@@ -181,7 +190,7 @@ def test_an_artifact_beyond_the_limit_is_marked_and_not_raised(trained, data, tm
     assert artifact.reason == f"bits per byte {artifact.quality.bpb_ratio:.4f} of fp32's, limit 0.5000"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8-dyn+int8"])
+@pytest.mark.parametrize(("trained", "precision"), [("opt", "fp32"), ("llama", "int8-dyn+int8")], indirect=["trained"])
 def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision):
     options = ExportOptions(settings=ExportSettings(kv_dtype="int8"))
     [artifact] = export_variant(open_folder(trained), tmp_path, [precision], data, options=options)
@@ -193,6 +202,7 @@ def test_an_int8_cache_is_scored_and_decodes(trained, data, tmp_path, precision)
     assert check_golden(OnnxruntimeEngine(bundle)) > 0
 
 
+@only("opt")
 def test_channels_of_a_cache_have_their_own_scales_where_one_is_far_larger(trained, data, tmp_path):
     model = load_model(trained)
     cfg = model.spec

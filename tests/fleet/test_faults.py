@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from tests.fleet.conftest import Push, rewrite_manifest, run_current
-from tests.fleet.sshd import Sshd, descendants, is_sshd_there, kill
+from tests.fleet.kills import Desk, kill_command
+from tests.fleet.sshd import Sshd, is_sshd_there, kill
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,10 @@ def ip(*arguments: str) -> None:
 
 
 @pytest.fixture
-def link() -> Iterator[Link]:
+def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
+    """A dead link is noticed after 6 s here, which takes 15 elsewhere."""
+    monkeypatch.setattr("ryot.fleet.connection.CONNECT_S", 5)
+    monkeypatch.setattr("ryot.fleet.connection.ALIVE_S", 2)
     if not is_sshd_there():
         pytest.skip("OpenSSH's server is not installed")
     if os.geteuid() != 0 or not shutil.which("ip"):
@@ -128,11 +132,13 @@ def test_a_device_whose_desk_vanished_takes_the_next_push(link: Link, heavy: Pat
     host = Host(name="host", root=str(root), python=sys.executable)
     options = PushOptions(rounds=0, ssh_config=link.sshd.config)
     parcel = prepare(heavy, None)
+    lost: list[str] = []
 
     def lose_the_link(_: str, what: str) -> None:
-        if what == "verifying":
+        if what == "verifying" and not lost:
+            lost.append(what)
             link.cut()
-            threading.Timer(18.0, link.heal).start()
+            threading.Timer(9.0, link.heal).start()
 
     [result] = push_all(parcel, [host], options, jobs=1, scratch=tmp_path, tell=lose_the_link)
     assert result.outcome == "switched", result.reason
@@ -171,38 +177,38 @@ def test_a_switch_whose_watcher_was_killed_is_proved_or_taken_back_by_the_next_c
     assert state.pending is None and state.good[-1] == Root(root).current_id()
 
 
+def until_it_says(what: str) -> Callable[[Desk], None]:
+    def wait(desk: Desk) -> None:
+        assert desk.stderr is not None
+        for line in desk.stderr:
+            if what in line:
+                return
+        raise AssertionError(f"the desk has ended, and never said {what!r}")
+
+    return wait
+
+
 def test_killed_at_any_moment_the_device_runs_a_whole_version(
     version_1: Path, version_2: Path, sshd: Sshd, push: Push, root: Path
 ) -> None:
-    """`benchmarks/fleet.py` does the same 50 times and more."""
-    rng = random.Random(0)
+    """`benchmarks/fleet.py` kills 50 times and more, at random moments."""
     push(version_1)
-    names = {"tiny-0", "tiny-second"}
-    for number in range(5):
-        action = rng.choice(["push", "push", "rollback"])
-        bundle = (version_2, version_1)[number % 2]
-        where = ["--ssh-config", str(sshd.config), "--root", str(root)]
-        command = ["push", str(bundle), "host", "--rounds", "0", "--python", sys.executable, *where]
-        if action == "rollback":
-            command = ["fleet", "rollback", "host", *where]
-        desk = subprocess.Popen(
-            [sys.executable, "-c", "from ryot.cli.main import run; run()", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        # The desk itself takes a second to start.
-        delay = 0.8 + rng.random() * 2.5
-        deadline = time.monotonic() + delay
-        while time.monotonic() < deadline and desk.poll() is None:
-            time.sleep(0.01)
-        kill(*(sshd.sessions() if rng.random() < 0.6 else [*descendants(desk.pid), desk.pid]))
-        done = run_current(root)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split(":")[0] in names
-        desk.wait(timeout=120)
-    last = push(version_1)
-    assert last.outcome in ("switched", "unchanged"), last.reason
+    versions = {"tiny-0": version_1, "tiny-second": version_2}
+    runs = "tiny-0"
+    for moment, on_device in (
+        ("sending", True), ("verifying", False), ("comparing golden tokens", True), ("measuring", False),
+        ("switching", True), ("switching", False),
+    ):  # fmt: skip
+        [other] = versions.keys() - {runs}
+        found = kill_command(sshd, root, versions[other], on_device=on_device, wait=until_it_says(moment))
+        assert found.is_whole and not found.too_late, (moment, found)
+        runs = found.answers[-1].stdout.split(":")[0]
+        assert runs in versions
+        assert on_device <= (runs == other), f"{moment}: the desk lives, and goes on"
+    push(version_2)
+    assert push(version_1).outcome == "switched"
+    assert kill_command(sshd, root, None, on_device=True, wait=until_it_says("switching")).is_whole
+    assert push(version_1).outcome in ("switched", "unchanged")
     assert run_current(root).stdout.startswith("tiny-0: ")
     state = Root(root).read_state()
     assert state.pending is None and Root(root).current_id() in state.good

@@ -285,10 +285,13 @@ def test_an_interrupt_ends_all_pushes_and_leaves_the_device_as_it_was(
 
 
 @pytest.mark.slow
-def test_a_host_that_says_nothing_is_given_up(version_1: Path, push: Push, tmp_path: Path) -> None:
+def test_a_host_that_says_nothing_is_given_up(
+    version_1: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryot.fleet.connection.CONNECT_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = tmp_path / "config"
         config.write_text(f"Host host\n  HostName 127.0.0.1\n  Port {silent.getsockname()[1]}\n")
         result = push(version_1, ssh_config=config)
     assert result.outcome == "failed" and result.reason.startswith("cannot be reached: "), result.reason
-    assert "timed out" in result.reason and result.wall_s < 40
+    assert "timed out" in result.reason and result.wall_s < 30

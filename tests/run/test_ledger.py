@@ -15,8 +15,9 @@ from ryot.events import CheckpointEvent, Event, GateEvent, StageEvent
 from ryot.run.folder import RunFolder
 from ryot.run.journal import Journal, TrainingFailed
 from ryot.run.ledger import Ledger, TrainingState
+from ryot.run.metrics import TrainMetrics
 from ryot.run.store import CheckpointStore
-from ryot.run.training import Training, TrainMetrics, TrainResult, plan_training
+from ryot.run.training import Training, TrainResult, plan_training
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.dataset import Dataset
 from ryot.train.gates import GateBreach

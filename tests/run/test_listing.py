@@ -14,7 +14,7 @@ from ryot.run.folder import RunFolder
 from ryot.run.journal import AttemptBegun, CheckpointAccepted, Journal, TrainingDone, TrainingFailed
 from ryot.run.listing import read_run, remove_run
 from ryot.run.lock import RunLock
-from ryot.run.training import TrainMetrics
+from ryot.run.metrics import TrainMetrics
 
 
 @pytest.fixture

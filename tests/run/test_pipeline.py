@@ -151,8 +151,11 @@ def test_each_variant_trains_on_a_core_of_its_own(finished: tuple[Path, subproce
         for e in read_events(finished[0] / "events.jsonl")
         if isinstance(e, StageEvent) and (e.stage, e.status) == ("train", "begin") and e.variant
     ]
-    cores = {e.variant: e.detail.split("cores ")[1].split(",")[0] for e in begun}
-    assert set(cores) == {"baseline", "optimized"} and len(set(cores.values())) == 2
+    assert {e.variant for e in begun} == {"baseline", "optimized"}
+    if any("not pinned" in e.detail for e in begun):
+        pytest.skip("another run on this machine held its cores")
+    cores = {e.detail.split("cores ")[1].split(",")[0] for e in begun}
+    assert len(cores) == 2
 
 
 def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
@@ -193,7 +196,8 @@ def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_r
     run_dir = tmp_path / "stopped"
     # What a shell does for `nohup ... &`; test_recovery has Ctrl-C.
     nohup = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]
-    process = start(*options, "--precisions", "fp32", "-o", str(run_dir), cache=cache, through=nohup)
+    asked = [*one_variant(options, "optimized"), "--precisions", "fp32", "-o", str(run_dir)]
+    process = start(*asked, cache=cache, through=nohup)
     wait_for_steps(run_dir, process, 2)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGHUP)
@@ -208,7 +212,16 @@ def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_r
     resumed = start("--resume", str(run_dir), cache=cache)
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
-    assert losses(run_dir) == losses(finished[0])
+    found = losses(run_dir)
+    assert found == {key: loss for key, loss in losses(finished[0]).items() if key[0] == "optimized"}
+    assert {step for _, step, _ in found} >= {0, 60}
+
+
+def one_variant(options: list[str], name: str) -> list[str]:
+    """The options with one of their two recipes."""
+    [recipes] = [o for o in options if f"{name}.toml" in o and "," in o]
+    [recipe] = [path for path in recipes.split(",") if Path(path).stem == name]
+    return [recipe if o == recipes else o for o in options]
 
 
 def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
@@ -222,9 +235,9 @@ def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
 
 def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], cache: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
-    # Long enough that no training can be over before its worker is found.
-    longer = [*options[:-1], str(20 * int(options[-1])), "--precisions", "fp32", "-o", str(run_dir)]
-    process = start(*longer, cache=cache)
+    # Long enough that it cannot be over before its worker is found.
+    longer = [*one_variant(options, "optimized")[:-1], str(20 * int(options[-1]))]
+    process = start(*longer, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
     wait_for_steps(run_dir, process, 1)
     find_worker(process).kill()
     _, err = process.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""`cluster-run` with a recipe that starts from a model and learns from a chat: stopped, killed and resumed."""
+"""`cluster-run` with a recipe that starts from a model and learns from a chat: stopped and resumed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.train.adapting import TRAIN, write_jsonl
 from tests.train.test_records import with_template
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
-#: Seconds of training: what is stopped and killed must still be under way.
-STEPS = 900
+#: Seconds of training: what is stopped must still be under way.
+STEPS = 600
 
 
 def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:
@@ -36,18 +36,14 @@ def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_step(folder: Path, driver: subprocess.Popen[str]) -> None:
-    """Wait until another step has been told."""
     events = folder / "events.jsonl"
-    before = sum(isinstance(e, StepEvent) for e in read_events(events)) if events.exists() else 0
     deadline = time.monotonic() + 240
-    while not events.exists() or sum(isinstance(e, StepEvent) for e in read_events(events)) <= before:
+    while not events.exists() or not any(isinstance(e, StepEvent) for e in read_events(events)):
         assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[1]
         time.sleep(0.05)
 
 
-def test_adapters_survive_a_stop_and_a_kill_and_learn_the_same(
-    hf_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_adapters_survive_a_stop_and_learn_the_same(hf_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = with_template(hf_checkpoint("llama"), tmp_path / "chatty")
     said = [
         {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i + 1}"}]}
@@ -73,10 +69,6 @@ def test_adapters_survive_a_stop_and_a_kill_and_learn_the_same(
     assert "has changed since the run began" in changed.communicate(timeout=240)[1] and changed.returncode == 1
     (model / "generation_config.json").write_text(config)
 
-    driver = run("--resume", str(folder), cache=cache)
-    wait_for_step(folder, driver)
-    driver.kill()
-    driver.communicate(timeout=60)
     driver = run("--resume", str(folder), cache=cache)
     err = driver.communicate(timeout=400)[1]
     assert driver.returncode == 0, err

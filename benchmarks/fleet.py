@@ -7,10 +7,11 @@ timed is all but the network. All of them share this machine's cores, which real
 - push: a bundle of 1 MB to a new device, verified, golden tokens compared, a record of 3 rounds, the switch
 - update: the same with one file changed; what is measured is a moment, as `--rounds 0` does
 - many: 20 devices in one push, 4 at a time, two of which are killed while it goes on; each one's time against one alone
-- kills: the desk's or the device's processes are killed at random moments of push, update and rollback; after each the
+- kills: the desk's or the device's processes are killed at random moments of push (another model), update (one file of
+  the same) and rollback; only a kill that met one at work counts. At once, and after whatever follows by itself, the
   device has to answer golden prompts of a whole version
 
-Needs OpenSSH's server. About 6 minutes.
+Needs OpenSSH's server. About 6 minutes, of which the kills take 3.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +34,34 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from record import describe_setting, write_result
 
+from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
+from ryot.fleet.status import roll_back
 from tests.device_bundle import write_device_bundle
 from tests.fleet.conftest import rewrite_manifest, run_current
-from tests.fleet.kills import Desk, kill_command
-from tests.fleet.sshd import Sshd
+from tests.fleet.sshd import Sshd, descendants, kill
 
 LIMITS = {"push_s": 15.0, "update_s": 3.0, "many_ratio": 3.0}
 
 
 class Lab:
-    """Devices, and two versions of a bundle."""
+    """Devices, and two versions each of two bundles."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.first = write_device_bundle(folder / "first", seed=1)
-        self.second = Path(shutil.copytree(self.first, folder / "second"))
-        (self.second / "requirements.txt").write_text((self.second / "requirements.txt").read_text() + "# second\n")
-        rewrite_manifest(self.second, name="second")
+        self.first, self.second = self._make_versions("a", seed=1)
+        self.others = self._make_versions("b", seed=2)
         self.servers: dict[str, Sshd] = {}
+
+    def _make_versions(self, name: str, seed: int) -> tuple[Path, Path]:
+        """A bundle, and the same with one file changed."""
+        first = write_device_bundle(self.folder / f"{name}1", seed=seed)
+        second = Path(shutil.copytree(first, self.folder / f"{name}2"))
+        (second / "requirements.txt").write_text((second / "requirements.txt").read_text() + "# second\n")
+        for folder in (first, second):
+            rewrite_manifest(folder, name=folder.name)
+        return first, second
 
     def start(self, name: str) -> None:
         """A device whose processes have one core, by turns of those there are."""
@@ -125,42 +136,86 @@ def kill_at_random(lab: Lab, kills: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     lab.start("victim")
     server, root = lab.servers["victim"], lab.root("victim")
-    [result] = lab.push(lab.first, ["victim"], rounds=0)
-    assert result.outcome == "switched", result.reason
+    # What each takes when nobody kills it: the moment of a kill is drawn within.
+    spans = {"push": 0.0, "update": 0.0, "rollback": 0.0}
+    assert _run_whole(lab, lab.first) > 0
+    spans["update"], spans["push"] = _run_whole(lab, lab.second), _run_whole(lab, lab.others[0])
+    spans["rollback"] = _run_whole(lab, None)
+    print(f"unkilled: {', '.join(f'{name} {span:.2f} s' for name, span in spans.items())}", file=sys.stderr)
     log: list[dict[str, Any]] = []
-
-    def wait(desk: Desk) -> None:
-        end = time.monotonic() + rng.uniform(0.3, 4.0)
-        while time.monotonic() < end and desk.poll() is None:
-            time.sleep(0.005)
-
-    for number in range(kills):
-        action = rng.choice(["push", "update", "rollback"])
-        bundle = {"push": lab.first, "update": lab.second, "rollback": None}[action]
-        side = rng.choice(["device", "desk"])
-        found = kill_command(server, root, bundle, on_device=side == "device", wait=wait)
+    missed = 0
+    while len(log) < kills:
+        state, current = Root(root).read_state(), Root(root).current_id()
+        assert current is not None
+        name = state.releases[current].name
+        choices = [*spans] if any(i != current for i in state.good) else ["push", "update"]
+        action, side = rng.choice(choices), rng.choice(["device", "desk"])
+        desk = _fork(lab, _bundle_for(lab, action, name))
+        time.sleep(rng.uniform(0.0, spans[action]))
+        alive = os.waitpid(desk, os.WNOHANG) == (0, 0)
+        targets = server.sessions() if side == "device" else [*descendants(desk), desk] if alive else []
+        kill(*targets)
+        at_once = run_current(root)
+        if alive:
+            os.waitpid(desk, 0)  # it connects again where the device's side died
+        if not alive or not targets:
+            missed += 1
+            continue
+        after, state = run_current(root), Root(root).read_state()
         log.append(
             {
                 "action": action,
                 "side": side,
-                "ended_before": found.too_late,
-                "pending": found.pending,
+                "pending": state.pending is not None,
                 "answers": [
-                    done.stdout.split(":")[0] if done.returncode == 0 else done.stderr for done in found.answers
+                    done.stdout.split(":")[0] if done.returncode == 0 else done.stderr for done in (at_once, after)
                 ],
-                "whole": found.is_whole,
+                "whole": all(done.returncode == 0 for done in (at_once, after)),
             }
         )
-        print(f"kill {number + 1}: {log[-1]}", file=sys.stderr)
-    [last] = lab.push(lab.first, ["victim"], rounds=0)
+        print(f"kill {len(log)}: {log[-1]}", file=sys.stderr)
+    last_s = _run_whole(lab, lab.first)
     return {
-        "kills": sum(not entry["ended_before"] for entry in log),
-        "tried": kills,
+        "kills": len(log),
+        "missed": missed,
+        "spans_s": spans,
         "mixes": sum(not entry["whole"] for entry in log),
         "left_pending": sum(entry["pending"] for entry in log),
-        "last_push": last.outcome,
+        "last_push_s": last_s,
         "log": log,
     }
+
+
+def _bundle_for(lab: Lab, action: str, current: str) -> Path | None:
+    """What is pushed where the version named `current` runs; None for a rollback."""
+    if action == "rollback":
+        return None
+    own, other = (
+        ((lab.first, lab.second), lab.others) if current.startswith("a") else (lab.others, (lab.first, lab.second))
+    )
+    return other[0] if action == "push" else next(path for path in own if path.name != current)
+
+
+def _act(lab: Lab, bundle: Path | None) -> bool:
+    """Push to the victim, or take it back; whether that worked."""
+    if bundle is not None:
+        return lab.push(bundle, ["victim"], rounds=0)[0].outcome != "failed"
+    host = Host(name="victim", root=str(lab.root("victim")), python=sys.executable)
+    return not roll_back([host], lab.config, jobs=1, tell=lambda host, what: None)[0].error
+
+
+def _run_whole(lab: Lab, bundle: Path | None) -> float:
+    begin = time.monotonic()
+    assert _act(lab, bundle)
+    return time.monotonic() - begin
+
+
+def _fork(lab: Lab, bundle: Path | None) -> int:
+    """A desk in a process of its own, which has imported all it needs already."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if _act(lab, bundle) else 1)
+    return pid
 
 
 def render(found: dict[str, Any]) -> str:
@@ -179,6 +234,8 @@ def render(found: dict[str, Any]) -> str:
         rows.append(f"| killed ones reported, rest done | yes | {len(many['killed'])}, {many['rest_done']} |")
     if kills := found.get("kills"):
         rows.append(f"| kills that left no whole version | 0 | {kills['mixes']} of {kills['kills']} |")
+        sides = Counter(f"{entry['action']}, {entry['side']}" for entry in kills["log"])
+        rows.append(f"| of which | | {'; '.join(f'{what}: {count}' for what, count in sorted(sides.items()))} |")
         rows.append(f"| switches that the next push had to prove | | {kills['left_pending']} |")
     cpu = found["setting"]["environment"]["cpu"]
     return f"# Fleet\n\n{cpu['model']}, {cpu['cores']} cores, loopback.\n\n" + "\n".join(rows)
@@ -190,7 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pushes and updates that are timed")
     parser.add_argument("--hosts", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=4, help="hosts at a time; they share this machine's cores")
-    parser.add_argument("--kills", type=int, default=60, help="some come after the end; 50 should count")
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results")
     options = parser.parse_args()

@@ -30,7 +30,7 @@ struct engine {
 
 static void load(struct arena *arena, struct engine *engine, int role, const char *name, int threads) {
     const char *path = format(arena, "%s/%s", engine->bundle->folder, name);
-    engine->sessions[role] = open_session(arena, engine->ort, path, threads);
+    engine->sessions[role] = open_session(arena, engine->ort, path, threads, !engine->bundle->fp32);
     check_session(arena, engine->ort, engine->sessions[role], engine->num_inputs,
                   OUTPUTS_BEFORE_CACHE + engine->num_caches, path);
 }

@@ -16,6 +16,7 @@ enum place {
     CreateSessionOptions = 10,
     DisableCpuMemArena = 19,
     SetSessionLogSeverityLevel = 22,
+    SetSessionGraphOptimizationLevel = 23,
     SetIntraOpNumThreads = 24,
     SetInterOpNumThreads = 25,
     SessionGetInputCount = 30,
@@ -32,8 +33,10 @@ enum place {
 };
 #define API_VERSION 20
 #define LOG_ERRORS_ONLY 3
-/* Threads that wait actively take the core from whoever shares it. */
-#define NO_SPINNING "session.intra_op.allow_spinning"
+/* The export has fused what can be fused; looking for more finds next to nothing and takes time and memory. */
+#define NO_OPTIMIZATIONS 0
+/* Threads that wait actively take the core from whoever shares it. The second is for matrices that stay as they are. */
+static const char *const CONFIG[2][2] = {{"session.intra_op.allow_spinning", "0"}, {"session.disable_prepacking", "1"}};
 
 typedef void function(void);
 typedef void *status; /* NULL where all went well */
@@ -122,16 +125,19 @@ const struct onnxruntime *load_onnxruntime(struct arena *arena, const char *path
 
 const char *onnxruntime_version(const struct onnxruntime *ort) { return ort->version; }
 
-struct session *open_session(struct arena *arena, const struct onnxruntime *ort, const char *path, int threads) {
+struct session *open_session(struct arena *arena, const struct onnxruntime *ort, const char *path, int threads,
+                             bool packed) {
     void *options;
     struct session *session = NULL;
     check(arena, ort, CALL(ort, CreateSessionOptions, status, void **)(&options), path);
     status found = CALL(ort, SetIntraOpNumThreads, status, void *, int)(options, threads);
     if (!found) found = CALL(ort, SetInterOpNumThreads, status, void *, int)(options, 1);
+    if (!found) found = CALL(ort, SetSessionGraphOptimizationLevel, status, void *, int)(options, NO_OPTIMIZATIONS);
     if (!found) found = CALL(ort, DisableCpuMemArena, status, void *)(options);
     if (!found) found = CALL(ort, SetSessionLogSeverityLevel, status, void *, int)(options, LOG_ERRORS_ONLY);
-    if (!found)
-        found = CALL(ort, AddSessionConfigEntry, status, void *, const char *, const char *)(options, NO_SPINNING, "0");
+    for (size_t i = 0; !found && i < (packed ? 1 : 2); i++)
+        found = CALL(ort, AddSessionConfigEntry, status, void *, const char *, const char *)(options, CONFIG[i][0],
+                                                                                             CONFIG[i][1]);
     if (!found)
         found = CALL(ort, CreateSession, status, void *, const char *, void *,
                      struct session **)(ort->environment, path, options, &session);

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -44,3 +45,30 @@ void release_code(void) {
     if (maps) fclose(maps);
     if (pagemap >= 0) close(pagemap);
 }
+
+#ifdef __GLIBC__
+#include <malloc.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+/* What onnxruntime takes from the heap, in small pieces, and keeps with the smallest models: 9.1 MB (1.32). */
+#define START_BYTES ((uintptr_t)9000000)
+/* The largest piece that comes from the heap and not from pages of its own. */
+#define SMALL_BYTES ((size_t)100 << 10)
+
+void prepare_heap(void) {
+    mallopt(M_TOP_PAD, 12 << 20); /* the heap grows by so much, not by 128 KB */
+    void *piece = malloc(SMALL_BYTES);
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = ((uintptr_t)piece + page - 1) / page * page;
+    uintptr_t bytes = START_BYTES / page * page;
+    free(piece);
+    /* Another allocator than the C library's may have answered. */
+    if (start < page || start + bytes > (uintptr_t)sbrk(0)) return;
+    /* Neither is needed, and a kernel may know neither. */
+    madvise((void *)start, bytes, MADV_HUGEPAGE);
+    madvise((void *)start, bytes, MADV_POPULATE_WRITE);
+}
+#else
+void prepare_heap(void) {}
+#endif

@@ -61,6 +61,7 @@ __attribute__((target("sha,sse4.1,ssse3"))) static void add_blocks_fast(uint32_t
         __m128i abef_before = abef, cdgh_before = cdgh, w[4];
         for (int i = 0; i < 4; i++)
             w[i] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(data + 16 * i)), swap);
+#pragma GCC unroll 16 /* or the words go through memory, at half the speed */
         for (int i = 0; i < 16; i++) {
             if (i >= 4) {
                 /* Words 4i to 4i+3, from the sixteen before them. */
@@ -94,6 +95,7 @@ __attribute__((target("+crypto"))) static void add_blocks_fast(uint32_t state[8]
     for (; blocks; blocks--, data += SHA256_BLOCK_BYTES) {
         uint32x4_t abcd_before = abcd, efgh_before = efgh, w[4];
         for (int i = 0; i < 4; i++) w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(data + 16 * i)));
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             if (i >= 4)
                 w[i & 3] = vsha256su1q_u32(vsha256su0q_u32(w[i & 3], w[(i + 1) & 3]), w[(i + 2) & 3], w[(i + 3) & 3]);
@@ -116,6 +118,9 @@ static void add_blocks_fast(uint32_t state[8], const uint8_t *data, size_t block
 #endif
 
 void add_blocks(uint32_t state[8], const uint8_t *data, size_t blocks) {
-    if (has_instructions()) add_blocks_fast(state, data, blocks);
+    /* Asked once: a virtual machine takes microseconds to answer. Threads that ask at once find the same. */
+    static volatile signed char fast = -1;
+    if (fast < 0) fast = has_instructions();
+    if (fast) add_blocks_fast(state, data, blocks);
     else add_blocks_portably(state, data, blocks);
 }

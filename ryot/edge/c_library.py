@@ -16,7 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ryot.edge.engine import INTER_OP_THREADS, LOG_ERRORS_ONLY, SESSION_CONFIG, EngineUnavailable
+from ryot.edge.engine import (
+    GRAPH_OPTIMIZATION_LEVEL,
+    INTER_OP_THREADS,
+    LOG_ERRORS_ONLY,
+    SESSION_CONFIG,
+    EngineUnavailable,
+)
 from ryot.errors import BundleError
 
 #: The table is asked for by this version; every onnxruntime from 1.20 on serves it.
@@ -30,6 +36,7 @@ PLACES = {
     "CreateSessionOptions": 10,
     "DisableCpuMemArena": 19,
     "SetSessionLogSeverityLevel": 22,
+    "SetSessionGraphOptimizationLevel": 23,
     "SetIntraOpNumThreads": 24,
     "SetInterOpNumThreads": 25,
     "SessionGetInputCount": 30,
@@ -114,6 +121,7 @@ class Library:
         """A session with the options of every engine's; `engine` says why these. Raises `BundleError`."""
         options = self.create("CreateSessionOptions")
         try:
+            self.call("SetSessionGraphOptimizationLevel", options, GRAPH_OPTIMIZATION_LEVEL)
             self.call("SetIntraOpNumThreads", options, threads)
             self.call("SetInterOpNumThreads", options, INTER_OP_THREADS)
             self.call("DisableCpuMemArena", options)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
-from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, RyotError
+from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, BundleError, ConfigError, RyotError
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -318,6 +318,7 @@ def _verify(bundle_path: Path, options: argparse.Namespace) -> int:
 
     keys = None if options.trusted_keys is None else load_trusted_keys(options.trusted_keys)
     bundle, signer = check_whole(bundle_path, keys)
+    _check_int8(bundle)
     from ryot.edge.engines import open_engine
     from ryot.edge.generate import check_golden, golden_rows
 
@@ -328,6 +329,24 @@ def _verify(bundle_path: Path, options: argparse.Namespace) -> int:
     sys.stdout.write(f"{compared} of {total} golden tokens compared and equal")
     sys.stdout.write(f", signed by {signer}\n" if signer else "\n")
     return EXIT_OK
+
+
+def _check_int8(bundle: Bundle) -> None:
+    """Raise `BundleError` where sums of this bundle's int8 products overflow on this CPU.
+
+    Its golden tokens may come out all the same: few activations are so large, and which they are no export can tell
+    without such a kernel.
+    """
+    settings = bundle.manifest.get("quantization") or {}
+    if settings.get("dynamic_bits") != 8 or "int8-dyn" not in bundle.precision:
+        return
+    from ryot.edge.machine import describe_cpu, overflows_int8
+
+    if overflows_int8(describe_cpu()["isa"]):
+        raise BundleError(
+            f"bundle {bundle.path}: its weights have 8 bits, whose sums overflow on this CPU, which has no VNNI",
+            hint="export it with a target whose device is like this one, which takes 7 bits",
+        )
 
 
 def _bench(bundle: Bundle, options: argparse.Namespace) -> int:

@@ -37,7 +37,9 @@ PIECE_TOKENS = 256
 
 # How every engine sets its sessions up, for one sequence generator on cores that it may not have for itself. No
 # spinning: threads that wait actively take the core from whoever shares it. No arena: it keeps what the prompt needed
-# once, and the steps gain nothing from it.
+# once, and the steps gain nothing from it. No optimizations: the export has fused what can be fused (graphs of all
+# families have the same nodes behind onnxruntime's, but for three additions of GPT-2), and looking for more takes time.
+GRAPH_OPTIMIZATION_LEVEL = 0
 INTER_OP_THREADS = 1
 LOG_ERRORS_ONLY = 3
 SESSION_CONFIG = {"session.intra_op.allow_spinning": "0"}

@@ -51,6 +51,14 @@ def sums_int8_exactly(isa: Collection[str]) -> bool:
     return not _EXACT_INT8.isdisjoint(isa)
 
 
+def overflows_int8(isa: Collection[str]) -> bool:
+    """Whether int8 kernels of such a CPU add pairs of products in 16 bits, where those of 8-bit weights overflow.
+
+    x86 with AVX2 and nothing newer for it does; SSE4.2 alone and Arm without dot products do not (seen in qemu).
+    """
+    return "avx2" in isa and not sums_int8_exactly(isa)
+
+
 def _cpuinfo() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

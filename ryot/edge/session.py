@@ -21,6 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.engine import (
     ALIGNMENT_BYTES,
+    GRAPH_OPTIMIZATION_LEVEL,
     INTER_OP_THREADS,
     LOG_ERRORS_ONLY,
     SESSION_CONFIG,
@@ -178,6 +179,7 @@ def build_session_options(threads: int, *, prepack: bool = True) -> ort.SessionO
     without a second copy of float32 ones in memory.
     """
     options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel(GRAPH_OPTIMIZATION_LEVEL)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = INTER_OP_THREADS
     options.enable_cpu_mem_arena = False

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import load_bundle
+from ryot.edge.cli import run
 from ryot.edge.generate import generate
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import OnnxruntimeEngine
@@ -95,6 +96,18 @@ def test_verify_checks_hashes_and_golden_tokens(llama_path: Path, tmp_path: Path
     run = run_cli(copy, "--verify")
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.startswith(f"Error: bundle {copy}: golden prompt 1: token 1 is")
+
+
+def test_verify_refuses_8_bit_products_where_their_sums_overflow(
+    llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The CPU is a fake one: golden tokens alone were seen to pass on a real kernel that overflows."""
+    copy = Path(shutil.copytree(llama_path, tmp_path / "bundle"))
+    write_manifest(copy, precision="int8-dyn+int4", quantization={"dynamic_bits": 8})
+    for isa, code in ((["avx2"], 1), (["avx2", "avx512"], 1), (["avx2", "avx-vnni"], 0), (["neon"], 0), ([], 0)):
+        monkeypatch.setattr("ryot.edge.machine.describe_cpu", lambda isa=isa: {"isa": isa})
+        assert run(copy, ["--verify"]) == code
+        assert ("no VNNI" in capsys.readouterr().err) == (code == 1)
 
 
 @pytest.mark.parametrize(

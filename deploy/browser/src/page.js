@@ -30,7 +30,10 @@ worker.postMessage({
   threads: Number(options.get('threads') ?? 0),
   device: options.get('device') ?? undefined,
 });
-compiled.then(module => worker.postMessage({ type: 'code', module }));
+compiled.then(module => {
+  performance.mark('ryot-compiled');
+  worker.postMessage({ type: 'code', module });
+});
 navigator.serviceWorker?.register('sw.js').catch(() => {}); // without one there is no offline use
 
 /** @type {Record<string, (event: Told) => void>} */
@@ -43,7 +46,7 @@ const handlers = {
 
   ready(event) {
     model = event;
-    performance.mark('ryot-ready');
+    performance.mark('ryot-ready', { detail: event });
     document.title = $('name').textContent = event.name;
     $('about').textContent =
       `${(event.parameters / 1e6).toFixed(1)} M parameters · ${event.precision} · runs on this device`;

@@ -1,7 +1,7 @@
 """How does `ryot-deploy serve` answer under load, beside llama-server and onnxruntime-genai, on the same weights?
 
     python benchmarks/serving.py --llama-cpp DIR [--smollm2 FILE.gguf] [--models M,SmolLM2] [--parts PART,...]
-                                 [--cores 1,2] [--rounds N] [--soak N] [--minutes M] [--work DIR]
+                                 [--engines NAME,...] [--cores 1,2] [--rounds N] [--soak N] [--minutes M] [--work DIR]
 
 DIR holds llama-server and llama-quantize; benchmarks/README.md says how to build them. Servers are pinned to the first
 core or the first two, the load to the last one; a server and its rivals are taken in turn in each round, in an order
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, metavar="FILE", help="SmolLM2-135M-Instruct as GGUF")
     parser.add_argument("--models", default="M,SmolLM2", metavar="LIST", help="default: M,SmolLM2")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help="default: all")
+    parser.add_argument("--engines", metavar="LIST", help="such as 'ryot int4,llama.cpp Q4_0'; default: all")
     parser.add_argument("--cores", default="1,2", metavar="LIST", help="cores of a server (default 1,2)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--soak", type=int, default=2000, metavar="N", help="requests of the soak (default 2,000)")
@@ -91,18 +92,21 @@ def _take(
 ) -> list[dict[str, Any]]:
     """All samples, those of earlier runs included."""
     began_s, samples = time.monotonic(), []
+    only = None if options.engines is None else options.engines.split(",")
+    each_cores = [int(cores) for cores in options.cores.split(",")]
     identity = hashlib.sha256(json.dumps([models, options.quick]).encode()).hexdigest()[:10]
     folder = options.work / f"samples-{identity}"
     folder.mkdir(exist_ok=True)
     jobs = [
         (number, cores, name, part, engine)
         for number in range(rounds)
-        for cores in map(int, options.cores.split(","))
+        for cores in each_cores
         for name, made in models.items()
         for part in parts
         for engine in _shuffled(engines_of(part, made, options.llama_cpp), f"{number}{cores}{name}{part}")
-        # What is asked for one core is not asked for two, and a long part is taken once.
-        if part in ("streams", "poisson") or cores == 1
+        if only is None or engine.name in only
+        # What is asked of our server alone is not asked for two cores too, and a long part is taken once.
+        if part in ("streams", "poisson", "shared") or cores == each_cores[0]
         if number == 0 or part not in ("soak", "poisson")
     ]
     for position, (number, cores, name, part, engine) in enumerate(jobs):

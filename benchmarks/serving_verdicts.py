@@ -54,8 +54,9 @@ def _row(what: str, model: str, asked: str, found: float | None, holds: bool | N
 
 def _asked(samples: Sequence[Sample]) -> Iterable[tuple[Any, ...]]:
     """The rows of the issue's table."""
-    for model in dict.fromkeys(sample["model"] for sample in samples):
-        mine = [sample for sample in samples if sample["model"] == model and sample["cores"] == 1]
+    for name, cores in dict.fromkeys((sample["model"], sample["cores"]) for sample in samples):
+        mine = [sample for sample in samples if (sample["model"], sample["cores"]) == (name, cores)]
+        model = name if cores == 1 else f"{name}, {cores} cores"
 
         def all_of(part: str, mine: Sequence[Sample] = mine) -> list[Any]:
             return [sample["found"] for sample in mine if sample["part"] == part]
@@ -67,11 +68,11 @@ def _asked(samples: Sequence[Sample]) -> Iterable[tuple[Any, ...]]:
             yield "tok/s over HTTP at one stream against the engine in process", model, "0.95x", ratio, ratio >= 0.95
             cpu = _median_of(f["engine_cpu_s"] for f in found) / _median_of(f["http_cpu_s"] for f in found)
             yield "the same by CPU time, prompts included", model, "", cpu, None
-        for name, ratio in _against_llama(mine, "16", "tok_s").items():
-            what = f"aggregate tok/s at 16 streams, {name} against llama-server's best"
-            yield what, model, f"{AGGREGATE[model]}x", ratio, ratio >= AGGREGATE[model]
-        for name, ratio in _against_llama(mine, "16", "cpu_ms_per_token").items():
-            yield f"the same by CPU time per token, {name}", model, "", ratio, None
+        for engine, ratio in _against_llama(mine, "16", "tok_s").items():
+            what = f"aggregate tok/s at 16 streams, {engine} against llama-server's best"
+            yield what, model, f"{AGGREGATE[name]}x", ratio, ratio >= AGGREGATE[name]
+        for engine, ratio in _against_llama(mine, "16", "cpu_ms_per_token").items():
+            yield f"the same by CPU time per token, {engine}", model, "", ratio, None
         if found := all_of("arrival"):
             with_ms = _median_of(f["with"]["p99_ms"] for f in found if f["with"]["p99_ms"])
             ratio = with_ms / _median_of(f["alone"]["p99_ms"] for f in found)
@@ -81,19 +82,19 @@ def _asked(samples: Sequence[Sample]) -> Iterable[tuple[Any, ...]]:
                 x for f in found for x in f["computed_ms"]
             )
             yield "TTFT with 1,000 tokens cached against computed", model, "0.15x", ratio, ratio <= 0.15
-        for name, ratio in _against_llama(mine, "1", "ttft_ms").items():
-            yield f"p50 TTFT at one stream, {name} against llama-server's best", model, "0.5x", ratio, ratio <= 0.5
+        for engine, ratio in _against_llama(mine, "1", "ttft_ms").items():
+            yield f"p50 TTFT at one stream, {engine} against llama-server's best", model, "0.5x", ratio, ratio <= 0.5
         batches: dict[str, list[float]] = {}
         for sample in mine:
             if sample["part"] == "batch":
                 ratio = sample["found"]["batch_tok_s"] / sample["found"]["single_tok_s"]
                 batches.setdefault(sample["engine"], []).append(ratio)
-        for name, ratios in batches.items():
-            holds = _median_of(ratios) >= 2.5 if model == "M" else None
+        for engine, ratios in batches.items():
+            holds = _median_of(ratios) >= 2.5 if name == "M" else None
             yield (
-                f"batch against single requests, {name}",
+                f"batch against single requests, {engine}",
                 model,
-                "2.5x" if model == "M" else "",
+                "2.5x" if name == "M" else "",
                 _median_of(ratios),
                 holds,
             )

@@ -9,7 +9,7 @@ Each block adds nodes to a `GraphBuilder` and returns the name of its result. Na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,26 @@ class GraphBuilder:
         self._known.update(name for name in outputs if name)
         return outputs[0]
 
+    def choose(
+        self,
+        condition: str,
+        then: Callable[[], Sequence[str]],
+        otherwise: Callable[[], Sequence[str]],
+        outputs: Sequence[str],
+        kinds: Sequence[int],
+    ) -> str:
+        """Results of one of two branches as `outputs`, whose first name is returned.
+
+        A branch adds its nodes, which may use all that was made before, and gives the names of its results.
+        """
+        branches = []
+        for build in (then, otherwise):
+            outer, self._nodes = self._nodes, []
+            results = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(build(), kinds)]
+            branches.append(helper.make_graph(self._nodes, f"{outputs[0]}.{build.__name__}", [], results))
+            self._nodes = outer
+        return self.node("If", [condition], outputs, then_branch=branches[0], else_branch=branches[1])
+
     def model(self) -> onnx.ModelProto:
         """The finished model; constants are in the order of their first use."""
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._constants.values()))
@@ -90,8 +110,21 @@ class GraphBuilder:
         )
 
 
-def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray | None = None, out: str = "") -> str:
-    """`x @ matrix.T + bias`, [B, S, K] to [B, S, N], with the operator that fits the matrix's format."""
+def linear(
+    g: GraphBuilder,
+    x: str,
+    name: str,
+    matrix: Matrix,
+    bias: FloatArray | None = None,
+    out: str = "",
+    *,
+    row_factor: str = "",
+) -> str:
+    """`x @ matrix.T + bias`, [B, S, K] to [B, S, N], with the operator that fits the matrix's format.
+
+    Where the matrix is a dynamic one, `x` may lack a factor [B, S, 1], as `gated_rows` leaves it.
+    """
+    assert not row_factor or isinstance(matrix, DynamicMatrix)
     out = out or f"{name}.out"
     bias_name = g.constant(f"{name}.bias", bias) if bias is not None else ""
     match matrix:
@@ -100,13 +133,12 @@ def linear(g: GraphBuilder, x: str, name: str, matrix: Matrix, bias: FloatArray 
             weight = g.constant(f"{name}.weight", values_NK)
             g.node("FusedMatMul", [x, weight], [product], domain=MS, transB=1)
             return product if bias is None else g.node("Add", [product, bias_name], [out])
-        case DynamicMatrix(codes_NK, scales_N):
+        case DynamicMatrix():
             codes, sizes = _round_rows(g, x, name)
-            weight, scales = g.constant(f"{name}.int8", codes_NK.T), g.constant(f"{name}.int8_scales", scales_N)
-            inputs = [codes, weight, "row_scale", scales, "row_zero"]
-            product = g.node("MatMulIntegerToFloat", inputs, [f"{name}.even"], domain=MS)
-            scaled_rows = out if bias is None else f"{name}.product"
-            product = g.node("Mul", [product, sizes], [scaled_rows])
+            if row_factor:
+                sizes = g.node("Mul", [sizes, row_factor], [f"{name}.all_sizes"])
+            product = _multiply_codes(g, codes, name, matrix)
+            product = g.node("Mul", [product, sizes], [out if bias is None else f"{name}.product"])
             return product if bias is None else g.node("Add", [product, bias_name], [out])
         case OffsetBlockMatrix():
             return linear(g, _with_block_sums(g, x, name, matrix.blocks), name, matrix.joined(), bias, out)
@@ -172,6 +204,30 @@ def _round_rows(g: GraphBuilder, x: str, name: str) -> tuple[str, str]:
     scale, zero = np.array(1 / 127, np.float32), np.array(128, np.uint8)
     inputs = [even, g.constant("row_scale", scale), g.constant("row_zero", zero)]
     return g.node("QuantizeLinear", inputs, [f"{name}.codes"]), sizes
+
+
+def _multiply_codes(g: GraphBuilder, codes: str, name: str, matrix: DynamicMatrix) -> str:
+    """Codes of `_round_rows` times a matrix; each token's size is still to be multiplied with."""
+    weight = g.constant(f"{name}.int8", matrix.codes_NK.T)
+    scales = g.constant(f"{name}.int8_scales", matrix.scales_N)
+    return g.node("MatMulIntegerToFloat", [codes, weight, "row_scale", scales, "row_zero"], [f"{name}.even"], domain=MS)
+
+
+def gated_rows(g: GraphBuilder, x: str, name: str, matrix: DynamicMatrix, kind: Activation) -> tuple[str, str]:
+    """`activation(gate) * up` but for a factor, and that factor [B, S, 1], of a dynamic matrix [2F, K], gate first.
+
+    Two products of the same codes, so that nothing is to be split; of them only the gate has to have its size: that of
+    the other one is left to the product that follows, whose rounding does not look at it.
+    """
+    codes, sizes = _round_rows(g, x, name)
+    half = len(matrix.scales_N) // 2
+    gate, up = (
+        _multiply_codes(g, codes, f"{name}.{part}", DynamicMatrix(matrix.codes_NK[rows], matrix.scales_N[rows]))
+        for part, rows in (("gate", slice(half)), ("up", slice(half, None)))
+    )
+    gate = g.node("Mul", [gate, sizes], [f"{name}.gate"])
+    active = activate(g, gate, kind, f"{name}.{kind}")
+    return g.node("Mul", [active, up], [f"{name}.product_of_gate_and_up"]), sizes
 
 
 def _with_block_sums(g: GraphBuilder, x: str, name: str, matrix: BlockMatrix) -> str:

@@ -17,7 +17,7 @@ does not know the fused operators; onnxruntime's, which checks them when it load
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,8 @@ from ryot.config import GraphAttention
 from ryot.deploy import blocks
 from ryot.deploy.blocks import GraphBuilder, NormWeights
 from ryot.deploy.datafile import DataFile
-from ryot.deploy.matrices import FloatMatrix, Matrix
+from ryot.deploy.matrices import DynamicMatrix, FloatMatrix, Matrix
+from ryot.deploy.prompt_attention import Int8Cache, attend_to_int8, count_new_tokens
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.angles import rotary_tables
 from ryot.models.tensors import FloatArray
@@ -106,6 +107,8 @@ class _DecoderGraph:
         self.kv_scales, self.attention = kv_scales, attention
         self.spec = weights.spec
         self.g = GraphBuilder(f"{self.spec.family}_{kind}", data)
+        #: Factors [B, S, 1] that inputs of a product still lack; see `blocks.gated_rows`.
+        self.row_factors: dict[str, str] = {}
 
     def build(self) -> onnx.ModelProto:
         new = 1 if self.kind == "decode" else "sequence_length"
@@ -114,6 +117,8 @@ class _DecoderGraph:
         self.past = [self._past(i) for i in range(self.spec.num_layers)]
         if self.kind == "prefill" and self.kv_scales is not None:
             self.held, self.unused = blocks.cache_positions(self.g, self.past[0][0], self.lengths[1], ids)
+        if self.kind == "fast" and self.kv_scales is not None:
+            self.new = count_new_tokens(self.g, ids, self.lengths[1])
         positions = None
         if self.spec.learned_positions:
             positions = self.g.input("position_ids", TensorProto.INT64, ["batch", new])
@@ -238,6 +243,13 @@ class _DecoderGraph:
         """Feed-forward up to its second matrix."""
         spec = self.spec
         if spec.gated:
+            matrix, following = (self.matrices[f"{name}.{part}"] for part in ("gate_up", "down"))
+            unbiased = self.weights.get(f"{name}.gate_up.bias") is None
+            if unbiased and isinstance(matrix, DynamicMatrix) and isinstance(following, DynamicMatrix):
+                product, self.row_factors[product] = blocks.gated_rows(
+                    self.g, x, f"{name}.gate_up", matrix, spec.activation
+                )
+                return product
             return blocks.gated(self.g, self._linear(x, f"{name}.gate_up", bias=True), name, spec.activation)
         up = f"{name}.up"
         if spec.activation == "gelu" and spec.ff_bias:
@@ -251,7 +263,8 @@ class _DecoderGraph:
     def _linear(self, x: str, name: str, *, bias: bool = False, out: str = "") -> str:
         """`x` times a matrix, plus its bias where it has one and that is asked for."""
         vector = self.weights.get(f"{name}.bias") if bias else None
-        return blocks.linear(self.g, x, name, self.matrices[name], vector, out)
+        factor = self.row_factors.get(x, "")
+        return blocks.linear(self.g, x, name, self.matrices[name], vector, out, row_factor=factor)
 
     def _attention(self, x: str, layer: int) -> str:
         g, spec, name = self.g, self.spec, f"layers.{layer}"
@@ -261,7 +274,7 @@ class _DecoderGraph:
             blocks.attention,
             g,
             qkv,
-            f"{name}.attn",
+            name=f"{name}.attn",
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             scale=spec.scale,
@@ -271,12 +284,12 @@ class _DecoderGraph:
             kernel=self.attention,
         )
         if self.kv_scales is None:
-            mixed = attend(past, present)
+            mixed = attend(past=past, present=present)
         elif self.kind == "prefill":
             exact = [f"{name}.keys", f"{name}.values"]
             both = [self.kv_scales.keys[layer], self.kv_scales.values[layer]]
             held = [blocks.load_int8(g, c, s, spec.head_dim, self.held) for c, s in zip(past, both, strict=True)]
-            mixed = attend(held, exact)
+            mixed = attend(past=held, present=exact)
             for x, of_layer, cache in zip(exact, both, present, strict=True):
                 blocks.store_int8(g, x, of_layer, spec.head_dim, self.unused, cache)
         else:
@@ -284,10 +297,39 @@ class _DecoderGraph:
                 g.constant(f"{name}.key_scales", self.kv_scales.keys[layer]),
                 g.constant(f"{name}.value_scales", self.kv_scales.values[layer]),
             )
-            mixed = attend(past, present, kv_scales=scales, per_channel=self.kv_scales.per_channel)
+            attend = functools.partial(attend, kv_scales=scales, per_channel=self.kv_scales.per_channel)
+            mixed = (
+                self._attend_to_int8(attend, qkv, layer, past, present)
+                if self.kind == "fast"
+                else attend(past=past, present=present)
+            )
         for cache in present:
             g.output(cache, self._cache_type, ["batch", spec.num_kv_heads, "total_length", spec.head_dim])
         return mixed
+
+    def _attend_to_int8(
+        self, attend: Callable[..., str], qkv: Sequence[str], layer: int, past: Sequence[str], present: Sequence[str]
+    ) -> str:
+        """Attention of any number of new tokens over an int8 cache; `attend` is the fused operator."""
+        spec, kind = self.spec, self.spec.rotary_kind(layer)
+        assert self.kv_scales is not None
+        rotary = None if kind < 0 else self.rotaries[kind]
+        return attend_to_int8(
+            self.g,
+            qkv,
+            f"layers.{layer}.attn",
+            Int8Cache(past, present, (self.kv_scales.keys[layer], self.kv_scales.values[layer])),
+            self.new,
+            lambda kept, name: attend(past=past, present=kept, name=name),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scale=spec.scale,
+            window=spec.window(layer),
+            rotary=rotary,
+            rotary_dim=0 if kind < 0 else 2 * rotary_tables(spec.rotaries[kind], 1)[0].shape[1],
+            lengths=self.lengths,
+        )
 
     def _qkv(self, x: str, name: str) -> Sequence[str]:
         """Queries, keys and values: packed, or three where they are normed."""

@@ -34,7 +34,7 @@ class FloatMatrix:
 
 @dataclass(frozen=True, slots=True)
 class DynamicMatrix:
-    """int8 with one scale for each output feature; activations are rounded to uint8, token by token, as it runs."""
+    """int8 with one scale for each output feature; inputs are rounded to uint8, token by token, as the graph runs."""
 
     codes_NK: NDArray[np.int8]
     scales_N: FloatArray

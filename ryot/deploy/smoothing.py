@@ -2,7 +2,7 @@
 
     # N output features, K input features
 
-At `accuracy_level` 4 the runtime rounds inputs to int8 block by block, and `int8-dyn` a whole call at once: a channel
+At `accuracy_level` 4 the runtime rounds inputs to int8 block by block, and `int8-dyn` a token as a whole: a channel
 that is far larger than its neighbours takes their bits. Dividing channel k of the inputs by s_k and multiplying the
 matrix's column by it changes no result, and the division is folded into what makes the inputs: the norm before the
 matrix, or the rows of `up` before `down`. Rows of a tied table are divided again where they are looked up.

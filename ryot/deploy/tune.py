@@ -44,7 +44,7 @@ from ryot.scratch import scratch_folder
 log = logging.getLogger(__name__)
 
 #: What was decided by an older method is not taken over.
-SCHEMA = 3
+SCHEMA = 4
 BLOCK_SIZES = (32, 64, 128, 256)
 #: A candidate must be this much faster than the one preferred without measuring; less is noise.
 MIN_GAIN = 1.03
@@ -173,14 +173,23 @@ def decide(
 
     A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
     """
-    best = {precision: _best_block(candidates, precision, spec) for precision in ("int8", "int4")}
-    best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
-    quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
     answer = ANSWER_SHARE * spec.max_seq_len
 
     def request_ms(prefill: Candidate, decode: Candidate) -> float:
         return prefill.prefill_ms + answer * decode.decode_ms
 
+    def best_block(precision: str) -> Candidate:
+        """The usual block size unless a request is clearly faster with another."""
+        mine = [c for c in candidates if c.precision == precision]
+        usual = block_size_for(spec.dim, ExportSettings().int8_block_size)
+        preferred = next((c for c in mine if c.block_size == usual), mine[-1])
+        fastest = min(mine, key=lambda c: request_ms(c, c))
+        gains = request_ms(fastest, fastest) * MIN_GAIN < request_ms(preferred, preferred)
+        return fastest if gains else preferred
+
+    best = {precision: best_block(precision) for precision in ("int8", "int4")}
+    best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
+    quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
     single = min(quick, key=lambda c: request_ms(c, c))
     dynamic = best["int8-dyn"]
     full = next((c for c in candidates if c.attention == "full"), None)
@@ -210,15 +219,6 @@ def decide(
         onnxruntime=ort.__version__,
         num_layers=num_layers,
     )
-
-
-def _best_block(candidates: list[Candidate], precision: str, spec: DecoderSpec) -> Candidate:
-    """The block size fastest in decode; the usual one unless another is clearly faster."""
-    mine = [c for c in candidates if c.precision == precision]
-    usual = block_size_for(spec.dim, ExportSettings().int8_block_size)
-    preferred = next((c for c in mine if c.block_size == usual), mine[-1])
-    fastest = min(mine, key=lambda c: c.decode_ms)
-    return fastest if fastest.decode_ms * MIN_GAIN < preferred.decode_ms else preferred
 
 
 def _distinct_block_sizes(spec: DecoderSpec) -> list[int]:

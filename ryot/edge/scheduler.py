@@ -87,6 +87,8 @@ class Scheduler:
         self._step_s = self._token_s = 0.0
         #: The prompt computed last, and what follows it: candidates to one prompt come one after the other.
         self._last_prompt: _Prompt | None = None
+        #: Sequences whose prompts were computed to the end in the last step, and how long these are.
+        self._unremembered: list[tuple[ActiveSequence, int]] = []
         self._draft_costs = DraftCosts()
         self._drafters: dict[ActiveSequence, Drafter] = {}
 
@@ -99,6 +101,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for a row."""
         return len(self._waiting)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a prompt waits or is on its way, so that the next step takes longer."""
+        return bool(self._waiting) or self._prefilling is not None
 
     @property
     def idle(self) -> bool:
@@ -143,6 +150,10 @@ class Scheduler:
 
         Raises `BundleError` where the engine fails; `abandon` then tells whose work is lost.
         """
+        for sequence, length in self._unremembered:
+            if sequence in self._running:
+                self._remember(sequence, self._running.index(sequence), length)
+        self._unremembered.clear()
         self._drop_cancelled()
         events: list[TokenEvent] = []
         if self._running:
@@ -157,6 +168,7 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._prefilling = None
+        self._unremembered.clear()
         self._drafters.clear()
         self.engine.release()
         return lost
@@ -287,10 +299,14 @@ class Scheduler:
             if self._running or not self._token_s:
                 self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
         # Bit by bit, so that no step waits for the copy of a whole prompt.
-        known = len(ids) if start + size == len(ids) else (start + size) // BLOCK_TOKENS * BLOCK_TOKENS
-        self._remember(sequence, row, known)
         if start + size < len(ids):
+            self._remember(sequence, row, (start + size) // BLOCK_TOKENS * BLOCK_TOKENS)
             return size, None
+        if self._waiting:
+            self._remember(sequence, row, len(ids))
+        else:
+            # Nobody can begin with it before the next step, and a first token is not to wait for the copy.
+            self._unremembered.append((sequence, len(ids)))
         self._prefilling = None
         self._running.append(sequence)
         if size and self.cache.max_bytes:
@@ -298,6 +314,8 @@ class Scheduler:
             self._last_prompt = _Prompt(*key, engine.logits[row].copy(), int(engine.next_token[row]))
         event = self._take(row)
         if event is not None and event.ends:
+            if self._unremembered and sequence.request.whole:
+                self._remember(sequence, row, len(ids))
             self._leave(row)
         return size, event
 

@@ -20,8 +20,8 @@ from ryot.serve.metrics import ModelMetrics
 _log = logging.getLogger(__name__)
 
 #: Tokens that come faster than this are sent together: a write costs a tenth of a small model's step. A first token and
-#: a last one wait for nothing.
-FLUSH_S = 0.003
+#: a last one wait for nothing, and none waits while a prompt is computed.
+FLUSH_S = 0.005
 #: Without work for so long, a runner gives back the memory that the last requests needed.
 IDLE_S = 1.0
 
@@ -174,7 +174,7 @@ class Runner:
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         now_s = time.perf_counter()
-        urgent = now_s - self._flushed_s >= FLUSH_S
+        urgent = now_s - self._flushed_s >= FLUSH_S or self.scheduler.has_prompts
         for event in events:
             before_s = self._last_token_s.get(event.sequence)
             self.metrics.observe(event, before_s, now_s)

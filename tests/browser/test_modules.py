@@ -172,6 +172,25 @@ def test_unpacked_matrices_multiply_as_packed_ones(kind: str, external: bool, ru
 
 
 @pytest.mark.parametrize("per_column", [False, True])
+def test_products_of_rounded_tokens_are_unpacked(per_column: bool, run_module: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    constants = {
+        "codes": rng.integers(-127, 128, (K, N)).astype(np.int8),
+        "scales": rng.random(N if per_column else 1, np.float32),
+        "step": np.array(1 / 127, np.float32),
+        "zero": np.array(128, np.uint8),
+    }
+    model = one_node_model("MatMulIntegerToFloat", ["q", "codes", "step", "scales", "zero"], constants)
+    model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]))
+    path, operators = expand(run_module, tmp_path, model, external=True)
+    assert operators == ["QuantizeLinear", "FusedMatMul"]
+    x = rng.uniform(-1, 1, (3, K)).astype(np.float32)
+    y = x.astype(np.float64) @ (constants["codes"] * constants["scales"].astype(np.float64))
+    z = ort.InferenceSession(path).run(None, {"x": x})[0]
+    assert np.abs(y - z).max() <= 80 * 2.0**-24 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("per_column", [False, True])
 def test_dynamic_products_are_unpacked_too(per_column: bool, run_module: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     constants = {

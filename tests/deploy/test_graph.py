@@ -338,5 +338,4 @@ def test_rows_of_a_prompt_that_attends_with_all_scores_at_once_are_computed_alon
     together.prefill(ids)
     for row, logits in zip(ids, together.logits):
         alone.prefill(row[None])
-        # Dynamic int8 has one scale a call: rows that share a call have other logits.
         np.testing.assert_array_equal(logits, alone.logits[0])

@@ -40,6 +40,8 @@ def test_the_usual_block_size_stays_unless_another_is_clearly_faster():
     # 64 is what the usual 128 comes to at a width of 64.
     assert choose(**rest, int8_32=(5.0, 0.99), int8_64=(5.0, 1.0)).settings.int8_block_size == 64
     assert choose(**rest, int8_32=(5.0, 0.90), int8_64=(5.0, 1.0)).settings.int8_block_size == 32
+    # Of a request the prompt counts too.
+    assert choose(**rest, int8_32=(1.0, 1.00), int8_64=(9.0, 1.0)).settings.int8_block_size == 32
 
 
 def test_a_pair_is_chosen_only_where_a_second_copy_of_the_weights_pays():

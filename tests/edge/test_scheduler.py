@@ -11,7 +11,7 @@ import pytest
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.generate import generate
 from ryot.edge.sampling_params import SamplingParams
-from ryot.edge.scheduler import Scheduler, run_all
+from ryot.edge.scheduler import PIECE_SIZES, Scheduler, run_all
 from ryot.edge.sequence import ActiveSequence, Request
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.slots import SlotEngine
@@ -182,7 +182,7 @@ def test_a_long_prompt_comes_in_pieces_between_the_steps_of_a_stream(bundle: Bun
         scheduler.step()
         assert stream.completion_tokens == before + 1
         steps += 1
-    assert steps == -(-500 // 8)
+    assert steps == -(-500 // PIECE_SIZES[0])
 
 
 def test_a_prompt_on_its_way_goes_on_when_a_stream_before_it_ends(bundle: Bundle) -> None:

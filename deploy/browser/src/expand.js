@@ -2,7 +2,7 @@
  * Quantized matrices of a graph as float32, unpacked while the graph is loaded.
  *
  * onnxruntime's WebAssembly build has fast kernels for float32 alone. It unpacks the whole of a `MatMulNBits` matrix
- * again for every token, and packs that of a `DynamicQuantizeMatMul` anew; README.md has the times. So what is
+ * again for every token, and packs that of a `MatMulIntegerToFloat` anew; README.md has the times. So what is
  * downloaded and kept stays small, and memory holds float32. The embedding, of which a token reads one row, stays as it
  * is.
  */
@@ -49,6 +49,8 @@ export function expandMatrices(model, files) {
     if (!found) throw new Error(`${name}: a quantized matrix that is no constant`);
     return found;
   };
+  // What the codes of a product's inputs were made of; the product is taken of that, so they are made for nobody.
+  const rounded = new Map(graph.nodes.filter(n => n.op === 'QuantizeLinear').map(n => [n.outputs[0], n.inputs[0]]));
   graph.nodes = graph.nodes.flatMap(node => {
     if (node.op === 'MatMulNBits') {
       const [x, codes, scales, zeros, , bias] = node.inputs;
@@ -73,6 +75,15 @@ export function expandMatrices(model, files) {
         unpackColumns(constantBytes(stored, files), stored.dims, floats(constantBytes(constant(scales), files)), out),
       );
       return product(node, x, matrix, bias, 0);
+    }
+    const even = node.op === 'MatMulIntegerToFloat' ? rounded.get(node.inputs[0]) : undefined;
+    if (even) {
+      const [, codes, , scales] = node.inputs;
+      const stored = constant(codes);
+      const matrix = addMatrix(codes, stored.dims, out =>
+        unpackColumns(constantBytes(stored, files), stored.dims, floats(constantBytes(constant(scales), files)), out),
+      );
+      return product(node, even, matrix, undefined, 0);
     }
     return [node];
   });

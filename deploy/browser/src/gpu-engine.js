@@ -12,7 +12,7 @@ import { Graph } from './onnx.js';
 /** @typedef {import('./bundle.js').Manifest} Manifest */
 
 /** Operators of our graphs for which WebGPU has no kernel, so that every layer would go to the CPU and back. */
-const CPU_ONLY = ['FusedMatMul', 'DynamicQuantizeMatMul'];
+const CPU_ONLY = ['FusedMatMul', 'DynamicQuantizeMatMul', 'MatMulIntegerToFloat'];
 /** The most tokens that go through the graph in one call. */
 const PIECE_TOKENS = 256;
 

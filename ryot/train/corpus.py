@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ryot.errors import DataError
-from ryot.train.records import Record, has_answer, question_text, record_text
-from ryot.train.text_files import find_files, read_documents, show_path
+from ryot.train.records import Record, has_answer, parse_record_text, question_text, record_text
+from ryot.train.text_files import find_files, holds_rows, read_rows, read_text, show_path
+from ryot.train.text_store import StoredText, TextStore, text_key
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +33,37 @@ class Document:
     """One text and the name it is sorted and split by; the name is the same on every machine."""
 
     name: str
-    content: str | Record
-    """What is learned from: a text, or a row of prompt and completion, or of messages."""
+    kept: str | Record | StoredText
+    """What is learned from, or where it is."""
+
+    @property
+    def content(self) -> str | Record:
+        """What is learned from: a text, or a row of prompt and completion, or of messages."""
+        if not isinstance(self.kept, StoredText):
+            return self.kept
+        return parse_record_text(self.kept.read()) if self.kept.is_record else self.kept.read()
+
+    @property
+    def is_record(self) -> bool:
+        """Whether it is a row, not a text."""
+        return self.kept.is_record if isinstance(self.kept, StoredText) else not isinstance(self.kept, str)
 
     @property
     def text(self) -> str:
         """Of a record all of it, as JSON: what it is hashed and compared by. Not kept: it is as large as the record."""
-        return self.content if isinstance(self.content, str) else record_text(self.content)
+        if isinstance(self.kept, StoredText):
+            return self.kept.read()
+        return self.kept if isinstance(self.kept, str) else record_text(self.kept)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of its text."""
+        return self.kept.num_chars if isinstance(self.kept, StoredText) else len(self.text)
 
     @property
     def key(self) -> bytes:
         """What copies have in common."""
-        return hashlib.blake2b(self.text.encode(), digest_size=16).digest()
+        return self.kept.key if isinstance(self.kept, StoredText) else text_key(self.text.encode())
 
     @property
     def own_split(self) -> str:
@@ -50,7 +71,8 @@ class Document:
 
         Of the usual hashes, BLAKE2s splits the default corpus nearest to 92/4/4 in bytes: 92.2/4.0/3.8.
         """
-        key = self.name if isinstance(self.content, str) else question_text(self.content)
+        content = self.content if self.is_record else ""
+        key = self.name if isinstance(content, str) else question_text(content)
         bucket = int.from_bytes(hashlib.blake2s(key.encode()).digest()[:4]) % 100
         return SPLITS[sum(bucket >= bound for bound in _BOUNDS)]
 
@@ -94,7 +116,7 @@ class Corpus:
     @property
     def has_records(self) -> bool:
         """Whether any document is a record."""
-        return any(not isinstance(d.content, str) for d in self.documents)
+        return any(d.is_record for d in self.documents)
 
     def split(self, name: str) -> list[Document]:
         """The documents of one split, in order."""
@@ -114,26 +136,29 @@ def load_corpus(paths: Sequence[str] = ()) -> Corpus:
     """
     if not paths:
         return _standard_library()
-    documents = []
+    documents: list[Document] = []
     empty: list[str] = []
+    store = TextStore()
     for path in paths:
         for found, file in find_files(path):
-            for name, content in read_documents(found, file):
-                if isinstance(content, str):
-                    if content and not content.isspace():
-                        documents.append(Document(name, content))
-                elif has_answer(content):
-                    documents.append(Document(name, content))
-                else:
+            if not holds_rows(found):
+                if kept := store.add(read_text(file)):
+                    documents.append(Document(found, kept))
+                continue
+            for name, content in read_rows(found, file):
+                is_text = isinstance(content, str)
+                if not isinstance(content, str) and not has_answer(content):
                     empty.append(name)
+                elif kept := store.add([content if is_text else record_text(content)], is_record=not is_text):
+                    documents.append(Document(name, kept))
     if empty:
         log.warning("data: %d records have no answer and are left out, the first is %s", len(empty), empty[0])
     if not documents:
         what = "no record with an answer" if empty else "no text"
         raise DataError(f"data: {', '.join(map(show_path, paths))} holds {what}")
-    documents.sort(key=lambda d: (d.name, d.content if isinstance(d.content, str) else ""))
-    if len(documents) < _FEW_DOCUMENTS or len({d.key for d in documents}) < _FEW_DOCUMENTS:
-        documents = [b for d in documents for b in (cut_document(d) if isinstance(d.content, str) else [d])]
+    documents = list(_sorted(documents))
+    if _has_few(documents):
+        documents = [b for d in documents for b in ([d] if d.is_record else cut_document(d))]
     corpus = Corpus(name=", ".join(show_path(Path(p).name) for p in paths), documents=tuple(documents))
     if corpus.num_copies:
         log.warning(
@@ -142,6 +167,23 @@ def load_corpus(paths: Sequence[str] = ()) -> Corpus:
             len(documents),
         )
     return corpus
+
+
+def _sorted(documents: list[Document]) -> Iterator[Document]:
+    """By name; those of one name, which come from several paths, by their texts."""
+    documents.sort(key=lambda d: d.name)
+    for _, group in itertools.groupby(documents, key=lambda d: d.name):
+        same = list(group)
+        yield from same if len(same) == 1 else sorted(same, key=lambda d: "" if d.is_record else d.text)
+
+
+def _has_few(documents: Sequence[Document]) -> bool:
+    keys: set[bytes] = set()
+    for document in documents:
+        keys.add(document.key)
+        if len(keys) == _FEW_DOCUMENTS:
+            return False
+    return True
 
 
 def _standard_library() -> Corpus:
@@ -159,10 +201,22 @@ def _standard_library() -> Corpus:
 
 def cut_document(document: Document) -> Iterator[Document]:
     """The document in blocks of at most 4096 characters, cut after a line end where there is one."""
-    text, begin, number = document.text, 0, 0
-    while begin < len(text):
-        end = begin + _BLOCK_CHARS
-        if end < len(text):
-            end = text.rfind("\n", begin, end) + 1 or end
-        yield Document(f"{document.name}#{number:09d}", text[begin:end])
-        begin, number = end, number + 1
+    kept = document.kept
+    if isinstance(kept, StoredText):
+        parts: Iterable[str | StoredText] = kept.split(_cut_blocks(kept.chunks()))
+    else:
+        parts = _cut_blocks([document.text])
+    for number, part in enumerate(parts):
+        yield Document(f"{document.name}#{number:09d}", part)
+
+
+def _cut_blocks(chunks: Iterable[str]) -> Iterator[str]:
+    text, begin = "", 0
+    for chunk in chunks:
+        text, begin = text[begin:] + chunk if begin < len(text) else chunk, 0
+        while len(text) - begin > _BLOCK_CHARS:
+            end = text.rfind("\n", begin, begin + _BLOCK_CHARS) + 1 or begin + _BLOCK_CHARS
+            yield text[begin:end]
+            begin = end
+    if begin < len(text):
+        yield text[begin:]

@@ -131,7 +131,8 @@ class HeldOutText:
 
     def _encode(self, split: str) -> Iterator[np.ndarray]:
         if self._records is None:
-            return encode_stream(self._tokenizer, self._corpus.texts(split), self._separator_id)
+            texts = (document.text for document in self._corpus.split(split))
+            return encode_stream(self._tokenizer, texts, self._separator_id)
         encode = self._records.encode
         return (encode(d.content, f"data: {d.name}")[0] for d in self._corpus.split(split))
 
@@ -241,8 +242,8 @@ def prepare_dataset(
     if path.exists():
         return load_dataset(path), True
     for split in SPLITS:
-        if not corpus.texts(split):
-            size = sum(len(d.text) for d in corpus.documents)
+        if not corpus.split(split):
+            size = sum(d.num_chars for d in corpus.documents)
             copies = f", {corpus.num_copies} of its {len(corpus.documents)} documents are copies"
             raise DataError(
                 f"data: {corpus.name} has {size} characters{copies if corpus.num_copies else ''}, "
@@ -250,8 +251,8 @@ def prepare_dataset(
                 hint="give more text with --data",
             )
     if text is None:
-        texts = [words for d in corpus.split("train") for words in plain_texts(d.content)]
-        tokenizer = train_tokenizer(tell_progress(texts, "learning a vocabulary", on_progress), vocab_size)
+        taken = tell_progress(corpus.split("train"), lambda d: d.num_chars, "learning a vocabulary", on_progress)
+        tokenizer = train_tokenizer((words for d in taken for words in plain_texts(d.content)), vocab_size)
         text = SourceText(tokenizer=tokenizer, token_ids=OWN_IDS, template=None, files={}, where="a tokenizer of ours")
     dtype = _token_dtype(vocab_size)
     encoder = RecordEncoder(text)
@@ -268,8 +269,9 @@ def prepare_dataset(
                     if corpus.has_records:
                         _write_records(partial, split, shard, documents, encoder, dtype)
                     else:
-                        stream = tell_progress([d.text for d in documents], f"encoding the {split} split", on_progress)
-                        for ids in encode_stream(text.tokenizer, stream, text.token_ids.separator):
+                        what = f"encoding the {split} split"
+                        taken = tell_progress(documents, lambda d: d.num_chars, what, on_progress)
+                        for ids in encode_stream(text.tokenizer, (d.text for d in taken), text.token_ids.separator):
                             ids.astype(dtype).tofile(shard)
                     num_tokens[split] = shard.tell() // dtype.itemsize
             meta = {

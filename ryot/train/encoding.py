@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ _BEFORE_SPACE = re.compile(r"\S(?=\s)")
 #: How often progress is told.
 TELL_EVERY_S = 5.0
 
+T = TypeVar("T")
 #: What a piece of text becomes: its ids, or the words that ids are learned from.
 Split = Callable[[str], Sequence[object]]
 
@@ -74,14 +76,16 @@ def _find_cut(text: str, after: int, split: Split) -> int | None:
     return None
 
 
-def tell_progress(texts: Sequence[str], what: str, tell: Callable[[str], None]) -> Iterator[str]:
-    """The texts, one by one; `tell` is told every few seconds how much of them has been taken, and the time left."""
-    total = sum(map(len, texts)) or 1
+def tell_progress(
+    items: Sequence[T], num_chars: Callable[[T], int], what: str, tell: Callable[[str], None]
+) -> Iterator[T]:
+    """The items, one by one; `tell` is told every few seconds how much of them has been taken, and the time left."""
+    total = sum(map(num_chars, items)) or 1
     begin = told_at = time.monotonic()
     taken = 0
-    for text in texts:
-        yield text
-        taken += len(text)
+    for item in items:
+        yield item
+        taken += num_chars(item)
         now = time.monotonic()
         if now - told_at >= TELL_EVERY_S:
             told_at = now

@@ -60,6 +60,12 @@ def record_text(record: Record) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
+def parse_record_text(text: str) -> Record:
+    """The record that `record_text` made a text of."""
+    values = json.loads(text)
+    return Pair(*values) if isinstance(values[0], str) else Chat(tuple((role, said) for role, said in values))
+
+
 def question_text(record: Record) -> str:
     """What a record asks: two records with the same question are in the same split."""
     if isinstance(record, Pair):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -53,8 +54,13 @@ def find_files(path: str) -> list[tuple[str, Path]]:
     )
 
 
-def read_documents(name: str, file: Path) -> Iterator[tuple[str, str | Record]]:
-    """(name, text or record) of each document in a file: each line of a `.jsonl`, each row of a `.parquet`, else all.
+def holds_rows(name: str) -> bool:
+    """Whether a file of this name has a document in each line or row."""
+    return name.endswith((".jsonl", ".parquet"))
+
+
+def read_rows(name: str, file: Path) -> Iterator[tuple[str, str | Record]]:
+    """(name, text or record) of each document in a file: each line of a `.jsonl`, each row of a `.parquet`.
 
     Raises `DataError` with file, line and reason for what is no text.
     """
@@ -62,16 +68,28 @@ def read_documents(name: str, file: Path) -> Iterator[tuple[str, str | Record]]:
         for number, line in enumerate(_lines(_read_chunks(file)), start=1):
             if line.strip():
                 yield f"{name}#{number:09d}", _read_json(line, f"data: {show_path(file)} line {number}")
-    elif name.endswith(".parquet"):
+    else:
         for number, row in enumerate(_parquet_rows(file), start=1):
             yield f"{name}#{number:09d}", read_record(row, f"data: {show_path(file)} row {number}")
-    else:
-        data = b"".join(_read_chunks(file))
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """The text of a file in parts. Raises `DataError` with file, line and reason for what is no text."""
+    offset, lines, rest = 0, 0, b""
+    for chunk in itertools.chain(_read_chunks(file), [b""]):
+        data, is_last = rest + chunk, not chunk
         try:
-            yield name, data.decode("utf-8")
+            text, rest = data.decode("utf-8"), b""
         except UnicodeDecodeError as error:
-            number = data.count(b"\n", 0, error.start) + 1
-            raise DataError(f"data: {show_path(file)} line {number} is not UTF-8 ({_where(error)})") from error
+            if is_last or error.end < len(data) or error.reason != "unexpected end of data":
+                number = lines + data.count(b"\n", 0, error.start) + 1
+                where = _where(error, offset)
+                raise DataError(f"data: {show_path(file)} line {number} is not UTF-8 ({where})") from error
+            # A character that the next part completes.
+            text, rest = data[: error.start].decode("utf-8"), data[error.start :]
+        yield text
+        offset += len(data) - len(rest)
+        lines += text.count("\n")
 
 
 def _name(path: Path) -> str:
@@ -229,5 +247,5 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"data: {show_path(file)} is damaged or no Parquet file ({error})") from error
 
 
-def _where(error: UnicodeDecodeError) -> str:
-    return f"byte {error.object[error.start]:#04x} at offset {error.start}"
+def _where(error: UnicodeDecodeError, offset: int = 0) -> str:
+    return f"byte {error.object[error.start]:#04x} at offset {offset + error.start}"

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import resource
+import signal
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +11,13 @@ import pytest
 
 from ryot.config import digest
 from ryot.errors import ConfigError, DataError
+from ryot.train import text_store
 from ryot.train.corpus import SPLITS, Corpus, Document, cut_document, load_corpus
 from ryot.train.dataset import Dataset, HeldOutText, load_dataset, prepare_dataset
+from ryot.train.records import Chat, Pair
 from ryot.train.tokenizer import END_OF_TEXT_ID, TOKENIZER_RECIPE
+
+ANSWER = {"role": "assistant", "content": "ja"}
 
 
 def test_default_corpus_is_the_standard_library_split_92_4_4() -> None:
@@ -118,6 +126,52 @@ def test_a_text_is_cut_by_copying_it_once() -> None:
     assert all(b.endswith("\n") for b in blocks[:-3])
     # What was left was copied at every block: 25 MB took 16 s.
     assert Counted.copied == len(text)
+
+
+def test_a_corpus_takes_memory_for_its_documents_and_not_for_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_store, "MEMORY_BYTES", 100_000)
+    words = " ".join(f"größe{i * 7919 % 10_003}" for i in range(10_000)).replace("7 ", "7\n")
+    text = "".join(f"{i} {words}\n" for i in range(120))
+    (tmp_path / "x.txt").write_text(text)
+    tracemalloc.start()
+    corpus = load_corpus([str(tmp_path / "x.txt")])
+    assert corpus.num_copies and corpus.splits
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Parts of 1 MiB in bytes and as text, and for each block of 4,096 characters its name, place and hash.
+    assert peak < 8 * (1 << 20) < len(text.encode())
+    whole = Corpus(corpus.name, tuple(cut_document(Document("x.txt", text))))
+    assert corpus.sha256 == whole.sha256 and corpus.splits == whole.splits
+    assert [d.key for d in corpus.documents] == [d.key for d in whole.documents]
+    assert corpus.texts("test") == whole.texts("test")
+
+
+def test_records_are_read_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_store, "MEMORY_BYTES", 1)
+    rows = [{"prompt": "wie groß?", "completion": "1\n"}, {"messages": [{"role": "user", "content": "ü"}, ANSWER]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load_corpus([str(tmp_path / "x.jsonl")])
+    found = [d.content for d in corpus.documents]
+    assert found == [Pair("wie groß?", "1\n"), Chat((("user", "ü"), ("assistant", "ja")))]
+    whole = Corpus(corpus.name, tuple(Document(d.name, d.content) for d in corpus.documents))
+    assert corpus.sha256 == whole.sha256 and corpus.splits == whole.splits and corpus.has_records
+
+
+def test_a_disk_without_room_for_the_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_store, "MEMORY_BYTES", 1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "x.txt").write_text("some text\n" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(DataError, match=rf"^data: {tmp_path} cannot hold a copy of the text \(File too large\)"):
+            load_corpus([str(tmp_path / "x.txt")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_cache_that_cannot_be_written_is_named(corpus: Corpus, tmp_path: Path) -> None:

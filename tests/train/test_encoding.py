@@ -99,7 +99,7 @@ def test_progress_is_told_with_the_time_left(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(encoding.time, "monotonic", lambda: next(now))
     told: list[str] = []
     texts = ["x" * 1_000_000] * 12
-    assert list(tell_progress(texts, "encoding", told.append)) == texts
+    assert list(tell_progress(texts, len, "encoding", told.append)) == texts
     assert told == ["encoding, 5 of 12 M characters, 7 s left", "encoding, 10 of 12 M characters, 2 s left"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from ryot.errors import ConfigError, DataError
+from ryot.train import text_files
 from ryot.train.corpus import load_corpus
 from ryot.train.text_files import find_files, show_path
 
@@ -65,6 +66,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "an emoji \\ud83d\\ude00 here"}\n')
     assert texts(tmp_path) == ["an emoji \U0001f600 here"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_a_text_read_in_parts_is_the_text_and_says_the_same_of_its_faults(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "_CHUNK_BYTES", chunk)
+    text = "one\nzwölf \U0001f600\n日本\n"
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(text_files.read_text(tmp_path / "a.txt")) == text
+    for tail, offset in ((b"gr\xfc\xdfe\n", 25), (b"\xe6\x97", 23)):
+        (tmp_path / "a.txt").write_bytes(text.encode() + tail)
+        with pytest.raises(DataError, match=rf"line 4 is not UTF-8 \(byte 0x.. at offset {offset}\)"):
+            list(text_files.read_text(tmp_path / "a.txt"))
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_a_channel_that_is_never_used_keeps_a_bounded_factor(weights, data):
     found = smooth(weights, sizes)
     ratio = found["layers.0.attn.qkv.weight"][:, 5] / weights["layers.0.attn.qkv.weight"][:, 5]
     np.testing.assert_allclose(ratio, 1 / LARGEST_FACTOR, rtol=1e-5)
+
+
+def test_a_second_set_of_weights_takes_no_memory(weights, data):
+    sizes = measure_input_sizes(weights, data.windows("train", 2, CONTEXT)[:, :-1])
+    tracemalloc.start()
+    smoothed = smooth(weights, sizes)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Factors of inputs, and norms.
+    assert held < 0.1 * sum(array.nbytes for array in weights.arrays.values())
+    assert smoothed["layers.0.attn.qkv.weight"].shape == weights["layers.0.attn.qkv.weight"].shape
 
 
 def test_norms_that_feed_the_residual_too_are_left_alone():

@@ -117,8 +117,17 @@ def workers_of(folder: Path) -> list[int]:
     return [p.pid for p in processes_of(folder) if "TrainWorker" in " ".join(p.cmdline())]
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files of this test alone: other tests, and people, have clusters on this machine too."""
+    with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as folder:  # Ray's sockets want a short path
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
 def cluster_folders() -> set[Path]:
-    """The folders of all embedded clusters of this machine."""
+    """The folders of all embedded clusters below the folder for temporary files."""
     return set(Path(tempfile.gettempdir()).glob(f"{reaper.PREFIX}*"))
 
 

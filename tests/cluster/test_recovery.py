@@ -47,15 +47,14 @@ def wait_until_gone(folders: set[Path]) -> None:
 
 
 def test_a_run_that_is_killed_and_stopped_and_whose_ray_dies_twice_learns_what_an_undisturbed_one_learns(
-    dataset: Dataset, expected: dict[str, str], tmp_path: Path
+    dataset: Dataset, expected: dict[str, str], tmp_path: Path, temporary: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    before = cluster_folders()
 
     # Killed: what the driver started ends without it.
     with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         wait_for_event(driver, "checkpoint", count=2)
-        folders = cluster_folders() - before
+        folders = cluster_folders()
         assert len(folders) == 1
         driver.send_signal(signal.SIGKILL)
     wait_until_gone(folders)
@@ -67,7 +66,7 @@ def test_a_run_that_is_killed_and_stopped_and_whose_ray_dies_twice_learns_what_a
     # Stopped: the chunk in flight is finished and counts.
     with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         wait_for_event(driver, "checkpoint")
-        folders = cluster_folders() - before
+        folders = cluster_folders()
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=60)
     assert driver.returncode == EXIT_INTERRUPTED
@@ -82,7 +81,7 @@ def test_a_run_that_is_killed_and_stopped_and_whose_ray_dies_twice_learns_what_a
     # Stopped twice: at once.
     with train_program(run_dir, dataset, "--steps", str(STEPS)) as driver:
         wait_for_event(driver, "checkpoint")
-        folders = cluster_folders() - before
+        folders = cluster_folders()
         driver.send_signal(signal.SIGINT)
         driver.send_signal(signal.SIGTERM)
         _, said = driver.communicate(timeout=60)
@@ -96,7 +95,7 @@ def test_a_run_that_is_killed_and_stopped_and_whose_ray_dies_twice_learns_what_a
         for program in ("raylet", "gcs_server"):
             wait_for_status(driver, "begin")
             wait_for_event(driver, "checkpoint", count=2)
-            [folder] = cluster_folders() - before - clusters  # the dead one may still be on its way out
+            [folder] = cluster_folders() - clusters  # the dead one may still be on its way out
             clusters.add(folder)
             [victim] = [p for p in processes_of(folder) if p.name() == program]
             victim.kill()
@@ -108,7 +107,7 @@ def test_a_run_that_is_killed_and_stopped_and_whose_ray_dies_twice_learns_what_a
         driver.communicate(timeout=60)
         assert driver.returncode == 0
     assert digests == expected
-    wait_until_gone(clusters | (cluster_folders() - before))
+    wait_until_gone(clusters | cluster_folders())
     for record in records(run_dir, "checkpoint"):
         older = accepted.get(record["key"], 0)
         assert record["attempt"] == 1 or record["step"] > older

@@ -79,11 +79,10 @@ def test_what_ray_says_of_a_dying_worker_does_not_reach_stdout(
     assert capfd.readouterr().out == ""
 
 
-def test_a_second_cluster_in_one_process_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    before = cluster_folders()
+def test_a_second_cluster_in_one_process_is_refused(cluster: Cluster, tmp_path: Path, temporary: Path) -> None:
     with pytest.raises(ClusterError, match="connected to a Ray cluster already"):
         open_cluster(ClusterOptions(), log_dir=tmp_path)
-    assert cluster_folders() == before
+    assert cluster_folders() == set()
 
 
 def test_more_cores_than_there_are_are_refused(tmp_path: Path) -> None:

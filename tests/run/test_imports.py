@@ -24,7 +24,8 @@ from ryot.report.rows import Report, load_report
 from ryot.run.options import RunOptions
 from ryot.run.plan import load_plan, plan_to_toml, resolve_plan
 from tests.models.sources.tiny import save_model
-from tests.run.test_pipeline import PRESET, ryot, start
+from tests.run.test_pipeline import ryot, start
+from tests.run.tiny import tiny_recipes
 
 #: Positions of the tiny model that a run uses of its 128.
 MODEL_CONTEXT = 48
@@ -47,14 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options for a preset and a recipe that train in a second."""
-    from ryot.config import find_named
-
-    root = tmp_path_factory.mktemp("inputs")
-    (root / "tiny.toml").write_text(PRESET)
-    drop = ("tokens =", "batch_size =", "warmup_fraction =", "tune =")
-    lines = find_named("variants", "baseline").read_text().splitlines()
-    (root / "baseline.toml").write_text("\n".join(line for line in lines if not line.startswith(drop)) + "\n")
-    return ["--preset", str(root / "tiny.toml"), "--variants", str(root / "baseline.toml")]
+    return tiny_recipes(tmp_path_factory.mktemp("inputs"), "baseline")
 
 
 @pytest.fixture(scope="module")

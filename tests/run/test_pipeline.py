@@ -19,52 +19,21 @@ import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
-from tests.conftest import CONTEXT, VOCAB_SIZE
+from tests.run.tiny import QUICK, tiny_recipes
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
-#: A size of a user's own, without a word on what only recipes decide.
-PRESET = f"""
-summary = "as small as the fused kernels take at half its width"
-[model]
-vocab_size = {VOCAB_SIZE}
-dim = 128
-num_layers = 2
-num_heads = 4
-ff_dim = 128
-max_seq_len = {CONTEXT}
-[train]
-batch_size = 4
-tokens = 7680
-warmup_fraction = 0.1
-"""
+
+@pytest.fixture(scope="module")
+def quick(text_folder: Path) -> list[str]:
+    """Options for a small run on some text of the standard library."""
+    return ["--data", str(text_folder), *QUICK]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> list[str]:
-    """A tiny preset and some text of the standard library; both recipes as they are packaged, at that size."""
-    from ryot.config import find_named
-
-    root = tmp_path_factory.mktemp("inputs")
-    (root / "tiny.toml").write_text(PRESET)
-    variants = []
-    for name in ("baseline", "optimized"):
-        # The recipe's own budget and batch are for the reference size; the preset's are taken instead.
-        lines = find_named("variants", name).read_text().splitlines()
-        drop = ("tokens =", "batch_size =", "warmup_fraction =", "tune =")
-        (root / f"{name}.toml").write_text("\n".join(line for line in lines if not line.startswith(drop)) + "\n")
-        variants.append(str(root / f"{name}.toml"))
-    return [
-        "--preset",
-        str(root / "tiny.toml"),
-        "--variants",
-        ",".join(variants),
-        "--data",
-        str(text_folder),
-        "--quick",
-        "--tokens",
-        str(7680 * 20),  # a quick run trains for a twentieth
-    ]
+def options(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> list[str]:
+    """Both recipes as they are packaged, at a tiny size."""
+    return [*tiny_recipes(tmp_path_factory.mktemp("inputs"), "baseline", "optimized"), *quick]
 
 
 def start(*arguments: str, cache: Path, through: Sequence[str] = ()) -> subprocess.Popen[str]:
@@ -191,12 +160,12 @@ def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
 
 
 def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_result(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], options: list[str], cache: Path, tmp_path: Path
+    finished: tuple[Path, subprocess.CompletedProcess[str]], quick: list[str], cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "stopped"
     # What a shell does for `nohup ... &`; test_recovery has Ctrl-C.
     nohup = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]
-    asked = [*one_variant(options, "optimized"), "--precisions", "fp32", "-o", str(run_dir)]
+    asked = [*tiny_recipes(tmp_path, "optimized"), *quick, "--precisions", "fp32", "-o", str(run_dir)]
     process = start(*asked, cache=cache, through=nohup)
     wait_for_steps(run_dir, process, 2)
     process.send_signal(signal.SIGINT)
@@ -217,13 +186,6 @@ def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_r
     assert {step for _, step, _ in found} >= {0, 60}
 
 
-def one_variant(options: list[str], name: str) -> list[str]:
-    """The options with one of their two recipes."""
-    [recipes] = [o for o in options if f"{name}.toml" in o and "," in o]
-    [recipe] = [path for path in recipes.split(",") if Path(path).stem == name]
-    return [recipe if o == recipes else o for o in options]
-
-
 def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
     """A worker that trains for a run."""
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -233,10 +195,10 @@ def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no worker trains")
 
 
-def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_is_killed_says_so_and_goes_on(quick: list[str], cache: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     # Long enough that it cannot be over before its worker is found.
-    longer = [*one_variant(options, "optimized")[:-1], str(20 * int(options[-1]))]
+    longer = [*tiny_recipes(tmp_path, "optimized"), *quick[:-1], str(20 * int(quick[-1]))]
     process = start(*longer, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
     wait_for_steps(run_dir, process, 1)
     find_worker(process).kill()

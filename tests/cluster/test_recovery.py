@@ -11,11 +11,11 @@ import pytest
 
 from ryot.errors import EXIT_INTERRUPTED
 from ryot.train.dataset import Dataset
-from ryot.train.loop import Trainer
 from tests.cluster.conftest import (
     cluster_folders,
     learned,
-    planned,
+    learned_alone,
+    plan_both,
     processes_of,
     records,
     train_program,
@@ -27,16 +27,8 @@ STEPS = 240
 
 @pytest.fixture(scope="module")
 def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the program's two trainings learn when nothing disturbs them, without any of the driver."""
-    digests = {}
-    for name in ("baseline", "optimized"):
-        training = planned(dataset, name, steps=STEPS)
-        trainer = Trainer(training, training.kernels)
-        trainer.run_chunk(600)
-        path = tmp_path_factory.mktemp(name) / "checkpoint"
-        trainer.save(path)
-        digests[name] = learned(path)
-    return digests
+    """What the program's two trainings learn when nothing disturbs them."""
+    return learned_alone(plan_both(dataset, STEPS), tmp_path_factory.mktemp("alone"))
 
 
 def wait_until_gone(folders: set[Path]) -> None:

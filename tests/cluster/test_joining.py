@@ -20,8 +20,7 @@ from ryot.cluster.address import probe_address
 from ryot.cluster.probe import NodeFacts, check_facts
 from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
 from ryot.train.dataset import Dataset
-from ryot.train.loop import Trainer
-from tests.cluster.conftest import learned, planned
+from tests.cluster.conftest import learned, learned_alone, plan_both
 from tests.edge.tiny_bundle import write_bundle
 from tests.run.tiny import QUICK, tiny_recipes
 
@@ -182,13 +181,9 @@ cp -r {private}/run {tmp_path}/run
     )
     assert done.returncode == 0, done.stderr
     assert "checkpoints travel through the driver" in done.stderr
-    for name in ("baseline", "optimized"):
-        job = planned(dataset, name)
-        trainer = Trainer(job, job.kernels)
-        trainer.run_chunk(600)
-        trainer.save(tmp_path / name)
+    for name, expected in learned_alone(plan_both(dataset, 60), tmp_path / "alone").items():
         [last] = (tmp_path / f"run/variants/{name}/seed-0/attempt-1").glob("step-00000060")
-        assert learned(last) == learned(tmp_path / name)
+        assert learned(last) == expected
     assert list(private.iterdir()) == []
     assert not list(folder.glob("ryot-worker-*"))
 
@@ -269,7 +264,7 @@ def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, folder: 
     watch = f"""
         import os, signal
         from ryot.cluster import reaper, runtime
-        runtime.HEAD_LOST_S = 6.0
+        runtime.HEAD_LOST_S, runtime._ASK_EVERY_S = 2.0, 0.5
         [server] = reaper.find_marked(Path({str(folder)!r}), programs=("gcs_server",))
         assert cluster.is_whole()
         os.kill(server, signal.SIGKILL)
@@ -280,6 +275,6 @@ def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, folder: 
     done = connect(head, tmp_path, TOKEN, watch)
     # Either ours or Ray's own end of the process; the code is the same.
     assert done.returncode == EXIT_FAILED
-    assert f"cluster {head}: its head has not answered for 6 s; the run ends here" in done.stderr
+    assert f"cluster {head}: its head has not answered for 2 s; the run ends here" in done.stderr
     with pytest.raises(ClusterError):
         probe_address(*head.split(":")[:1], int(head.split(":")[1]))

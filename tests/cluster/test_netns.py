@@ -54,9 +54,10 @@ class Lab:
 def lab() -> Iterator[Lab]:
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the ip command")
-    if subprocess.run(["ip", "netns", "add", "ryot-probe"], capture_output=True).returncode:
+    probe = f"ryot-probe{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
         pytest.skip("network namespaces are not permitted here")
-    subprocess.run(["ip", "netns", "del", "ryot-probe"], check=True)
+    subprocess.run(["ip", "netns", "del", probe], check=True)
     folder = Path(tempfile.mkdtemp(prefix="ryotlab", dir="/tmp"))
     folder.rmdir()
     lab = Lab(folder)

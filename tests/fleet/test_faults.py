@@ -76,7 +76,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
         pytest.skip("OpenSSH's server is not installed")
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the ip command")
-    probe = f"{LAB}-probe"
+    probe = f"{LAB}-probe{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         pytest.skip("network namespaces are not permitted here")
     ip("netns", "del", probe)

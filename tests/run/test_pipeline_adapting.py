@@ -22,7 +22,7 @@ from tests.train.test_records import with_template
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 #: Seconds of training: what is stopped must still be under way.
-STEPS = 600
+STEPS = 900
 
 
 def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:

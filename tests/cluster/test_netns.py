@@ -102,7 +102,7 @@ def test_a_cut_link_is_noticed_and_what_the_far_side_goes_on_to_write_does_not_c
     for _ in range(2):
         result = wait_for_event(driver, "result")
         results[result["variant"]] = Path(result["checkpoint"])
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=600)
     assert driver.returncode == 0
     expected = learned_alone(plan_both(dataset, STEPS), tmp_path / "alone")
     assert {name: learned(checkpoint) for name, checkpoint in results.items()} == expected

@@ -58,7 +58,7 @@ def finished(
     """A whole run, undisturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     process = start(*options, "-o", str(run_dir), cache=cache)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return run_dir, subprocess.CompletedProcess([], process.returncode, out, err)
 
 
@@ -103,10 +103,14 @@ def test_the_bundle_runs_verifies_and_carries_its_record(
 ) -> None:
     bundle = finished[0] / "bundle"
     program = [sys.executable, str(bundle / "run.py")]
-    verified = subprocess.run([*program, "--verify"], capture_output=True, text=True, timeout=60, check=False)
+    verified = subprocess.run([*program, "--verify"], capture_output=True, text=True, timeout=600, check=False)
     assert verified.returncode == 0 and "files as in the manifest" in verified.stdout, verified.stderr
     text = subprocess.run(
-        [*program, "--prompt", "def ", "--max-new-tokens", "8"], capture_output=True, text=True, timeout=60, check=False
+        [*program, "--prompt", "def ", "--max-new-tokens", "8"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert text.returncode == 0 and text.stdout.strip()
     record = load_report(bundle)
@@ -133,7 +137,7 @@ def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
     run_dir = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     before = len((run_dir / "events.jsonl").read_text().splitlines())
     process = start("--resume", str(run_dir), cache=cache)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     figures = [line for line in finished[1].stdout.splitlines() if line.startswith(("baseline", "optimized"))]
     assert figures == [line for line in out.splitlines() if line.startswith(("baseline", "optimized"))]
@@ -144,12 +148,12 @@ def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
 
 
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if sum(isinstance(e, StepEvent) for e in read_events(run_dir / "events.jsonl")) >= count:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {count} steps within two minutes")
+    raise AssertionError(f"no {count} steps within ten minutes")
 
 
 def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
@@ -173,13 +177,13 @@ def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_r
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert out == "" and f"--resume {run_dir}" in err and "Traceback" not in err
     assert not (run_dir / "report.json").exists()
 
     resumed = start("--resume", str(run_dir), cache=cache)
-    _, err = resumed.communicate(timeout=300)
+    _, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
     found = losses(run_dir)
     assert found == {key: loss for key, loss in losses(finished[0]).items() if key[0] == "optimized"}
@@ -202,7 +206,7 @@ def test_a_run_whose_worker_is_killed_says_so_and_goes_on(quick: list[str], cach
     process = start(*longer, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
     wait_for_steps(run_dir, process, 1)
     find_worker(process).kill()
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "its worker failed: " in err and "Traceback" not in err
     events = list(read_events(run_dir / "events.jsonl"))
@@ -214,7 +218,7 @@ def test_what_the_machine_cannot_do_is_refused_before_anything_waits(
 ) -> None:
     tuned = [o for o in options if o != "--quick"]
     process = start(*tuned, "--threads", "512", "-o", str(tmp_path / "run"), cache=cache)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "Error: training needs 512 CPUs on one node" in err
 
 
@@ -227,19 +231,19 @@ def test_a_changed_corpus_is_refused_on_resume_and_a_moved_target_file_is_not_mi
     copy = Path(shutil.copytree(data, tmp_path / "text"))
     (run_dir / "run.toml").write_text(plan.replace(data, str(copy)).replace('"phase1",', '"/gone/mine.toml",'))
     process = start("--resume", str(run_dir), "--format", "json", cache=cache)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert [t["name"] for t in json.loads(out)["targets"]] == ["phase1"]
     changed = next(copy.rglob("*.py"))
     changed.write_text(changed.read_text() + "# one more line\n")
     process = start("--resume", str(run_dir), cache=cache)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "Error: data: the corpus has changed since this run began (sha256" in err
 
 
 def ryot(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*RYOT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_run_can_be_watched_listed_and_removed(
@@ -293,7 +297,7 @@ def test_a_full_disk_is_refused_before_anything_is_done(options: list[str], cach
         pytest.skip("no file system can be mounted here")
     try:
         process = start(*options, "-o", str(disk / "run"), cache=cache)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert process.returncode == 1 and out == ""
@@ -304,7 +308,7 @@ def test_options_cannot_change_when_a_run_is_resumed(
     finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path
 ) -> None:
     process = start("--resume", str(finished[0]), "--seeds", "2", cache=cache)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 2 and "--seeds: cannot be changed when a run is resumed" in err
 
 
@@ -314,5 +318,5 @@ def test_a_running_run_is_not_taken_twice(finished: tuple[Path, subprocess.Compl
 
     with RunLock(RunFolder(finished[0])):
         process = start("--resume", str(finished[0]), cache=cache)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "is working on it" in err

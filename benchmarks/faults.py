@@ -23,72 +23,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from ryot.cluster import reaper
-from ryot.cluster.driver import train_variants
-from ryot.cluster.options import ClusterOptions, DriverOptions
-from ryot.cluster.runtime import open_cluster
-from ryot.config import KernelPlan, VariantConfig, build_from_mapping, resolve_variant, to_mapping
-from ryot.errors import EXIT_INTERRUPTED, RyotError
-from ryot.events import event_to_dict
-from ryot.run.folder import RunFolder
-from ryot.run.journal import Journal
-from ryot.run.lock import RunLock
-from ryot.run.training import Training, plan_training
+from ryot.errors import EXIT_INTERRUPTED
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.corpus import load_corpus
-from ryot.train.dataset import load_dataset, prepare_dataset
-from ryot.train.loop import Trainer
+from ryot.train.dataset import prepare_dataset
+from tests.cluster.conftest import PROGRAM, learned, learned_alone, plan_both
+from tests.conftest import VOCAB_SIZE
 
-LAB = Path(__file__).parents[1] / "cluster/netns/lab.py"
-VOCAB_SIZE = 512
+ROOT = Path(__file__).parents[1]
+LAB = ROOT / "cluster/netns/lab.py"
 STEPS = 1200
 EMBEDDED_FAULTS = ("worker", "worker", "raylet", "gcs_server", "driver", "stop")
 LAB_FAULTS = ("worker", "link", "node", "driver", "stop")
-
-
-def plan_jobs(dataset_dir: Path) -> list[Training]:
-    jobs = []
-    for name in ("baseline", "optimized"):
-        values = to_mapping(resolve_variant(name, "reference"))
-        values["model"] |= {"vocab_size": VOCAB_SIZE, "dim": 64, "ff_dim": 64, "max_seq_len": 32}
-        values["train"] |= {"batch_size": 4, "tokens": STEPS * 4 * 32}
-        variant = build_from_mapping(VariantConfig, values, name)
-        jobs.append(plan_training(variant, 0, dataset_dir, KernelPlan()))
-    return jobs
-
-
-def learned(checkpoint: Path) -> str:
-    """What a training learned, without its clock times."""
-    import hashlib
-
-    files = (checkpoint / "model.safetensors", checkpoint / "training/state.safetensors")
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-
-
-def drive(run_dir: Path, dataset_dir: Path, address: str | None) -> int:
-    """The driver: a process of its own that says each event on stdout."""
-    run_dir.mkdir(exist_ok=True)
-    options = DriverOptions(chunk_s=0.3, checkpoint_every_s=0.5, backoff_s=0.1)
-    try:
-        folder = RunFolder(run_dir)
-        with RunLock(folder):
-            journal = Journal(folder)
-            journal.open_run()
-            with open_cluster(ClusterOptions(address=address), log_dir=run_dir / "logs") as cluster:
-                train_variants(
-                    plan_jobs(dataset_dir),
-                    cluster=cluster,
-                    folder=folder,
-                    journal=journal,
-                    emit=lambda event: print(json.dumps(event_to_dict(event)), flush=True),
-                    options=options,
-                )
-    except RyotError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
 
 
 class Bench:
@@ -107,6 +56,7 @@ class Bench:
             "TMPDIR": str(self.temp),
             "RYOT_LAB": str(self.lab_folder),
             "RYOT_LAB_NET": "10.79.0",
+            "PYTHONPATH": str(ROOT),
         }
         self.left = arguments.faults
         self.faults: Counter[str] = Counter()
@@ -117,7 +67,8 @@ class Bench:
         subprocess.run([sys.executable, str(LAB), *arguments], env=self.environment, check=True, capture_output=True)
 
     def start_driver(self, run_dir: Path) -> subprocess.Popen[str]:
-        own = [sys.executable, __file__, "--drive", str(run_dir), str(self.dataset_dir)]
+        own = [sys.executable, str(PROGRAM), str(run_dir), str(self.dataset_dir), "--steps", str(STEPS)]
+        own += ["--chunk-s", "0.3", "--checkpoint-every-s", "0.5"]
         if self.lab:
             own = [sys.executable, str(LAB), "exec", "1", *own, "--address", "10.79.0.1:6379"]
         return subprocess.Popen(own, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -256,21 +207,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lab", action="store_true")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--drive", nargs=2, type=Path, metavar=("RUN_DIR", "DATASET_DIR"), help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.drive:
-        return drive(*arguments.drive, arguments.address)
     with tempfile.TemporaryDirectory(prefix="f-", dir="/tmp") as name:
         scratch = Path(name)
         dataset, _ = prepare_dataset(load_corpus(), VOCAB_SIZE, scratch / "cache")
-        load_dataset(dataset.path)
-        expected = {}
-        for planned in plan_jobs(dataset.path):
-            trainer = Trainer(planned, planned.kernels)
-            trainer.run_chunk(3600)
-            trainer.save(scratch / "expected" / planned.variant.name)
-            expected[planned.key] = learned(scratch / "expected" / planned.variant.name)
+        digests = learned_alone(plan_both(dataset, STEPS), scratch / "expected")
+        expected = {f"{name}/seed-0": digest for name, digest in digests.items()}
         bench = Bench(scratch, dataset.path, arguments)
         if arguments.lab:
             bench.lab_command("up", "2", "1")

@@ -45,31 +45,33 @@ max_seq_len = {CONTEXT}
 """
 
 
-#: Tests that stay together in one process of several: clusters, as two Rays wait for each other's cores, and what
-#: shares something that takes seconds to make. The longest first, so that none is left over at the end.
-_TOGETHER = ("tests/cluster/", "tests/browser/", "tests/native/")
+#: Whatever starts a Ray: two of them wait for each other's cores.
+_RAY = ("tests/cluster/", "tests/run/test_pipeline", "tests/run/test_imports")
+#: With several processes the tests of each of these stay in one, for Ray's sake or for what they share, whose making
+#: takes seconds; the others' stay together by file.
+_TOGETHER = (_RAY, ("tests/browser/",), ("tests/native/",))
+#: What takes longest comes first, so that it isn't left over at the end.
 _FIRST = (
-    *("tests/cluster/", "tests/run/test_pipeline.py", "tests/run/test_imports.py", "tests/fleet/test_faults.py"),
-    *("tests/deploy/test_export.py", "tests/models/test_families.py", "tests/fleet/test_push.py", "tests/browser/"),
-    *("tests/run/test_pipeline_adapting.py", "tests/native/", "tests/fleet/", "tests/deploy/", "tests/models/"),
+    *(_RAY, "tests/fleet/test_faults.py", "tests/deploy/test_export.py", "tests/models/test_families.py"),
+    *("tests/fleet/test_push.py", "tests/browser/", "tests/native/", "tests/fleet/", "tests/deploy/", "tests/models/"),
 )
 
 
 def _scope(nodeid: str) -> str:
-    return next((folder for folder in _TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
+    return next((names[0] for names in _TOGETHER if nodeid.startswith(names)), nodeid.partition("::")[0])
 
 
 def _rank(item: pytest.Item) -> int:
-    return next((n for n, name in enumerate(_FIRST) if item.nodeid.startswith(name)), len(_FIRST))
+    return next((n for n, names in enumerate(_FIRST) if item.nodeid.startswith(names)), len(_FIRST))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what takes minutes: whatever starts a Ray cluster, or a whole run; put it first for several processes."""
+    """Mark what takes minutes, clusters and whole runs."""
+    for item in items:
+        if item.nodeid.startswith(_RAY):
+            item.add_marker("slow")
     if hasattr(config, "workerinput"):
         items.sort(key=_rank)
-    for item in items:
-        if item.nodeid.startswith(("tests/cluster/", "tests/run/test_pipeline", "tests/run/test_imports")):
-            item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -40,6 +40,8 @@ MAX_TEMP_DIR_BYTES = 40
 
 #: A joined cluster whose head has been silent for so long is given up; Ray aborts the process after 60 s.
 HEAD_LOST_S = 25.0
+#: How often it is asked at most.
+_ASK_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +231,9 @@ class JoinedCluster(Cluster):
         undo.enter_context(ray_connection(arguments, environment, self.log_dir))
 
     def is_whole(self) -> bool:
-        """Whether the head has answered within the last `HEAD_LOST_S` seconds; asked every few seconds at most."""
+        """Whether the head has answered within the last `HEAD_LOST_S` seconds; which is asked now and then."""
         now = time.monotonic()
-        if now - self._tried_at >= 5.0:
+        if now - self._tried_at >= _ASK_EVERY_S:
             self._tried_at = now
             try:
                 probe_address(self._host, self._port)

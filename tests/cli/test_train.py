@@ -29,9 +29,14 @@ schedule = "cosine"
 """
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def arguments(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv("RYOT_CACHE_DIR", str(tmp_path / "cache"))
+def arguments(text_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("RYOT_CACHE_DIR", str(cache))
     (tmp_path / "recipe.toml").write_text(RECIPE)
     return [
         "--variant",

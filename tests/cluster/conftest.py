@@ -27,6 +27,7 @@ from ryot.run.journal import Journal
 from ryot.run.lock import RunLock
 from ryot.run.training import Training, TrainResult, plan_training
 from ryot.train.dataset import Dataset
+from ryot.train.loop import Trainer
 from tests.conftest import tiny_variant
 
 PROGRAM = Path(__file__).with_name("train_program.py")
@@ -48,6 +49,22 @@ def planned(
     """A small training; `name` is one of the packaged recipes."""
     variant = tiny_variant(name, steps=steps, **train)
     return plan_training(variant, seed, dataset.path, KernelPlan(), workers=workers)
+
+
+def plan_both(dataset: Dataset, steps: int) -> list[Training]:
+    """The trainings of `train_program.py`."""
+    return [planned(dataset, name, steps=steps) for name in ("baseline", "optimized")]
+
+
+def learned_alone(trainings: list[Training], folder: Path) -> dict[str, str]:
+    """What each variant learns when nothing disturbs it, computed in this process without any of the driver."""
+    found = {}
+    for training in trainings:
+        trainer = Trainer(training, training.kernels)
+        trainer.run_chunk(3600)
+        trainer.save(folder / training.key)
+        found[training.variant.name] = learned(folder / training.key)
+    return found
 
 
 def train(
@@ -117,8 +134,17 @@ def workers_of(folder: Path) -> list[int]:
     return [p.pid for p in processes_of(folder) if "TrainWorker" in " ".join(p.cmdline())]
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files of this test alone: other tests, and people, have clusters on this machine too."""
+    with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as folder:  # Ray's sockets want a short path
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
 def cluster_folders() -> set[Path]:
-    """The folders of all embedded clusters of this machine."""
+    """The folders of all embedded clusters below the folder for temporary files."""
     return set(Path(tempfile.gettempdir()).glob(f"{reaper.PREFIX}*"))
 
 

@@ -19,19 +19,14 @@ from ryot.events import Event, GateEvent
 from ryot.run.training import TrainResult
 from ryot.train.checkpoint import checkpoint_digest
 from ryot.train.dataset import Dataset
-from ryot.train.loop import Trainer
-from tests.cluster.conftest import SHORT, Recorder, learned, planned, records, train, workers_of
+from tests.cluster.conftest import SHORT, Recorder, learned, learned_alone, planned, records, train, workers_of
 
 
 @pytest.fixture(scope="module")
 def expected(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the standard training of this module learns, computed in this process without any of the driver."""
-    training = planned(dataset)
-    trainer = Trainer(training, training.kernels)
-    trainer.run_chunk(600)
-    path = tmp_path_factory.mktemp("expected") / "checkpoint"
-    trainer.save(path)
-    return learned(path)
+    """What the standard training of this module learns when nothing disturbs it."""
+    [digest] = learned_alone([planned(dataset)], tmp_path_factory.mktemp("alone")).values()
+    return digest
 
 
 class Ended(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,18 +20,24 @@ from ryot.cluster.address import probe_address
 from ryot.cluster.probe import NodeFacts, check_facts
 from ryot.errors import EXIT_FAILED, EXIT_USAGE, ClusterError
 from ryot.train.dataset import Dataset
-from ryot.train.loop import Trainer
-from tests.cluster.conftest import learned, planned
+from tests.cluster.conftest import learned, learned_alone, plan_both
 from tests.edge.tiny_bundle import write_bundle
+from tests.run.tiny import QUICK, tiny_recipes
 
 TOKEN = "5a" * 32
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
+def folder() -> Iterator[Path]:
+    """Folder of the head: its log, what marks its processes, and their temporary files."""
+    with tempfile.TemporaryDirectory(prefix="ryot-head-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def head(folder: Path) -> Iterator[str]:
     """Address of a Ray head of two CPUs, labelled `measure`, that demands `TOKEN`."""
-    folder = Path(tempfile.mkdtemp(prefix="ryot-head-", dir="/tmp"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [
@@ -46,7 +51,8 @@ def head() -> Iterator[str]:
         ),
         *(f"--temp-dir={folder / 'r'}", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"),
     ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, reaper.MARK: str(folder)}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "TMPDIR": str(folder)}
+    environment[reaper.MARK] = str(folder)
     with (folder / "log").open("w") as said:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
@@ -62,7 +68,6 @@ def head() -> Iterator[str]:
     finally:
         reaper.end_marked(folder)
         process.wait()
-        shutil.rmtree(folder)
 
 
 def connect(address: str, tmp_path: Path, token: str | None, program: str = "") -> subprocess.CompletedProcess[str]:
@@ -92,7 +97,8 @@ except RyotError as error:
 def command_on(head: str, run_dir: Path, *more: str) -> list[str]:
     """A small `cluster-run` on that cluster."""
     library = Path(json.__file__).parents[1]
-    options = ["--address", head, "--variants", "optimized", "--quick", "--precisions", "int8-dyn", "-o", str(run_dir)]
+    options = ["--address", head, *tiny_recipes(run_dir.parent, "optimized"), *QUICK]
+    options += ["--precisions", "int8-dyn", "-o", str(run_dir)]
     for package in ("asyncio", "email", "http", "xml/dom"):
         options += ["--data", f"{library}/{package}/*.py"]
     return [sys.executable, "-c", "from ryot.cli.main import run; run()", "cluster-run", *options, *more]
@@ -155,7 +161,9 @@ client.internal_kv_put(b"CLUSTER_METADATA", {before.encode()!r}, True, b"cluster
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_without_a_shared_path_package_data_and_checkpoints_travel(head: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_without_a_shared_path_package_data_and_checkpoints_travel(
+    head: str, folder: Path, dataset: Dataset, tmp_path: Path
+) -> None:
     """The driver works in a folder that exists in its mount namespace alone, as on another machine."""
     private = tmp_path / "private"
     private.mkdir()
@@ -168,21 +176,16 @@ cp -r {private}/run {tmp_path}/run
     if probe.returncode:
         pytest.skip("needs the privilege to unshare a mount namespace")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": TOKEN}
-    scratch_before = set(Path(tempfile.gettempdir()).glob("ryot-worker-*"))
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], env=environment, capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
     assert "checkpoints travel through the driver" in done.stderr
-    for name in ("baseline", "optimized"):
-        job = planned(dataset, name)
-        trainer = Trainer(job, job.kernels)
-        trainer.run_chunk(600)
-        trainer.save(tmp_path / name)
+    for name, expected in learned_alone(plan_both(dataset, 60), tmp_path / "alone").items():
         [last] = (tmp_path / f"run/variants/{name}/seed-0/attempt-1").glob("step-00000060")
-        assert learned(last) == learned(tmp_path / name)
+        assert learned(last) == expected
     assert list(private.iterdir()) == []
-    assert set(Path(tempfile.gettempdir()).glob("ryot-worker-*")) == scratch_before
+    assert not list(folder.glob("ryot-worker-*"))
 
 
 def test_a_cluster_that_cannot_carry_the_run_is_refused_before_it_trains(head: str, tmp_path: Path) -> None:
@@ -218,7 +221,9 @@ def test_a_node_lacks_what_training_needs_or_has_another_time(caplog: pytest.Log
     assert "ryot[train]" in str(caught.value.hint)
 
 
-def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: str, tmp_path: Path) -> None:
+def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(
+    head: str, folder: Path, tmp_path: Path
+) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     program = f"""
         import json
@@ -238,7 +243,7 @@ def test_a_node_that_carries_the_label_measures_alone_and_keeps_nothing(head: st
         node, results = json.loads(line)
         assert node.startswith(socket.gethostname())
         assert sorted(results) == [["a", True, "", 3], ["b", True, "", 3]]
-    assert not list(Path(tempfile.gettempdir()).glob("ryot-measure-*"))
+    assert not list(folder.glob("ryot-measure-*"))
 
 
 def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head: str, tmp_path: Path) -> None:
@@ -254,27 +259,22 @@ def test_a_whole_run_trains_on_two_ranks_and_measures_on_the_labelled_node(head:
     assert any(d.startswith("1 artifacts, ") and f"on {socket.gethostname()}" in d for d in details)
 
 
-def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, tmp_path: Path) -> None:
+def test_a_head_that_falls_silent_ends_the_run_with_a_way_on(head: str, folder: Path, tmp_path: Path) -> None:
     # The last test of this module: it ends the module's head.
-    watch = """
+    watch = f"""
         import os, signal
         from ryot.cluster import reaper, runtime
-        runtime.HEAD_LOST_S = 6.0
-        [server] = reaper.find_marked(Path(os.environ["HEAD_FOLDER"]), programs=("gcs_server",))
+        runtime.HEAD_LOST_S, runtime._ASK_EVERY_S = 2.0, 0.5
+        [server] = reaper.find_marked(Path({str(folder)!r}), programs=("gcs_server",))
         assert cluster.is_whole()
         os.kill(server, signal.SIGKILL)
         while cluster.is_whole():
             time.sleep(0.1)
         cluster.restart()
 """
-    [folder] = [p for p in Path("/tmp").glob("ryot-head-*") if reaper.find_marked(p)]
-    os.environ["HEAD_FOLDER"] = str(folder)
-    try:
-        done = connect(head, tmp_path, TOKEN, watch)
-    finally:
-        del os.environ["HEAD_FOLDER"]
+    done = connect(head, tmp_path, TOKEN, watch)
     # Either ours or Ray's own end of the process; the code is the same.
     assert done.returncode == EXIT_FAILED
-    assert f"cluster {head}: its head has not answered for 6 s; the run ends here" in done.stderr
+    assert f"cluster {head}: its head has not answered for 2 s; the run ends here" in done.stderr
     with pytest.raises(ClusterError):
         probe_address(*head.split(":")[:1], int(head.split(":")[1]))

@@ -79,11 +79,10 @@ def test_what_ray_says_of_a_dying_worker_does_not_reach_stdout(
     assert capfd.readouterr().out == ""
 
 
-def test_a_second_cluster_in_one_process_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    before = cluster_folders()
+def test_a_second_cluster_in_one_process_is_refused(cluster: Cluster, tmp_path: Path, temporary: Path) -> None:
     with pytest.raises(ClusterError, match="connected to a Ray cluster already"):
         open_cluster(ClusterOptions(), log_dir=tmp_path)
-    assert cluster_folders() == before
+    assert cluster_folders() == set()
 
 
 def test_more_cores_than_there_are_are_refused(tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ def test_a_cluster_that_lost_its_control_process_is_known_and_can_be_restarted(c
     first = cluster.folder
     token = processes_of(first)[0].environ()["RAY_AUTH_TOKEN"]
     next(p for p in processes_of(first) if p.name() == "gcs_server").kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while cluster.is_whole():
         assert time.monotonic() < deadline
     cluster.restart()

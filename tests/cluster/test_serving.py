@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -64,12 +65,14 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
         min_replicas=2,
         max_replicas=2,
     )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     with open_cluster(ClusterOptions(num_cpus=2, malloc_tunables=""), log_dir=tmp_path / "logs"):
-        serve.start(http_options={"host": "127.0.0.1", "port": 18431})
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_application(asked), name=APP_NAME, route_prefix="/")
 
         def post(body: dict[str, object], key: str = "secret") -> tuple[int, bytes]:
-            connection = http.client.HTTPConnection("127.0.0.1", 18431, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
             connection.request("POST", "/v1/completions", json.dumps(body), headers)
             answer = connection.getresponse()

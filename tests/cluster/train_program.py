@@ -1,6 +1,6 @@
 """A driver to be killed and stopped: trains two small variants in RUN_DIR and says each event as a JSON line.
 
-    train_program.py RUN_DIR DATASET_DIR [--address HOST:PORT] [--steps N]
+    train_program.py RUN_DIR DATASET_DIR [--address HOST:PORT] [--steps N] [--chunk-s S] [--checkpoint-every-s S]
 
 Exits as `ryot-deploy` does: with the code of the error, which is said on stderr.
 """
@@ -14,15 +14,16 @@ import sys
 from pathlib import Path
 
 from ryot.cluster.driver import train_variants
-from ryot.cluster.options import ClusterOptions, DriverOptions
+from ryot.cluster.options import ClusterOptions
 from ryot.cluster.runtime import open_cluster
-from ryot.errors import RyotError
+from ryot.config import replace
+from ryot.errors import EXIT_INTERRUPTED, RyotError
 from ryot.events import Event, event_to_dict
 from ryot.run.folder import RunFolder
 from ryot.run.journal import Journal
 from ryot.run.lock import RunLock
 from ryot.train.dataset import load_dataset
-from tests.cluster.conftest import planned
+from tests.cluster.conftest import SHORT, plan_both
 
 
 def say(values: dict) -> None:
@@ -41,11 +42,13 @@ def main() -> None:
     parser.add_argument("dataset_dir", type=Path)
     parser.add_argument("--address")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--chunk-s", type=float, default=SHORT.chunk_s)
+    parser.add_argument("--checkpoint-every-s", type=float, default=SHORT.checkpoint_every_s)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     dataset = load_dataset(arguments.dataset_dir)
-    jobs = [planned(dataset, name, steps=arguments.steps) for name in ("baseline", "optimized")]
-    options = DriverOptions(chunk_s=0.02, checkpoint_every_s=0.0, backoff_s=0.1)
+    jobs = plan_both(dataset, arguments.steps)
+    options = replace(SHORT, chunk_s=arguments.chunk_s, checkpoint_every_s=arguments.checkpoint_every_s)
     run_dir = arguments.run_dir
     run_dir.mkdir(exist_ok=True)
     folder = RunFolder(run_dir)
@@ -66,3 +69,5 @@ if __name__ == "__main__":
     except RyotError as error:
         sys.stderr.write(f"Error: {error}\nhint: {error.hint}\n")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -109,10 +110,11 @@ class Sshd:
 
 
 def kill(*pids: int) -> None:
-    """SIGKILL those that are still there."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
+    """SIGKILL those that are still there; all are stopped first, so that none does anything about another's end."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def descendants(pid: int) -> list[int]:

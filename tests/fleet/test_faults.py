@@ -76,7 +76,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
         pytest.skip("OpenSSH's server is not installed")
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the ip command")
-    probe = f"{LAB}-probe"
+    probe = f"{LAB}-probe{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         pytest.skip("network namespaces are not permitted here")
     ip("netns", "del", probe)
@@ -197,7 +197,7 @@ def test_killed_at_any_moment_the_device_runs_a_whole_version(
     runs = "tiny-0"
     for moment, on_device in (
         ("sending", True), ("verifying", False), ("comparing golden tokens", True), ("measuring", False),
-        ("switching", True), ("switching", False),
+        ("switching", True),
     ):  # fmt: skip
         [other] = versions.keys() - {runs}
         found = kill_command(sshd, root, versions[other], on_device=on_device, wait=until_it_says(moment))
@@ -205,9 +205,7 @@ def test_killed_at_any_moment_the_device_runs_a_whole_version(
         runs = found.answers[-1].stdout.split(":")[0]
         assert runs in versions
         assert on_device <= (runs == other), f"{moment}: the desk lives, and goes on"
-    push(version_2)
-    assert push(version_1).outcome == "switched"
-    assert kill_command(sshd, root, None, on_device=True, wait=until_it_says("switching")).is_whole
+    assert kill_command(sshd, root, None, on_device=False, wait=until_it_says("switching")).is_whole
     assert push(version_1).outcome in ("switched", "unchanged")
     assert run_current(root).stdout.startswith("tiny-0: ")
     state = Root(root).read_state()

@@ -19,52 +19,21 @@ import pytest
 
 from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
-from tests.conftest import CONTEXT, VOCAB_SIZE
+from tests.run.tiny import QUICK, tiny_recipes
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
-#: A size of a user's own, without a word on what only recipes decide.
-PRESET = f"""
-summary = "as small as the fused kernels take at half its width"
-[model]
-vocab_size = {VOCAB_SIZE}
-dim = 128
-num_layers = 2
-num_heads = 4
-ff_dim = 128
-max_seq_len = {CONTEXT}
-[train]
-batch_size = 4
-tokens = 7680
-warmup_fraction = 0.1
-"""
+
+@pytest.fixture(scope="module")
+def quick(text_folder: Path) -> list[str]:
+    """Options for a small run on some text of the standard library."""
+    return ["--data", str(text_folder), *QUICK]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> list[str]:
-    """A tiny preset and some text of the standard library; both recipes as they are packaged, at that size."""
-    from ryot.config import find_named
-
-    root = tmp_path_factory.mktemp("inputs")
-    (root / "tiny.toml").write_text(PRESET)
-    variants = []
-    for name in ("baseline", "optimized"):
-        # The recipe's own budget and batch are for the reference size; the preset's are taken instead.
-        lines = find_named("variants", name).read_text().splitlines()
-        drop = ("tokens =", "batch_size =", "warmup_fraction =", "tune =")
-        (root / f"{name}.toml").write_text("\n".join(line for line in lines if not line.startswith(drop)) + "\n")
-        variants.append(str(root / f"{name}.toml"))
-    return [
-        "--preset",
-        str(root / "tiny.toml"),
-        "--variants",
-        ",".join(variants),
-        "--data",
-        str(text_folder),
-        "--quick",
-        "--tokens",
-        str(7680 * 20),  # a quick run trains for a twentieth
-    ]
+def options(tmp_path_factory: pytest.TempPathFactory, quick: list[str]) -> list[str]:
+    """Both recipes as they are packaged, at a tiny size."""
+    return [*tiny_recipes(tmp_path_factory.mktemp("inputs"), "baseline", "optimized"), *quick]
 
 
 def start(*arguments: str, cache: Path, through: Sequence[str] = ()) -> subprocess.Popen[str]:
@@ -89,7 +58,7 @@ def finished(
     """A whole run, undisturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     process = start(*options, "-o", str(run_dir), cache=cache)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return run_dir, subprocess.CompletedProcess([], process.returncode, out, err)
 
 
@@ -134,10 +103,14 @@ def test_the_bundle_runs_verifies_and_carries_its_record(
 ) -> None:
     bundle = finished[0] / "bundle"
     program = [sys.executable, str(bundle / "run.py")]
-    verified = subprocess.run([*program, "--verify"], capture_output=True, text=True, timeout=60, check=False)
+    verified = subprocess.run([*program, "--verify"], capture_output=True, text=True, timeout=600, check=False)
     assert verified.returncode == 0 and "files as in the manifest" in verified.stdout, verified.stderr
     text = subprocess.run(
-        [*program, "--prompt", "def ", "--max-new-tokens", "8"], capture_output=True, text=True, timeout=60, check=False
+        [*program, "--prompt", "def ", "--max-new-tokens", "8"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert text.returncode == 0 and text.stdout.strip()
     record = load_report(bundle)
@@ -164,7 +137,7 @@ def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
     run_dir = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     before = len((run_dir / "events.jsonl").read_text().splitlines())
     process = start("--resume", str(run_dir), cache=cache)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     figures = [line for line in finished[1].stdout.splitlines() if line.startswith(("baseline", "optimized"))]
     assert figures == [line for line in out.splitlines() if line.startswith(("baseline", "optimized"))]
@@ -175,12 +148,12 @@ def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
 
 
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if sum(isinstance(e, StepEvent) for e in read_events(run_dir / "events.jsonl")) >= count:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {count} steps within two minutes")
+    raise AssertionError(f"no {count} steps within ten minutes")
 
 
 def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
@@ -191,12 +164,12 @@ def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
 
 
 def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_result(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], options: list[str], cache: Path, tmp_path: Path
+    finished: tuple[Path, subprocess.CompletedProcess[str]], quick: list[str], cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "stopped"
     # What a shell does for `nohup ... &`; test_recovery has Ctrl-C.
     nohup = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]
-    asked = [*one_variant(options, "optimized"), "--precisions", "fp32", "-o", str(run_dir)]
+    asked = [*tiny_recipes(tmp_path, "optimized"), *quick, "--precisions", "fp32", "-o", str(run_dir)]
     process = start(*asked, cache=cache, through=nohup)
     wait_for_steps(run_dir, process, 2)
     process.send_signal(signal.SIGINT)
@@ -204,24 +177,17 @@ def test_a_run_under_nohup_is_stopped_by_sigterm_alone_and_goes_on_to_the_same_r
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert out == "" and f"--resume {run_dir}" in err and "Traceback" not in err
     assert not (run_dir / "report.json").exists()
 
     resumed = start("--resume", str(run_dir), cache=cache)
-    _, err = resumed.communicate(timeout=300)
+    _, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
     found = losses(run_dir)
     assert found == {key: loss for key, loss in losses(finished[0]).items() if key[0] == "optimized"}
     assert {step for _, step, _ in found} >= {0, 60}
-
-
-def one_variant(options: list[str], name: str) -> list[str]:
-    """The options with one of their two recipes."""
-    [recipes] = [o for o in options if f"{name}.toml" in o and "," in o]
-    [recipe] = [path for path in recipes.split(",") if Path(path).stem == name]
-    return [recipe if o == recipes else o for o in options]
 
 
 def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
@@ -233,14 +199,14 @@ def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no worker trains")
 
 
-def test_a_run_whose_worker_is_killed_says_so_and_goes_on(options: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_is_killed_says_so_and_goes_on(quick: list[str], cache: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     # Long enough that it cannot be over before its worker is found.
-    longer = [*one_variant(options, "optimized")[:-1], str(20 * int(options[-1]))]
+    longer = [*tiny_recipes(tmp_path, "optimized"), *quick[:-1], str(20 * int(quick[-1]))]
     process = start(*longer, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
     wait_for_steps(run_dir, process, 1)
     find_worker(process).kill()
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "its worker failed: " in err and "Traceback" not in err
     events = list(read_events(run_dir / "events.jsonl"))
@@ -252,7 +218,7 @@ def test_what_the_machine_cannot_do_is_refused_before_anything_waits(
 ) -> None:
     tuned = [o for o in options if o != "--quick"]
     process = start(*tuned, "--threads", "512", "-o", str(tmp_path / "run"), cache=cache)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "Error: training needs 512 CPUs on one node" in err
 
 
@@ -265,19 +231,19 @@ def test_a_changed_corpus_is_refused_on_resume_and_a_moved_target_file_is_not_mi
     copy = Path(shutil.copytree(data, tmp_path / "text"))
     (run_dir / "run.toml").write_text(plan.replace(data, str(copy)).replace('"phase1",', '"/gone/mine.toml",'))
     process = start("--resume", str(run_dir), "--format", "json", cache=cache)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert [t["name"] for t in json.loads(out)["targets"]] == ["phase1"]
     changed = next(copy.rglob("*.py"))
     changed.write_text(changed.read_text() + "# one more line\n")
     process = start("--resume", str(run_dir), cache=cache)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "Error: data: the corpus has changed since this run began (sha256" in err
 
 
 def ryot(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*RYOT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_run_can_be_watched_listed_and_removed(
@@ -331,7 +297,7 @@ def test_a_full_disk_is_refused_before_anything_is_done(options: list[str], cach
         pytest.skip("no file system can be mounted here")
     try:
         process = start(*options, "-o", str(disk / "run"), cache=cache)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert process.returncode == 1 and out == ""
@@ -342,7 +308,7 @@ def test_options_cannot_change_when_a_run_is_resumed(
     finished: tuple[Path, subprocess.CompletedProcess[str]], cache: Path
 ) -> None:
     process = start("--resume", str(finished[0]), "--seeds", "2", cache=cache)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 2 and "--seeds: cannot be changed when a run is resumed" in err
 
 
@@ -352,5 +318,5 @@ def test_a_running_run_is_not_taken_twice(finished: tuple[Path, subprocess.Compl
 
     with RunLock(RunFolder(finished[0])):
         process = start("--resume", str(finished[0]), cache=cache)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "is working on it" in err

@@ -22,7 +22,7 @@ from tests.train.test_records import with_template
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 #: Seconds of training: what is stopped must still be under way.
-STEPS = 600
+STEPS = 900
 
 
 def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:
@@ -37,7 +37,7 @@ def run(*arguments: str, cache: Path) -> subprocess.Popen[str]:
 
 def wait_for_step(folder: Path, driver: subprocess.Popen[str]) -> None:
     events = folder / "events.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not events.exists() or not any(isinstance(e, StepEvent) for e in read_events(events)):
         assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[1]
         time.sleep(0.05)
@@ -58,7 +58,7 @@ def test_adapters_survive_a_stop_and_learn_the_same(hf_checkpoint: Callable[[str
     driver = run(*options, "--rounds", "1", "--no-tune", "-o", str(folder), cache=cache)
     wait_for_step(folder, driver)
     driver.send_signal(signal.SIGINT)
-    assert driver.communicate(timeout=240) and driver.returncode == EXIT_INTERRUPTED
+    assert driver.communicate(timeout=600) and driver.returncode == EXIT_INTERRUPTED
     [adapter] = folder.rglob("adapter_config.json")
     assert not (adapter.parent / "model.safetensors").exists(), "on the way adapters are kept alone"
 
@@ -66,11 +66,11 @@ def test_adapters_survive_a_stop_and_learn_the_same(hf_checkpoint: Callable[[str
     config = (model / "generation_config.json").read_text()
     (model / "generation_config.json").write_text(config + "\n")
     changed = run("--resume", str(folder), cache=cache)
-    assert "has changed since the run began" in changed.communicate(timeout=240)[1] and changed.returncode == 1
+    assert "has changed since the run began" in changed.communicate(timeout=600)[1] and changed.returncode == 1
     (model / "generation_config.json").write_text(config)
 
     driver = run("--resume", str(folder), cache=cache)
-    err = driver.communicate(timeout=400)[1]
+    err = driver.communicate(timeout=600)[1]
     assert driver.returncode == 0, err
     [row] = load_report(folder).rows
     assert row.chosen and row.variant == "mine"

@@ -1,12 +1,14 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
-`int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
-the loss allowed and of the smallest otherwise: blocks also decide how finely the runtime rounds a matrix's inputs.
+`int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest, if that takes a small part of
+the loss allowed. Otherwise it is rounded by GPTQ, in blocks that are smaller matrix by matrix, where that saves most
+for its bytes: blocks also decide how finely the runtime rounds a matrix's inputs (input_rounding.py).
 `int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that stays within the limit on the validation
 split (selection.py).
 
 An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
-that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32.
+that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32. Where
+that one costs more than the whole loss allowed, or turns answers, the cache stays in float32, and a warning says so.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ryot.config import replace
+from ryot.deploy.answers import Answer, judge_answers
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search
 from ryot.deploy.graph import KVScales, float_matrices
+from ryot.deploy.input_rounding import PEAK_BLOCK, input_costs, measure_input_peaks
 from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix
 from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
-from ryot.deploy.selection import Ladder, Option, find_smallest
-from ryot.deploy.settings import ExportSettings
+from ryot.deploy.selection import Format, Ladder, Option, find_smallest
+from ryot.deploy.settings import ExportSettings, KVDtype
 from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
-from ryot.models.block_sizes import block_size_for
+from ryot.models.block_sizes import BLOCK_SIZES, block_size_for
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)
@@ -51,13 +54,20 @@ COST_TOKENS = 2_048
 SMOOTHING_TOKENS = 1_024
 #: Validation tokens that a choice is made on.
 CHOICE_TOKENS = 4_096
-#: Validation tokens that the block size of 8 bits is chosen on, and the share of the loss allowed, as KL, that the
-#: fastest one may take.
-INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 1_024, 0.04
+#: Validation tokens that the fastest blocks of 8 bits are judged on, and the share of the loss allowed, as KL, that 8
+#: bits may take.
+INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 512, 0.04
+#: Training tokens that 8 bits are rounded by, and that their blocks are chosen on.
+INT8_FIT_TOKENS, INT8_COST_TOKENS = 2_048, 512
+#: Share of the KL allowed that rounded inputs are expected to cost: what is found is 1.3 times that, and weights add.
+INPUT_SHARE = 0.65
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
 KV_LOSS_SHARE = 0.1
+#: A channel's scale holds this many times the largest key or value that was seen: other text has larger ones, which
+#: would be cut. On SmolLM2-135M after 2,048 tokens, keys alone rounded: KL 0.0021 without, 0.0012 so (2026-11-27).
+KV_HEADROOM = 1.3
 #: The smallest block that is tried: below it scales and zero points take over a fifth of the bytes.
 SMALLEST_BLOCK = 32
 
@@ -80,10 +90,10 @@ class CacheFormat:
     scales: KVScales | None = None
     """Of an int8 cache; None keeps them in float32."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """For the manifest, of an int8 cache: method, candidates with their figures."""
+    """For the manifest, where an int8 cache was asked for: method, candidates with their figures, why there is none."""
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> KVDtype:
         """`float32` or `int8`."""
         return "float32" if self.scales is None else "int8"
 
@@ -101,6 +111,12 @@ def observe_kv_scales(reference: StandardGraph, windows: NDArray[np.int64]) -> K
         return tuple((largest[name] / 127).astype(np.float32) for name in names)
 
     return KVScales(keys=part("key"), values=part("value"))
+
+
+def _widened(scales: KVScales) -> KVScales:
+    """The scales with room for what was not seen."""
+    keys, values = (tuple(s * np.float32(KV_HEADROOM) for s in part) for part in (scales.keys, scales.values))
+    return KVScales(keys=keys, values=values)
 
 
 def quantize_rtn(weights: DecoderWeights, precision: str, settings: ExportSettings) -> Quantized:
@@ -168,37 +184,96 @@ class Quantizer:
         """Tokens of the decoder's context."""
         return self._length
 
-    def choose_cache(self) -> CacheFormat:
-        """The cache of the type asked for; an int8 cache's scales are chosen on validation text, weights in float32."""
+    def choose_cache(self, answers: Sequence[Answer] = ()) -> CacheFormat:
+        """The cache of the type asked for; an int8 cache's scales are chosen on validation text, weights in float32.
+
+        In float32 all the same where no int8 cache stays within the loss allowed or keeps float32's `answers`.
+        """
         if self._settings.kv_dtype == "float32":
             return CacheFormat()
         weights = float_matrices(self._weights)
         windows = quality_windows(self._data, "train", self._length, tokens=CALIBRATION_TOKENS)[:, :-1]
-        per_channel = observe_kv_scales(self.graph(weights), windows)
-        scales = {"per-tensor": per_channel.per_tensor(), "per-channel": per_channel}
-        figures = {method: self._measure(self.graph(weights, kv_scales)) for method, kv_scales in scales.items()}
-        enough = 1 + KV_LOSS_SHARE * (self._limit - 1)
-        method = min(figures, key=lambda m: figures[m]["kl"])
-        if figures["per-tensor"]["bpb_ratio"] <= enough:
-            method = "per-tensor"
-        log.info("int8 cache: scales %s", method)
-        candidates = [{"method": m, **measured} for m, measured in figures.items()]
-        return CacheFormat(scales=scales[method], record={"method": method, "candidates": candidates})
+        observed = observe_kv_scales(self.graph(weights), windows)
+        scales = {"per-tensor": observed.per_tensor(), "per-channel": _widened(observed)}
+        candidates: dict[str, dict[str, Any]] = {}
+        for method, kv_scales in scales.items():
+            graph = self.graph(weights, kv_scales)
+            figures, said = self._measure(graph), judge_answers(answers, graph)
+            lost = max(figures["bpb_ratio"] - 1, figures["kl"] / figures["reference_loss"])
+            told = {"answer_kl": round(said.kl, 6), "answers_lost": said.lost} if answers else {}
+            candidates[method] = {"method": method, **figures, **told}
+            log.info("int8 cache: %s", candidates[method])
+            allowed = self._limit - 1
+            reason = said.reason(allowed * figures["reference_loss"])
+            if lost > allowed:
+                reason = f"KL {figures['kl']:.4f} nats and bits per byte {figures['bpb_ratio']:.4f} of fp32's"
+            candidates[method]["refused"] = reason
+            if lost <= KV_LOSS_SHARE * allowed and not reason:
+                break
+        record: dict[str, Any] = {"candidates": list(candidates.values())}
+        method = min(candidates, key=lambda m: (bool(candidates[m]["refused"]), candidates[m]["kl"]))
+        if reason := candidates[method]["refused"]:
+            log.warning("an int8 cache is not used, keys and values stay in float32: %s", reason)
+            return CacheFormat(record={"method": "float32", "reason": reason, **record})
+        return CacheFormat(scales=scales[method], record={"method": method, **record})
 
     def _choose_int8(self) -> Quantized:
         fastest = quantize_rtn(self._weights, "int8", self._settings)
-        if self._settings.int8_block_size <= SMALLEST_BLOCK:
-            return fastest
         figures = self._measure(self.graph(fastest.matrices), tokens=INT8_CHOICE_TOKENS)
         candidate = {"block_size": self._settings.int8_block_size, "bytes": fastest.record["bytes"], **figures}
         log.info("int8 candidate: %s", candidate)
-        if figures["kl"] / figures["reference_loss"] <= INT8_LOSS_SHARE * (self._limit - 1):
-            chosen, block_size = fastest, self._settings.int8_block_size
-        else:
-            block_size = SMALLEST_BLOCK
-            chosen = quantize_rtn(self._weights, "int8", replace(self._settings, int8_block_size=block_size))
-        record = {**chosen.record, "block_size": block_size, "candidates": [candidate]}
-        return Quantized(matrices=chosen.matrices, record=record)
+        allowed = INT8_LOSS_SHARE * (self._limit - 1) * figures["reference_loss"]
+        if figures["kl"] <= allowed:
+            return Quantized(matrices=fastest.matrices, record={**fastest.record, "candidates": [candidate]})
+        del fastest
+        return self._round_int8(INPUT_SHARE * allowed, candidate)
+
+    def _round_int8(self, allowed: float, candidate: Mapping[str, Any]) -> Quantized:
+        """By GPTQ, in the largest blocks whose inputs cost the KL allowed."""
+        num_cost = max(1, INT8_COST_TOKENS // CALIBRATION_WINDOW)
+        tokens = INT8_FIT_TOKENS + INT8_COST_TOKENS
+        windows = quality_windows(self._data, "train", self._length, tokens=tokens, window=CALIBRATION_WINDOW)[:, :-1]
+        cost, fit = windows[:num_cost], windows[num_cost:]
+        sensitivity = measure_sensitivity(self._weights, cost)
+        peaks = measure_input_peaks(self._weights, cost)
+        names = list(float_matrices(self._weights))
+        formats = {name: self._int8_formats(name, sensitivity, peaks.pop(name, None)) for name in names}
+        ladder = Ladder(formats)
+        rung = ladder.rung_for(allowed)
+        sizes = {name: int(chosen.label.split("/")[1]) for name, chosen in ladder.mix(rung).items()}
+        matrices: dict[str, BlockMatrix] = {}
+
+        def round_matrix(name: str, moments: Moments) -> None:
+            curvature = factorize(moments.fit_KK, fit.size)
+            matrices[name] = _round(self._weights[f"{name}.weight"], curvature, 8, sizes[name])
+
+        capture_moments(self._weights, fit, cost, sensitivity.tokens, round_matrix)
+        for name in names:
+            if name not in matrices:  # a table that is only looked up
+                matrices[name] = _round(self._weights[f"{name}.weight"], None, 8, sizes[name])
+        record = {
+            "method": "gptq",
+            "bytes": ladder.num_bytes(rung),
+            "formats": {name: chosen.label for name, chosen in ladder.mix(rung).items()},
+            "expected_kl": round(ladder.expected_kl(rung), 6),
+            "candidates": [candidate],
+        }
+        log.info("int8: %s", dict(Counter(record["formats"].values())))
+        return Quantized(matrices={name: matrices[name] for name in names}, record=record)
+
+    def _int8_formats(self, name: str, sensitivity: Sensitivity, peaks_TC: Tensor | None) -> list[Format]:
+        """The block sizes that a matrix may have, up to the fastest; one that is only looked up has no inputs."""
+        values = self._weights[f"{name}.weight"]
+        wanted = [size for size in BLOCK_SIZES if PEAK_BLOCK <= size <= self._settings.int8_block_size]
+        sizes = list(dict.fromkeys(self._block_size(name, size) for size in wanted))
+        costs = [0.0] * len(sizes)
+        if peaks_TC is not None:
+            costs = input_costs(name, values, peaks_TC, sensitivity, sizes)
+        N, K = values.shape
+        return [
+            Format(label=f"8 bits/{size}", num_bytes=N * -(-K // size) * (size + 4), expected_kl=cost)
+            for size, cost in zip(sizes, costs)
+        ]
 
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())

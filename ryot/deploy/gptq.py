@@ -152,8 +152,7 @@ def _ranges(blocks: Tensor, bits: int, asymmetric: bool) -> Iterator[tuple[Tenso
         largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))[..., 0]
         full = largest / -middle if bits == 4 else largest.abs() / (middle - 1)
         full = torch.where(full == 0, 1.0, full)
-        # At 8 bits what is cut off is always more than what finer steps save.
-        for clipping in (1.0,) if bits == 8 else (*CLIPPINGS, 0.7):
+        for clipping in (*CLIPPINGS, 0.7):
             yield full * clipping, torch.full_like(full, middle)
         return
     low, high = blocks.amin(dim=-1).clamp_(max=0), blocks.amax(dim=-1).clamp_(min=0)

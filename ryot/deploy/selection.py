@@ -77,6 +77,13 @@ class Ladder(Generic[FormatT]):
         """The lowest rung that is expected to cost at most `kl`; the top where none is."""
         return next((rung for rung, expected in enumerate(self._kl) if expected <= kl), self.top)
 
+    def rung_that_pays(self, times: float) -> int:
+        """The last rung up to which each upgrade saves so many times the share of KL that it adds in bytes."""
+        for rung, (_, a, b) in enumerate(self._upgrades):
+            if _saved_per_byte(a, b) < times * self._kl[rung] / self._bytes[rung]:
+                return rung
+        return self.top
+
 
 def find_smallest(ladder: Ladder[FormatT], measure: Callable[[int], float], limit: float) -> int:
     """The rung of the smallest mix whose measured loss is within `limit`, after at most `MAX_MEASURED` measurements.

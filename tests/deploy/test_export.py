@@ -18,6 +18,7 @@ from ryot.config import PRECISIONS, ModelConfig
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import export_variant
+from ryot.deploy.matrices import quantize_blocks
 from ryot.deploy.precisions import num_bytes
 from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
 from ryot.deploy.quantize import INT8_LOSS_SHARE, Quantizer
@@ -112,15 +113,21 @@ def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_one
         return found.record, {name: matrix.block_size for name, matrix in found.matrices.items()}
 
     record, sizes = quantize(1.5)
-    assert (record["method"], sizes["layers.0.attn.qkv"]) == ("rtn", 64)
+    assert "formats" not in record
+    assert sizes["layers.0.attn.qkv"] == 64
     fastest = record["candidates"][0]
     # A little less than the fastest blocks cost, and nothing at all.
     record, some = quantize(1 + 0.6 * fastest["kl"] / fastest["reference_loss"] / INT8_LOSS_SHARE)
-    assert record["method"] == "gptq"
-    record, sizes = quantize(1 + 1e-6)
-    products = [name for name in sizes if name not in weights.tables or name == weights.head]
-    assert {sizes[name] for name in products} == {16}
-    assert sum(some[name] for name in products) > 16 * len(products)
+    assert record["formats"] == {name: f"8 bits/{size}" for name, size in some.items()}
+    record, most = quantize(1 + 1e-6)
+    assert fastest["bytes"] < sum(matrix_bytes(weights, some)) < sum(matrix_bytes(weights, most))
+    assert record["expected_kl"] < fastest["kl"]
+
+
+def matrix_bytes(weights, sizes):
+    return [
+        quantize_blocks(weights[f"{name}.weight"], bits=8, block_size=size).num_bytes for name, size in sizes.items()
+    ]
 
 
 def test_matrices_go_to_eight_bits_until_a_tighter_limit_is_met(trained, data, tmp_path, artifacts):

@@ -30,13 +30,11 @@ from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-#: What is asked, and the tokens of each answer: float32 makes them one at a time, about 50 ms each at 135 M parameters.
+#: What is asked. Questions of one form have as many tokens as each other in most vocabularies, and those are answered
+#: together: float32 reads all its weights for each token, 50 ms at 135 M parameters.
 QUESTIONS = (
-    "What is the capital of France?",
-    "Name three colors.",
-    "What is 2 + 3?",
-    "How do I reverse a list in Python?",
-    "Write one sentence about the sea.",
+    *(f"What is the capital of {country}?" for country in ("France", "Japan", "Italy", "Egypt")),
+    *(f"Name three {things}." for things in ("colors", "animals", "cities", "languages")),
 )
 ANSWER_TOKENS = 12
 #: Float32 is sure of a token that it finds e times as likely as any other.
@@ -91,18 +89,25 @@ def chat_prompts(folder: Path, room: int) -> list[list[int]]:
 
 def answer_greedily(reference: Scorer, prompts: Sequence[Sequence[int]], eos: Collection[int]) -> list[Answer]:
     """What the reference says to each prompt, up to `ANSWER_TOKENS` tokens or the end of the answer."""
+    lengths = dict.fromkeys(map(len, prompts))
+    return [a for n in lengths for a in _answer_together(reference, [p for p in prompts if len(p) == n], eos)]
+
+
+def _answer_together(reference: Scorer, prompts: Sequence[Sequence[int]], eos: Collection[int]) -> list[Answer]:
+    """The answers to prompts of one length."""
+    ids_BT = new_BT = np.array(prompts, dtype=np.int64)
+    past, rows = None, []
+    for _ in range(ANSWER_TOKENS):
+        logits, past = reference.run(new_BT, past)
+        rows.append(F.log_softmax(torch.from_numpy(logits[:, -1]), dim=-1))
+        new_BT = rows[-1].argmax(dim=-1, keepdim=True).numpy()
+        ids_BT = np.concatenate((ids_BT, new_BT), axis=1)
     answers = []
-    for prompt in prompts:
-        ids, rows = list(prompt), []
-        logits, past = reference.run(np.array([ids], dtype=np.int64))
-        while True:
-            rows.append(F.log_softmax(torch.from_numpy(logits[0, -1]), dim=-1))
-            token = int(rows[-1].argmax())
-            if len(rows) == ANSWER_TOKENS or token in eos:
-                break
-            ids.append(token)
-            logits, past = reference.run(np.array([[token]], dtype=np.int64), past)
-        answers.append(Answer(np.array(ids, dtype=np.int64), torch.stack(rows)))
+    for ids_T, log_p_AV in zip(ids_BT, torch.stack(rows, dim=1)):
+        start = ids_BT.shape[1] - ANSWER_TOKENS
+        ends = np.flatnonzero(np.isin(ids_T[start:], list(eos)))
+        count = int(ends[0]) + 1 if len(ends) else ANSWER_TOKENS
+        answers.append(Answer(ids_T[: start + count - 1], log_p_AV[:count]))
     return answers
 
 

@@ -63,7 +63,7 @@ INT8_COST_TOKENS = 512
 INT8_EXPECTED_SHARE = 0.75
 #: Smaller blocks save at least this many times the share of KL that they take in bytes. Of blocks of 16 instead of 32,
 #: 11 % more bytes, decode takes 13 % more time and prefill 30 % (SmolLM2's layers, AVX-512 VNNI, 2026-11-27).
-INT8_SAVES = 2.0
+INT8_SAVES = 4.0
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
@@ -71,7 +71,7 @@ KV_LOSS_SHARE = 0.1
 #: A channel's scale holds this many times the largest key or value that was seen: other text has larger ones, which
 #: would be cut. On SmolLM2-135M after 2,048 tokens, keys alone rounded: KL 0.0021 without, 0.0012 so (2026-11-27).
 KV_HEADROOM = 1.3
-#: The smallest block that is tried: below it scales and zero points take over a fifth of the bytes.
+#: The smallest block that is tried at 4 bits: below it scales and zero points take over a fifth of the bytes.
 SMALLEST_BLOCK = 32
 
 Matrices = Mapping[str, Matrix]

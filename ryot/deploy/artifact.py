@@ -26,7 +26,7 @@ from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.runtime import copy_runtime
 from ryot.deploy.sbom import SBOM_NAME, build_sbom
-from ryot.deploy.settings import ExportSettings
+from ryot.deploy.settings import ExportSettings, KVDtype
 from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
@@ -89,9 +89,9 @@ class Scores:
     """What float32 alone may change in a logit."""
 
 
-def onnxruntime_min(settings: ExportSettings) -> str:
-    """The oldest onnxruntime that runs graphs of these settings."""
-    return ONNXRUNTIME_MIN_INT8_KV if settings.kv_dtype == "int8" else ONNXRUNTIME_MIN
+def onnxruntime_min(kv_dtype: KVDtype) -> str:
+    """The oldest onnxruntime that runs graphs with such a cache."""
+    return ONNXRUNTIME_MIN_INT8_KV if kv_dtype == "int8" else ONNXRUNTIME_MIN
 
 
 def measured_prompt_tokens(spec: DecoderSpec) -> int:
@@ -126,7 +126,7 @@ def build_artifact(
             for name, model in graphs.items():
                 (stage / name).write_bytes(serialize(model))
         bundle.write_checkpoint_files(origin.checkpoint, stage)
-        bundle.write_requirements(stage, onnxruntime_min(settings))
+        bundle.write_requirements(stage, onnxruntime_min(cache.dtype))
         bundle.write_genai_config(stage, weights.spec, origin.text.token_ids, shared_buffer=True)
         copy_runtime(stage)
         values = _manifest_values(origin, precision, singles, cache, scores)
@@ -161,7 +161,7 @@ def _manifest_values(
         "bos_token_id": token_ids.bos,
         "chat_template": origin.text.chat_template,
         "opset": OPSET,
-        "onnxruntime_min": onnxruntime_min(options.settings),
+        "onnxruntime_min": onnxruntime_min(cache.dtype),
         "golden": [],
         "tolerance": 0.0,
         "prompts": origin.prompts.tolist(),

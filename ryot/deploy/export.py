@@ -12,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ryot.deploy import bundle
+from ryot.deploy.answers import ANSWER_TOKENS, Answer, AnswerLoss, answer_greedily, chat_prompts, judge_answers
 from ryot.deploy.artifact import (
     FLOAT_CACHE,
     ExportOptions,
@@ -90,7 +91,7 @@ def export_variant(
     """
     for precision in precisions:
         check_precision(precision)
-    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings.kv_dtype))
     map_large_arrays()
     give_back_memory()  # of what was tuned before
     with scratch_folder("export") as scratch:
@@ -120,9 +121,12 @@ def export_variant(
         stored = stored_in_four_bits(checkpoint, origin.weights.spec)
         quantized = _quantize(origin, stored, precisions, data, scratch, tell)
         give_back_memory()
-        cache = quantized[precisions[0]].quantizer.choose_cache()
+        quantizer = quantized[precisions[0]].quantizer
+        questions = chat_prompts(files, quantizer.context - ANSWER_TOKENS)
+        answers = answer_greedily(quantizer.reference, questions, text.token_ids.eos)
+        cache = quantizer.choose_cache(answers)
         tell(f"scoring {', '.join(precisions)}")
-        qualities = _score(quantized, cache, data, options)
+        qualities = _score(quantized, cache, answers, data, options)
         give_back_memory()
     results = []
     for precision, way in quantized.items():
@@ -195,7 +199,11 @@ def _quantize(
 
 
 def _score(
-    quantized: Mapping[str, _Way], cache: CacheFormat, data: EvalData, options: ExportOptions
+    quantized: Mapping[str, _Way],
+    cache: CacheFormat,
+    answers: Sequence[Answer],
+    data: EvalData,
+    options: ExportOptions,
 ) -> dict[str, Quality]:
     """The quality of each precision; of a pair, in each figure the worse of its two graphs.
 
@@ -215,6 +223,11 @@ def _score(
     )
     depth, kl = divergence_at_depth(quantizer.reference, graphs, data, options.split, quantizer.context)
     found |= {name: dataclasses.replace(found[name], depth=depth, depth_kl=kl[name]) for name in kl}
+    for name, graph in graphs.items():
+        said = judge_answers(answers, graph)
+        found[name] = dataclasses.replace(
+            found[name], answer_tokens=said.tokens, answer_kl=said.kl, answers_lost=said.lost
+        )
     found.setdefault("fp32", found[REFERENCE])
     return {p: worst(found[p], found.get(f"{p} prefill", found[p])) for p in quantized}
 
@@ -236,7 +249,7 @@ def export_unscored(
     """
     assert cache.dtype == options.settings.kv_dtype
     check_precision(precision)
-    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings))
+    check_onnxruntime(ort.__version__, onnxruntime_min(options.settings.kv_dtype))
     weights = load_decoder_weights(checkpoint, options.context)
     with scratch_folder("export") as files:
         bundle.write_checkpoint_files(checkpoint, files)
@@ -250,7 +263,7 @@ def export_unscored(
 
 def _judge(precision: str, path: Path, scores: Scores, limit: float) -> ArtifactResult:
     assert scores.quality is not None and scores.parity is not None
-    passed = scores.quality.bpb_ratio <= limit
+    reason = _breach(scores.quality, limit)
     return ArtifactResult(
         precision=precision,
         path=path,
@@ -258,6 +271,15 @@ def _judge(precision: str, path: Path, scores: Scores, limit: float) -> Artifact
         parity=scores.parity,
         oracle=scores.oracle,
         quality=scores.quality,
-        passed=passed,
-        reason="" if passed else f"bits per byte {scores.quality.bpb_ratio:.4f} of fp32's, limit {limit:.4f}",
+        passed=not reason,
+        reason=reason,
     )
+
+
+def _breach(quality: Quality, limit: float) -> str:
+    """What of an artifact is beyond the limit of bits per byte over fp32's; empty if nothing is."""
+    if not quality.bpb_ratio <= limit:
+        return f"bits per byte {quality.bpb_ratio:.4f} of fp32's, limit {limit:.4f}"
+    said = AnswerLoss(tokens=quality.answer_tokens, kl=quality.answer_kl, lost=quality.answers_lost)
+    # KL is what the loss grows by on text that float32 writes, so the same share of the loss is the limit there.
+    return said.reason((limit - 1) * quality.loss / quality.bpb_ratio)

@@ -82,6 +82,12 @@ class Quality:
     """Position up to which one long window was read through the cache; 0 where the context or the text is short."""
     depth_kl: float = 0.0
     """KL over the last positions of it."""
+    answer_tokens: int = 0
+    """Tokens of float32's answers to questions in the chat form; 0 where there is no template (`answers`)."""
+    answer_kl: float = 0.0
+    """KL over them, nats per token."""
+    answers_lost: int = 0
+    """Tokens among them that float32 is sure of and the artifact replaces."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -197,7 +203,13 @@ def evaluate_bundle(
 def worst(a: Quality, b: Quality) -> Quality:
     """The quality of a pair: in each figure the worse of its halves."""
     low = a if a.bpb >= b.bpb else b
-    return dataclasses.replace(low, kl=max(a.kl, b.kl), top1=min(a.top1, b.top1))
+    return dataclasses.replace(
+        low,
+        kl=max(a.kl, b.kl),
+        top1=min(a.top1, b.top1),
+        answer_kl=max(a.answer_kl, b.answer_kl),
+        answers_lost=max(a.answers_lost, b.answers_lost),
+    )
 
 
 def _compare(expected_TV: FloatArray, found_TV: FloatArray, targets_T: NDArray[np.int64], bits: float) -> _Sums:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ryot.deploy.matrices import Matrix
 
@@ -21,20 +22,29 @@ CLOSE_ENOUGH, CLOSE_BYTES = 0.85, 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
-    """One way to round a matrix."""
+class Format:
+    """A format that a matrix may have."""
 
     label: str
     """Bits and block size."""
     num_bytes: int
     expected_kl: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option(Format):
+    """One way to round a matrix."""
+
     matrix: Matrix
 
 
-class Ladder:
+FormatT = TypeVar("FormatT", bound=Format)
+
+
+class Ladder(Generic[FormatT]):
     """Mixes of one option for each matrix, from the smallest on; rung `i` has the first `i` upgrades."""
 
-    def __init__(self, options: Mapping[str, Sequence[Option]]):
+    def __init__(self, options: Mapping[str, Sequence[FormatT]]):
         hulls = {name: _lower_hull(of_matrix) for name, of_matrix in options.items()}
         self._smallest = {name: hull[0] for name, hull in hulls.items()}
         upgrades = [(name, a, b) for name, hull in hulls.items() for a, b in itertools.pairwise(hull)]
@@ -59,7 +69,7 @@ class Ladder:
         """Sum of what its matrices are expected to cost."""
         return self._kl[rung]
 
-    def mix(self, rung: int) -> dict[str, Option]:
+    def mix(self, rung: int) -> dict[str, FormatT]:
         """The option of each matrix."""
         return {**self._smallest, **{name: option for name, _, option in self._upgrades[:rung]}}
 
@@ -67,8 +77,15 @@ class Ladder:
         """The lowest rung that is expected to cost at most `kl`; the top where none is."""
         return next((rung for rung, expected in enumerate(self._kl) if expected <= kl), self.top)
 
+    def rung_that_pays(self, times: float) -> int:
+        """The last rung up to which each upgrade saves so many times the share of KL that it adds in bytes."""
+        for rung, (_, a, b) in enumerate(self._upgrades):
+            if _saved_per_byte(a, b) < times * self._kl[rung] / self._bytes[rung]:
+                return rung
+        return self.top
 
-def find_smallest(ladder: Ladder, measure: Callable[[int], float], limit: float) -> int:
+
+def find_smallest(ladder: Ladder[FormatT], measure: Callable[[int], float], limit: float) -> int:
     """The rung of the smallest mix whose measured loss is within `limit`, after at most `MAX_MEASURED` measurements.
 
     The top rung where none is within it; the only one, unmeasured, where there is nothing to choose.
@@ -94,7 +111,7 @@ def find_smallest(ladder: Ladder, measure: Callable[[int], float], limit: float)
     return ladder.top if passed is None else passed
 
 
-def _next_rung(ladder: Ladder, found: Mapping[int, float], limit: float) -> int:
+def _next_rung(ladder: Ladder[FormatT], found: Mapping[int, float], limit: float) -> int:
     """Where a line through the measured rungs nearest to the limit, one alone with the origin, meets just below it."""
     goal = (1 + CLOSE_ENOUGH) / 2 * limit
     points = sorted((ladder.expected_kl(rung), loss) for rung, loss in found.items())
@@ -108,13 +125,13 @@ def _next_rung(ladder: Ladder, found: Mapping[int, float], limit: float) -> int:
     return ladder.rung_for(x0 + (goal - y0) / slope) if slope > 0 else ladder.top
 
 
-def _saved_per_byte(a: Option, b: Option) -> float:
+def _saved_per_byte(a: Format, b: Format) -> float:
     return (a.expected_kl - b.expected_kl) / (b.num_bytes - a.num_bytes)
 
 
-def _lower_hull(options: Sequence[Option]) -> list[Option]:
+def _lower_hull(options: Sequence[FormatT]) -> list[FormatT]:
     """The options that are smallest for some price of KL in bytes, smallest first."""
-    hull: list[Option] = []
+    hull: list[FormatT] = []
     for option in sorted(options, key=lambda o: (o.num_bytes, o.expected_kl)):
         if hull and option.expected_kl >= hull[-1].expected_kl:
             continue

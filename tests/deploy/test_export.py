@@ -18,8 +18,10 @@ from ryot.config import PRECISIONS, ModelConfig
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import export_variant
+from ryot.deploy.matrices import quantize_blocks
+from ryot.deploy.precisions import num_bytes
 from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
-from ryot.deploy.quantize import Quantizer
+from ryot.deploy.quantize import INT8_LOSS_SHARE, Quantizer
 from ryot.deploy.runtime import runtime_modules
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.verify import check_parity, reference_logits
@@ -108,12 +110,29 @@ def test_int4_candidates_are_recorded_and_the_smallest_is_tried_first(artifacts)
 
 def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_ones_elsewhere(trained, data, tmp_path):
     weights = load_decoder_weights(open_folder(trained))
-    for limit, expected in ((1.5, 64), (1 + 1e-6, 32)):
-        quantizer = Quantizer(weights, data, ExportSettings(int8_block_size=64), limit, tmp_path)
-        found = quantizer.quantize("int8")
-        assert found.record["block_size"] == expected
-        assert found.matrices["layers.0.attn.qkv"].block_size == expected
+
+    def quantize(limit):
+        found = Quantizer(weights, data, ExportSettings(int8_block_size=64), limit, tmp_path).quantize("int8")
         assert found.record["candidates"][0]["block_size"] == 64
+        assert found.record["bytes"] == num_bytes(found.matrices)
+        return found.record, {name: matrix.block_size for name, matrix in found.matrices.items()}
+
+    record, sizes = quantize(1.5)
+    assert "formats" not in record
+    assert sizes["layers.0.attn.qkv"] == 64
+    fastest = record["candidates"][0]
+    # A little less than the fastest blocks cost, and nothing at all.
+    record, some = quantize(1 + 0.6 * fastest["kl"] / fastest["reference_loss"] / INT8_LOSS_SHARE)
+    assert record["formats"] == {name: f"8 bits/{size}" for name, size in some.items()}
+    record, most = quantize(1 + 1e-6)
+    assert fastest["bytes"] < sum(matrix_bytes(weights, some)) < sum(matrix_bytes(weights, most))
+    assert record["expected_kl"] < fastest["kl"]
+
+
+def matrix_bytes(weights, sizes):
+    return [
+        quantize_blocks(weights[f"{name}.weight"], bits=8, block_size=size).num_bytes for name, size in sizes.items()
+    ]
 
 
 @only("opt")

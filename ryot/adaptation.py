@@ -30,6 +30,9 @@ from ryot.models.spec import DecoderSpec, bounded_spec
 #: The precisions that a teacher can be run in.
 TeacherPrecision = Literal["fp32", "int8-dyn", "int8"]
 
+#: The precisions that answers can be sampled in.
+RolloutPrecision = Literal["fp32", "int8", "int8-dyn"]
+
 #: In place of names: every matrix of the layers.
 ALL_LINEAR = "all-linear"
 
@@ -160,6 +163,8 @@ class RlvrConfig:
     """Answers to each; k of pass@k."""
     rollout_workers: int = 0
     """Processes that sample, one core each, beside the trainer; 0 samples in the trainer, by turns with learning."""
+    rollout_precision: RolloutPrecision = "fp32"
+    """How the model is run that samples; rounded weights are faster, and what they change is corrected for."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -174,6 +179,8 @@ class RlvrConfig:
             require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a whole number above 0")
         require(self.samples_per_prompt > 1, "rlvr.samples_per_prompt", self.samples_per_prompt, "at least 2")
         require(self.rollout_workers >= 0, "rlvr.rollout_workers", self.rollout_workers, "a number not below 0")
+        known = typing.get_args(RolloutPrecision)
+        require(self.rollout_precision in known, "rlvr.rollout_precision", self.rollout_precision, " or ".join(known))
         require(self.kl >= 0, "rlvr.kl", self.kl, "a number not below 0")
         require(0 < self.clip_low < 1, "rlvr.clip_low", self.clip_low, "a number between 0 and 1")
         for name in ("clip_high", "learning_rate_share", "importance_limit"):

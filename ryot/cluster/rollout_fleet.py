@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ryot.adaptation import RlvrConfig
+from ryot.adaptation import RlvrConfig, RolloutPrecision
 from ryot.config import KernelPlan
 from ryot.errors import ClusterError
 from ryot.models.tensors import FloatArray
@@ -31,8 +31,8 @@ MAX_DEATHS_IN_A_ROW = 8
 class RolloutWorker:
     """The body of the Ray actor; plain methods, so that it can be read without Ray."""
 
-    def __init__(self, policy: Policy, rows: int):
-        self._fleet = LocalFleet(policy, rows=rows)
+    def __init__(self, policy: Policy, rows: int, precision: RolloutPrecision):
+        self._fleet = LocalFleet(policy, rows=rows, precision=precision)
         self._version = -1
 
     def pid(self) -> int:
@@ -54,8 +54,8 @@ class RolloutWorker:
 class RayFleet:
     """Samples with `workers` actors."""
 
-    def __init__(self, policy: Policy, *, workers: int, rows: int):
-        self._policy, self._rows = policy, rows
+    def __init__(self, policy: Policy, *, workers: int, rows: int, precision: RolloutPrecision = "fp32"):
+        self._policy, self._rows, self._precision = policy, rows, precision
         self._version = -1
         self._arrays: Any = None
         self._policy_ref: Any = None
@@ -140,7 +140,7 @@ class RayFleet:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
         }
-        return ray.remote(**options)(RolloutWorker).remote(self._policy_ref, self._rows)
+        return ray.remote(**options)(RolloutWorker).remote(self._policy_ref, self._rows, self._precision)
 
 
 def make_ray_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Fleet:
@@ -148,4 +148,4 @@ def make_ray_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Fleet:
     if not rlvr.rollout_workers:
         return make_local_fleet(policy, rlvr, plan)
     rows = GROUPS_AT_ONCE * max(rlvr.samples_per_prompt, rlvr.eval_samples)
-    return RayFleet(policy, workers=rlvr.rollout_workers, rows=rows)
+    return RayFleet(policy, workers=rlvr.rollout_workers, rows=rows, precision=rlvr.rollout_precision)

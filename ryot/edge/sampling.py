@@ -20,6 +20,10 @@ from ryot.errors import BundleError
 HEAD = 128
 #: Tokens that are sorted where those are too few: a tenth of the time that sorting 49,152 takes.
 WIDE_HEAD = 2048
+#: Ids whose weights are summed together where one is drawn among all.
+_STRETCH = 128
+#: Random numbers made at a time.
+_POINTS = 32
 #: A smaller temperature is 0 in float32, and a logit beyond the largest number is none.
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 LARGEST_LOGIT = float(np.finfo(np.float32).max)
@@ -33,6 +37,8 @@ class Sampler:
         self._rng = np.random.default_rng([params.seed, row])
         self._seen = set(prompt_ids)
         self._counts: dict[int, int] = {}
+        #: Points that were drawn and not yet asked for, the next one last.
+        self._points: list[float] = []
 
     def choose(self, logits_V: np.ndarray, allowed_V: np.ndarray | None = None) -> int:
         """The next token, one of those `allowed_V` where given; it counts as seen from now on."""
@@ -46,15 +52,17 @@ class Sampler:
         if params.temperature == 0:
             token = int(logits_V.argmax())
         else:
-            token = choose_token(logits_V, params, self._rng.random())
+            token = choose_token(logits_V, params, self.draw())
         self._seen.add(token)
         self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
     def draw(self) -> float:
-        """The point, from 0 to below 1, of the next token, for who draws rows together with `draw_uncut`."""
-        assert self.params.uncut and not self.params.changes_logits
-        return float(self._rng.random())
+        """The point, from 0 to below 1, of the next token."""
+        if not self._points:
+            # The same numbers as one by one, for less.
+            self._points = self._rng.random(_POINTS)[::-1].tolist()
+        return self._points.pop()
 
     def _changed(self, logits_V: np.ndarray) -> np.ndarray:
         """A copy of the logits with the penalties and the bias."""
@@ -85,20 +93,33 @@ def draw_uncut(
 
     The logarithm is that of the probability with which it was drawn, temperature included.
     """
+    R, V = logits_RV.shape
+    C = -(-V // _STRETCH)
     best_R = logits_RV.max(axis=1)
-    # Weights in float32, a fourth of the time; sums in float64, for thousands of small ones must not be lost.
-    weights_RV = logits_RV - best_R[:, None]
+    # Weights in float32, a fourth of the time. What is summed in float32 is one stretch of ids; the sums of stretches
+    # are added in float64, for thousands of small ones must not be lost. Ids past the end have no weight.
+    weights_RCE = np.zeros((R, C, _STRETCH), np.float32)
+    weights_RV = weights_RCE.reshape(R, -1)[:, :V]
+    np.subtract(logits_RV, best_R[:, None], out=weights_RV)
     if (temperature_R != 1).any():
         temperature_R = np.maximum(temperature_R, SMALLEST_TEMPERATURE)
         with np.errstate(over="ignore"):
             weights_RV /= temperature_R[:, None].astype(np.float32)
     np.exp(weights_RV, out=weights_RV)
-    sums_RV = weights_RV.cumsum(axis=1, dtype=np.float64)
-    total_R = sums_RV[:, -1]
-    # An id's stretch is what lies above the sum before it, up to its own; one of no width is never met.
-    points = (uniform_R * total_R).tolist()
-    ids_R = np.array([sums_V.searchsorted(point, "right") for sums_V, point in zip(sums_RV, points)])
-    chosen_R = logits_RV[np.arange(len(total_R)), ids_R].astype(np.float64)
+    rows_R = np.arange(R)
+    up_to_RC = weights_RCE.sum(axis=2).cumsum(axis=1, dtype=np.float64)
+    total_R = up_to_RC[:, -1]
+    # An id's share is what lies above the sum before it, up to its own; one of no width is never met.
+    point_R = uniform_R * total_R
+    stretch_R = (up_to_RC <= point_R[:, None]).sum(axis=1)
+    inside_RE = weights_RCE[rows_R, stretch_R].cumsum(axis=1, dtype=np.float64)
+    before_R = np.where(stretch_R > 0, up_to_RC[rows_R, stretch_R - 1], 0.0)
+    share_R = (point_R - before_R) / (up_to_RC[rows_R, stretch_R] - before_R)
+    # The two sums of a stretch differ by rounding; the point keeps its place between the stretch's ends.
+    last_R = inside_RE.argmax(axis=1)
+    inner_R = np.minimum((inside_RE <= (share_R * inside_RE[:, -1])[:, None]).sum(axis=1), last_R)
+    ids_R = stretch_R * _STRETCH + inner_R
+    chosen_R = logits_RV[rows_R, ids_R].astype(np.float64)
     return ids_R, (chosen_R - best_R) / temperature_R - np.log(total_R)
 
 

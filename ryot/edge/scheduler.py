@@ -212,7 +212,8 @@ class Scheduler:
         if not samplers:
             return {}
         rows = [row for row, _ in samplers]
-        logits_RV = self.engine.logits[rows]
+        # All of them as a rule, which copies nothing.
+        logits_RV = self.engine.logits[: len(rows)] if rows[-1] == len(rows) - 1 else self.engine.logits[rows]
         if np.isnan(logits_RV.max()):
             return {}  # each by itself says which one is damaged
         temperatures = np.array([sampler.params.temperature for _, sampler in samplers])
@@ -226,7 +227,8 @@ class Scheduler:
         length = engine.lengths[0]
         most = min(sequence.request.max_tokens - sequence.completion_tokens, engine.max_len - length) - 1
         drafter = self._drafters.setdefault(sequence, Drafter(self._draft_costs))
-        draft = [] if sequence.scores_prompt else drafter.draft(sequence.ids, most)
+        told = not (sequence.scores_prompt or sequence.request.whole)
+        draft = drafter.draft(sequence.ids, most) if told else []
         if not draft or not engine.make_room(1, length + 1 + len(draft)):
             return []
         began = time.perf_counter()
@@ -349,8 +351,8 @@ class Scheduler:
         return True
 
     def _take(self, row: int, drawn: Drawn | None = None) -> TokenEvent | None:
-        """Choose a row's next token, which the next step feeds; None for a token of the prompt."""
-        taken = self._running[row].take(self.engine.logits[row], int(self.engine.next_token[row]), drawn)
+        """Choose a row's next token, which the next step feeds; None for one that nothing is told of."""
+        taken = self._running[row].take(self.engine.logits[row], self.engine.next_token[row], drawn)
         if isinstance(taken, int):
             self.engine.next_token[row] = taken
             return None

@@ -51,8 +51,8 @@ class Request:
     """Whose prompt it is: beginnings are shared between prompts of one owner only."""
     constraint: Constraint | None = None
     whole: bool = False
-    """Whether only the whole answer is of interest: its text comes with the last token, and nothing behind the prompt
-    is remembered for others."""
+    """Whether only the whole answer is of interest: one event comes, with the last token and all of the text, the
+    tokens' probabilities are in `ActiveSequence.logprobs`, and nothing behind the prompt is remembered for others."""
 
 
 class Drawn(NamedTuple):
@@ -129,6 +129,8 @@ class ActiveSequence:
         #: Of the prompt's tokens, those whose probabilities were reported; the first one has none.
         self.num_scored = 1
         self.prompt_logprobs: list[Logprobs] = []
+        #: Of the tokens of an answer that is wanted whole, where probabilities were asked for.
+        self.logprobs: list[float] = []
 
     @property
     def completion(self) -> Completion:
@@ -156,9 +158,10 @@ class ActiveSequence:
         return self.ids[: self.num_scored] if self.scores_prompt else self.ids
 
     def take(self, logits_V: np.ndarray, greedy: int, drawn: Drawn | None = None) -> TokenEvent | int:
-        """What follows from the logits after the last token: the token chosen, or the prompt's next one as a number.
+        """What follows from the logits after the last token: the token chosen, or a number that is fed and not told of.
 
-        `drawn` is the token where it was drawn together with others'.
+        That is the prompt's next token, or one on the way of an answer that is wanted whole. `drawn` is the token where
+        it was drawn together with others'.
         """
         request = self.request
         if self.scores_prompt:
@@ -177,29 +180,35 @@ class ActiveSequence:
                 token = self._sampler.choose(logits_V, None if constraint is None else constraint.allowed())
             except RyotError as error:
                 return TokenEvent(self, None, error=error)
-        text = self._push_whole(token) if request.whole else self._text.push(token)
+        if request.whole:
+            if request.top_logprobs is not None:
+                self.logprobs.append(self._logprobs(token, logits_V, drawn).logprob)
+            return self._push_whole(token)
+        text = self._text.push(token)
         reason = self.completion.finish_reason
         if constraint is not None and reason is None and constraint.push(token):
             reason = "stop"
-        logprobs = None
-        if drawn is not None and request.top_logprobs == 0 and request.sampling.temperature == 1:
-            logprobs = Logprobs(drawn.logprob, [])
-        elif request.top_logprobs is not None:
-            logprobs = read_logprobs(logits_V, token, request.top_logprobs)
+        logprobs = None if request.top_logprobs is None else self._logprobs(token, logits_V, drawn)
         return TokenEvent(self, token, text, logprobs, reason)
 
-    def _push_whole(self, token: int) -> str:
-        """Take a token of an answer whose text is made at its end."""
+    def _logprobs(self, token: int, logits_V: np.ndarray, drawn: Drawn | None) -> Logprobs:
+        top = self.request.top_logprobs or 0
+        if drawn is not None and not top and self.request.sampling.temperature == 1:
+            return Logprobs(drawn.logprob, [])
+        return read_logprobs(logits_V, token, top)
+
+    def _push_whole(self, token: int) -> TokenEvent | int:
+        """Take a token of an answer that is told of, and its text made, at its end."""
         completion = self.completion
         completion.tokens.append(token)
         ended = token in self._eos
         if not ended and len(completion.tokens) < self.request.max_tokens:
-            return ""
+            return token
         completion.finish_reason = "eos" if ended else "length"
         stream = self._tokenizer.stream(after=self.request.prompt_ids if self.request.continues_text else ())
         tokens = completion.tokens[:-1] if ended else completion.tokens
         completion.text = "".join(map(stream.push, tokens))
-        return completion.text
+        return TokenEvent(self, token, completion.text, None, completion.finish_reason)
 
 
 def read_logprobs(logits_V: np.ndarray, token: int, top: int) -> Logprobs:

@@ -12,9 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from ryot.adaptation import RolloutPrecision
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.scheduler import Scheduler, run_all
-from ryot.edge.sequence import Request
+from ryot.edge.sequence import ActiveSequence, Request
 from ryot.edge.slots import SlotEngine
 from ryot.edge.tokenizer import load_tokenizer
 from ryot.models.spec import DecoderSpec
@@ -75,11 +76,11 @@ class Fleet(Protocol):
 class LocalFleet:
     """One engine in this process."""
 
-    def __init__(self, policy: Policy, *, rows: int, threads: int = 1):
+    def __init__(self, policy: Policy, *, rows: int, threads: int = 1, precision: RolloutPrecision = "fp32"):
         self._policy, self._rows, self._threads = policy, rows, threads
         self._stack = ExitStack()
         folder = self._stack.enter_context(scratch_folder("policy"))
-        self._live = LiveBundle(folder, policy.spec, policy.text_files, policy.eos, policy.bos)
+        self._live = LiveBundle(folder, policy.spec, policy.text_files, policy.eos, policy.bos, precision)
         self._scheduler: Scheduler | None = None
 
     def update(self, arrays: Mapping[str, FloatArray]) -> None:
@@ -108,20 +109,19 @@ class LocalFleet:
             for choice in range(group.num_samples)
         ]
         answers = iter(run_all(scheduler, requests))
-        return [
-            [
-                Sample(
-                    tokens=tuple(event.token for event in events if event.token is not None),
-                    logprobs=tuple(event.logprobs.logprob for event in events if event.logprobs is not None),
-                    text="".join(event.text for event in events),
-                    ended=events[-1].finish_reason == "eos",
-                )
-                for events in (next(answers) for _ in range(group.num_samples))
-            ]
-            for group in groups
-        ]
+        return [[_sample(next(answers)[-1].sequence) for _ in range(group.num_samples)] for group in groups]
 
     def close(self) -> None:
         self._scheduler = None
         self._live.close()
         self._stack.close()
+
+
+def _sample(sequence: ActiveSequence) -> Sample:
+    answer = sequence.completion
+    return Sample(
+        tokens=tuple(answer.tokens),
+        logprobs=tuple(sequence.logprobs),
+        text=answer.text,
+        ended=answer.finish_reason == "eos",
+    )

@@ -56,7 +56,7 @@ MakeFleet = Callable[[Policy, RlvrConfig, KernelPlan], Fleet]
 def make_local_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Fleet:
     """A fleet in this process."""
     rows = min(MAX_ROWS, rlvr.prompts_per_step * rlvr.samples_per_prompt)
-    return LocalFleet(policy, rows=rows, threads=plan.threads)
+    return LocalFleet(policy, rows=rows, threads=plan.threads, precision=rlvr.rollout_precision)
 
 
 class _Judged(NamedTuple):

@@ -82,9 +82,9 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        torch.mul(d_out, F.silu(gate), out=d_up)
-        torch.mul(d_out, up, out=d_gate)
-        d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
+        active = F.silu(gate)
+        torch.mul(d_out, active, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(d_out, up, out=active), gate, grad_input=d_gate)
         return d_gate_up
 
 
@@ -109,3 +109,31 @@ class _Rotate(torch.autograd.Function):
         (d_out,) = grads
         dx = (d_out * cos).addcmul_(d_out.roll(d_out.shape[-1] // 2, dims=-1), sin, value=-1)
         return dx.to(d_out.dtype), None, None
+
+
+def lora_linear(x: Tensor, base: nn.Linear, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`base(x) + scale * (x @ A.T) @ B.T` of a frozen layer, x [… K], A [r, K], B [N, r]: [… N]."""
+    return _LoraLinear.apply(x, base.weight, base.bias, A, B, scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Both products of either pass are summed where they are made: autograd would make and add two arrays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        z = F.linear(x, A).mul_(scale)
+        ctx.save_for_backward(x, weight, A, B, z)
+        ctx.scale = scale
+        out = F.linear(x, weight, bias)
+        out.flatten(0, -2).addmm_(z.flatten(0, -2), B.t())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, weight, A, B, z = ctx.saved_tensors
+        d_out = grads[0].flatten(0, -2)
+        dz = torch.mm(d_out, B).mul_(ctx.scale)
+        dA, dB = dz.t() @ x.flatten(0, -2), d_out.t() @ z.flatten(0, -2)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, dA, dB, None
+        return torch.mm(d_out, weight).addmm_(dz, A).view_as(x), None, None, dA, dB, None

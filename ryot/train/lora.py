@@ -25,6 +25,7 @@ from ryot.errors import ConfigError
 from ryot.models.registry import tensor_maps
 from ryot.models.spec import DecoderSpec, linear_names
 from ryot.models.tensors import FloatArray, Layout, read_layout, write_layout
+from ryot.train.functions import lora_linear
 from ryot.train.model import Decoder
 
 #: `peft`'s names.
@@ -67,12 +68,10 @@ class LoraLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight, self.bias)
-        z = F.linear(x, self.lora_A)
         if not torch.is_autocast_enabled(x.device.type):
-            flat = torch.addmm(base.flatten(0, -2), z.flatten(0, -2), self._wide_B().t(), alpha=self.scale)
-            return flat.view_as(base)
-        return base + F.linear(z, self._wide_B()) * self.scale
+            return lora_linear(x, self, self.lora_A, self._wide_B(), self.scale)
+        z = F.linear(x, self.lora_A)
+        return F.linear(x, self.weight, self.bias) + F.linear(z, self._wide_B()) * self.scale
 
     def _wide_B(self) -> Tensor:
         """All adapters' B as one matrix [N, P r], each in its own rows and columns."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ryot.adaptation import RolloutPrecision
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.grpo import answer_logprobs, build_batch
 from ryot.reinforce.rollouts import Group, LocalFleet, Policy, Sample
@@ -64,6 +65,20 @@ def test_the_engines_probabilities_are_torchs_before_and_after_an_update(fleet: 
         samples = fleet.sample(GROUPS)
         assert mismatch(model, GROUPS, samples) < TOLERANCE
         assert mismatch(other, GROUPS, samples) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dyn"])
+def test_rounded_weights_follow_every_update(precision: RolloutPrecision, policy: Policy) -> None:
+    fleet = LocalFleet(policy, rows=16, precision=precision)
+    models = [make_model(seed) for seed in (1, 2)]
+    fleet.update(arrays(Decoder(MODEL.spec)))
+    for model, other in (models, models[::-1]):
+        fleet.update(arrays(model))
+        samples = fleet.sample(GROUPS)
+        # 8 bits of weights and activations move a log probability by some hundredths; other weights by some nats.
+        assert TOLERANCE < mismatch(model, GROUPS, samples) < 0.2
+        assert mismatch(other, GROUPS, samples) > 1
+    fleet.close()
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(fleet: LocalFleet, policy: Policy) -> None:

@@ -45,13 +45,13 @@ function stop(message) {
   process.exit(2);
 }
 
-/** Copy or bundle what the page is made of. @param {string} folder @param {Record<string, string>} define */
-async function addPage(folder, define) {
+/** Copy or bundle what the page is made of. @param {string} folder @param {string} version  of the runtime */
+async function addPage(folder, version) {
   for (const name of AS_THEY_ARE) copyFileSync(join(here, 'src', name), join(folder, name));
   mkdirSync(join(folder, 'vendor'), { recursive: true });
   for (const name of RUNTIME) copyFileSync(join(RUNTIME_FOLDER, 'dist', name), join(folder, 'vendor', name));
-  await addImage(folder);
-  bundleScripts(folder, ['page.js', 'worker.js'], define);
+  await addImage(folder, version);
+  bundleScripts(folder, ['page.js', 'worker.js'], { RUNTIME_VERSION: JSON.stringify(version) });
   // The service worker names every other file, and the build by what is in them.
   const names = ['vendor/', '']
     .flatMap(part =>
@@ -70,9 +70,9 @@ async function addPage(folder, define) {
 
 /**
  * The runtime's memory once it has started, for bundles that one thread computes; it has to give their golden tokens.
- * @param {string} folder
+ * @param {string} folder @param {string} version  in its name: no cache may give one of another module
  */
-async function addImage(folder) {
+async function addImage(folder, version) {
   const manifest = parseManifest(readFileSync(join(folder, 'bundle', MANIFEST), 'utf8'));
   const files = new Map(
     neededFiles(manifest).map(name => [name, new Uint8Array(readFileSync(join(folder, 'bundle', name)))]),
@@ -83,7 +83,7 @@ async function addImage(folder) {
   const code = await WebAssembly.compile(readFileSync(join(folder, 'vendor', 'ort-wasm-simd-threaded.wasm')));
   const image = packImage((await openRuntime(vendor, 1, code)).module.HEAPU8);
   await checkGolden(await openEngine(await openRuntime(vendor, 1, code, image), manifest, files));
-  writeFileSync(join(folder, 'vendor', 'started.bin'), image);
+  writeFileSync(join(folder, 'vendor', `started-${version}.bin`), image);
 }
 
 /**
@@ -144,7 +144,7 @@ try {
   const { version } = JSON.parse(readFileSync(join(RUNTIME_FOLDER, 'package.json'), 'utf8'));
   mkdirSync(fresh, { recursive: true });
   addBundle(positionals[0], join(fresh, 'bundle'), version);
-  await addPage(fresh, { RUNTIME_VERSION: JSON.stringify(version) });
+  await addPage(fresh, version);
   // What was there is replaced by what is whole, or left as it is.
   rmSync(output, { recursive: true, force: true });
   renameSync(fresh, output);

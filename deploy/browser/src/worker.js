@@ -92,6 +92,7 @@ const requests = {
       threads: usable,
       sizeBytes: bundle.sizeBytes,
       fetchedBytes: bundle.fetchedBytes,
+      imageBytes: (await image)?.byteLength ?? 0,
       memoryBytes: engine.memoryBytes,
       device: gpu.engine ? 'WebGPU' : 'WebAssembly',
       gpuProblem: gpu.problem,
@@ -189,7 +190,7 @@ async function tryGpu(manifest, files, device) {
 
 /** The runtime's memory once it has started, where the build has left one. */
 async function fetchImage() {
-  const response = await fetch(`${VENDOR}started.bin`).catch(() => null);
+  const response = await fetch(`${VENDOR}started-${RUNTIME_VERSION}.bin`).catch(() => null);
   return response?.ok ? new Uint8Array(await response.arrayBuffer()) : undefined;
 }
 

@@ -18,10 +18,13 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
 import { buildSync } from 'esbuild';
-import { checkRuntimeVersion, neededFiles, parseManifest } from './src/bundle.js';
+import { THREADS_FROM_BYTES, checkRuntimeVersion, neededFiles, parseManifest } from './src/bundle.js';
+import { checkGolden, openEngine } from './src/engine.js';
+import { packImage } from './src/image.js';
+import { openRuntime } from './src/runtime.js';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const RUNTIME_FOLDER = join(here, 'node_modules', 'onnxruntime-web');
@@ -42,12 +45,13 @@ function stop(message) {
   process.exit(2);
 }
 
-/** Copy or bundle what the page is made of. @param {string} folder @param {Record<string, string>} define */
-function addPage(folder, define) {
+/** Copy or bundle what the page is made of. @param {string} folder @param {string} version  of the runtime */
+async function addPage(folder, version) {
   for (const name of AS_THEY_ARE) copyFileSync(join(here, 'src', name), join(folder, name));
   mkdirSync(join(folder, 'vendor'), { recursive: true });
   for (const name of RUNTIME) copyFileSync(join(RUNTIME_FOLDER, 'dist', name), join(folder, 'vendor', name));
-  bundleScripts(folder, ['page.js', 'worker.js'], define);
+  await addImage(folder, version);
+  bundleScripts(folder, ['page.js', 'worker.js'], { RUNTIME_VERSION: JSON.stringify(version) });
   // The service worker names every other file, and the build by what is in them.
   const names = ['vendor/', '']
     .flatMap(part =>
@@ -62,6 +66,24 @@ function addPage(folder, define) {
     BUILD: JSON.stringify(hash.digest('hex').slice(0, 16)),
     FILES: JSON.stringify(names),
   });
+}
+
+/**
+ * The runtime's memory once it has started, for bundles that one thread computes; it has to give their golden tokens.
+ * @param {string} folder @param {string} version  in its name: no cache may give one of another module
+ */
+async function addImage(folder, version) {
+  const manifest = parseManifest(readFileSync(join(folder, 'bundle', MANIFEST), 'utf8'));
+  const files = new Map(
+    neededFiles(manifest).map(name => [name, new Uint8Array(readFileSync(join(folder, 'bundle', name)))]),
+  );
+  const weightBytes = [...files].reduce((sum, [name, { length }]) => sum + (name.endsWith('.data') ? length : 0), 0);
+  if (weightBytes >= THREADS_FROM_BYTES) return;
+  const vendor = pathToFileURL(join(folder, 'vendor') + '/').href;
+  const code = await WebAssembly.compile(readFileSync(join(folder, 'vendor', 'ort-wasm-simd-threaded.wasm')));
+  const image = packImage((await openRuntime(vendor, 1, code)).module.HEAPU8);
+  await checkGolden(await openEngine(await openRuntime(vendor, 1, code, image), manifest, files));
+  writeFileSync(join(folder, 'vendor', `started-${version}.bin`), image);
 }
 
 /**
@@ -122,7 +144,7 @@ try {
   const { version } = JSON.parse(readFileSync(join(RUNTIME_FOLDER, 'package.json'), 'utf8'));
   mkdirSync(fresh, { recursive: true });
   addBundle(positionals[0], join(fresh, 'bundle'), version);
-  addPage(fresh, { RUNTIME_VERSION: JSON.stringify(version) });
+  await addPage(fresh, version);
   // What was there is replaced by what is whole, or left as it is.
   rmSync(output, { recursive: true, force: true });
   renameSync(fresh, output);

@@ -71,6 +71,10 @@ def test_golden_tokens_are_equal(kind: str, browser: Browser, site: Path, show: 
     )
     assert show(bundle=f"{folder.name}/") == ""
     assert f"{expected} golden tokens equal" in verdict(browser)
+    # From the memory that the build has left of a started runtime.
+    [image] = (site / "vendor").glob("started-*.bin")
+    used = browser.evaluate("performance.getEntriesByName('ryot-ready')[0].detail.imageBytes")
+    assert used == image.stat().st_size < 8_000_000
 
 
 def test_threads_give_the_same_tokens(browser: Browser, show: Show) -> None:

@@ -20,6 +20,7 @@ import pytest
 from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
+from ryot.fleet.status import roll_back
 from tests.fleet.conftest import Push, rewrite_manifest, run_current
 from tests.fleet.kills import Desk, kill_command
 from tests.fleet.sshd import Sshd, is_sshd_there, kill
@@ -175,6 +176,16 @@ def test_a_switch_whose_watcher_was_killed_is_proved_or_taken_back_by_the_next_c
     assert run_current(root).stdout.startswith("tiny-second: " if proves else "tiny-0: ")
     state = Root(root).read_state()
     assert state.pending is None and state.good[-1] == Root(root).current_id()
+    if proves:
+        # The same of a rollback, which nobody tries again by itself: a second one would go back further.
+        [back] = roll_back(
+            [Host(name="host", root=str(root))],
+            sshd.config,
+            jobs=1,
+            tell=lambda _, what: kill(*sshd.sessions()) if what == "switching" else None,
+        )
+        assert "connection was lost" in back.error and back.hint is not None and "fleet status" in back.hint
+        assert run_current(root).returncode == 0
 
 
 def until_it_says(what: str) -> Callable[[Desk], None]:

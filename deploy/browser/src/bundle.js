@@ -10,6 +10,8 @@
 const SCHEMA = 1;
 const MANIFEST = 'ryot_manifest.json';
 const CACHE = 'ryot-bundle';
+/** Weights below this are read so fast that handing work to other threads costs more than it saves. */
+export const THREADS_FROM_BYTES = 16e6;
 /** Files beside the graphs that text needs; a bundle may lack all but the first. */
 const TEXT_FILES = [
   'tokenizer.json',

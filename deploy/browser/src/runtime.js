@@ -7,6 +7,8 @@
  * pinned in package.json and `openRuntime` refuses a module that lacks one of them.
  */
 
+import { restoreImage, withoutConstructors } from './image.js';
+
 /** onnx's numbers of the element types that a bundle's graphs take. */
 const ELEMENT_TYPES = { float32: 1, int8: 3, int32: 6, int64: 7 };
 const ARRAYS = { float32: Float32Array, int8: Int8Array, int32: Int32Array, int64: BigInt64Array };
@@ -58,15 +60,20 @@ const NEEDED = [
  * @param {string} folder
  * @param {number} threads
  * @param {WebAssembly.Module} [compiled]  the module's code, where somebody has compiled it already
+ * @param {Uint8Array} [image]  for one thread and with `compiled`: its memory once it has started, as image.js packs it
  */
-export async function openRuntime(folder, threads, compiled) {
+export async function openRuntime(folder, threads, compiled, image) {
+  const restored = compiled && threads === 1 ? image : undefined;
   const factory = (await import(`${folder}ort-wasm-simd-threaded.mjs`)).default;
   const module = await factory({
     numThreads: threads,
     locateFile: (/** @type {string} */ name) => folder + name,
     ...(compiled && {
       instantiateWasm: (/** @type {WebAssembly.Imports} */ imports, /** @type {Function} */ receive) => {
-        WebAssembly.instantiate(compiled, imports).then(instance => receive(instance, compiled));
+        if (restored) restoreImage(restored, imports);
+        WebAssembly.instantiate(compiled, imports).then(instance =>
+          receive(restored ? withoutConstructors(instance) : instance, compiled),
+        );
         return {};
       },
     }),
@@ -75,15 +82,15 @@ export async function openRuntime(folder, threads, compiled) {
   if (missing.length) {
     throw new Error(`onnxruntime-web: has no ${missing.join(', ')}; install the version that package.json names`);
   }
-  return new Runtime(module, threads);
+  return new Runtime(module, threads, Boolean(restored));
 }
 
 export class Runtime {
-  /** @param {any} module @param {number} threads */
-  constructor(module, threads) {
+  /** @param {any} module @param {number} threads @param {boolean} started  whether onnxruntime runs in it already */
+  constructor(module, threads, started) {
     this.module = module;
     this.threads = threads;
-    this.check(module._OrtInit(threads, ERRORS_ONLY), 'starting onnxruntime');
+    if (!started) this.check(module._OrtInit(threads, ERRORS_ONLY), 'starting onnxruntime');
   }
 
   /** Bytes of the module's memory: weights, cache and all else that the runtime has. */

@@ -10,7 +10,7 @@
  * Whatever goes wrong is {type: 'error', message}.
  */
 
-import { checkRuntimeVersion, neededFiles, openBundle } from './bundle.js';
+import { THREADS_FROM_BYTES, checkRuntimeVersion, neededFiles, openBundle } from './bundle.js';
 import { encodeConversation, loadChatTemplate } from './chat.js';
 import { checkGolden, openEngine } from './engine.js';
 import { generate } from './generate.js';
@@ -19,8 +19,6 @@ import { openRuntime } from './runtime.js';
 import { GREEDY } from './sampling.js';
 import { Tokenizer } from './tokenizer.js';
 
-/** Weights below this are read so fast that handing work to other threads costs more than it saves. */
-const THREADS_FROM_BYTES = 16e6;
 const MAX_THREADS = 4;
 /** And below this a step on the CPU is over before a GPU has begun. */
 const GPU_FROM_BYTES = 16e6;
@@ -58,7 +56,8 @@ const requests = {
     );
     const wanted = threads || (weightBytes < THREADS_FROM_BYTES ? 1 : Math.ceil(navigator.hardwareConcurrency / 2));
     const usable = self.crossOriginIsolated ? Math.min(wanted, MAX_THREADS) : 1;
-    const opening = code.then(module => openRuntime(VENDOR, usable, module));
+    const image = usable === 1 ? fetchImage() : undefined;
+    const opening = code.then(async module => openRuntime(VENDOR, usable, module, await image));
     opening.catch(() => {}); // awaited below, behind the files
     let loaded = 0;
     const files = new Map(
@@ -93,6 +92,7 @@ const requests = {
       threads: usable,
       sizeBytes: bundle.sizeBytes,
       fetchedBytes: bundle.fetchedBytes,
+      imageBytes: (await image)?.byteLength ?? 0,
       memoryBytes: engine.memoryBytes,
       device: gpu.engine ? 'WebGPU' : 'WebAssembly',
       gpuProblem: gpu.problem,
@@ -186,6 +186,12 @@ async function tryGpu(manifest, files, device) {
   } catch (error) {
     return { problem: `not on WebGPU: ${error.message}` };
   }
+}
+
+/** The runtime's memory once it has started, where the build has left one. */
+async function fetchImage() {
+  const response = await fetch(`${VENDOR}started-${RUNTIME_VERSION}.bin`).catch(() => null);
+  return response?.ok ? new Uint8Array(await response.arrayBuffer()) : undefined;
 }
 
 /** The ids of a text; of an empty one, the id that begins a text. @param {string} text */

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ryot.edge.engine import PIECE_TOKENS
+from ryot.edge.pieces import PieceCosts
 from ryot.edge.prefix_cache import BLOCK_TOKENS, PrefixCache
 from ryot.edge.sampling import draw_uncut
 from ryot.edge.sequence import ActiveSequence, Drawn, Request, TokenEvent
@@ -31,12 +32,7 @@ from ryot.errors import ConfigError, ContextError
 #: since steps of few rows waste the machine, but together they take `PROMPTS_S` at most.
 PROMPT_STEPS = 1.25
 PROMPTS_S = 0.1
-#: Tokens of a piece: few sizes, since a call of a size that came before is bound already.
-PIECE_SIZES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, PIECE_TOKENS)
-#: The smallest piece but one, at which a row of a product costs little more than in a large one, is taken where time is
-#: left for less, unless it takes longer than so many steps, as behind a long past.
-MANY_STEPS = 3.0
-#: Weight of the newest measurement of how long a step, or a token of a prompt, takes.
+#: Weight of the newest measurement of how long a step takes.
 SMOOTHING = 0.2
 
 
@@ -84,7 +80,7 @@ class Scheduler:
         self._running: list[ActiveSequence] = []
         #: The sequence whose prompt is on its way, in the row behind the running ones.
         self._prefilling: ActiveSequence | None = None
-        self._step_s = self._token_s = 0.0
+        self._step_s, self._piece_costs = 0.0, PieceCosts()
         #: The prompt computed last, and what follows it: candidates to one prompt come one after the other.
         self._last_prompt: _Prompt | None = None
         #: Sequences whose prompts were computed to the end in the last step, and how long these are.
@@ -179,7 +175,7 @@ class Scheduler:
         self.counters = Counters()
         self.cache = PrefixCache(self.cache.max_bytes)
         self._last_prompt = None
-        self._step_s = self._token_s = 0.0
+        self._step_s, self._piece_costs = 0.0, PieceCosts()
 
     def _decode(self) -> list[TokenEvent]:
         """One token for every running sequence; several where a draft of a single one is right."""
@@ -274,18 +270,12 @@ class Scheduler:
         return events
 
     def _piece_tokens(self) -> int:
-        if not self._running or not self._token_s:
+        if not self._running or not self._piece_costs.known:
             return PIECE_TOKENS
         one_s = PROMPT_STEPS * self._step_s
         free_rows = self.engine.batch_size - len(self._running)
         prompts = max(1, min(len(self._waiting) + (self._prefilling is not None), free_rows))
-        fitting = max(one_s, min(prompts * one_s, PROMPTS_S)) / self._token_s
-        usual = PIECE_SIZES[1]
-        if fitting < usual and usual * self._token_s <= MANY_STEPS * self._step_s:
-            return usual
-        if fitting >= PIECE_TOKENS:
-            return int(fitting) // PIECE_TOKENS * PIECE_TOKENS
-        return max((size for size in PIECE_SIZES if size <= fitting), default=PIECE_SIZES[0])
+        return self._piece_costs.fitting(max(one_s, min(prompts * one_s, PROMPTS_S)), self._step_s)
 
     def _prefill_piece(self, budget: int) -> tuple[int, TokenEvent | None]:
         """Compute up to `budget` tokens of the prompt on its way: how many it was, and what came of the last one."""
@@ -297,9 +287,7 @@ class Scheduler:
         began = time.perf_counter()
         if size:
             engine.extend(ids[start : start + size], row)
-            # A token of a small piece takes longer than one of a large piece, and small ones are those that matter.
-            if self._running or not self._token_s:
-                self._token_s = _smooth(self._token_s, (time.perf_counter() - began) / size)
+            self._piece_costs.observe(size, time.perf_counter() - began)
         # Bit by bit, so that no step waits for the copy of a whole prompt.
         if start + size < len(ids):
             self._remember(sequence, row, (start + size) // BLOCK_TOKENS * BLOCK_TOKENS)

@@ -10,8 +10,9 @@ import pytest
 
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.generate import generate
+from ryot.edge.pieces import PIECE_SIZES, PieceCosts
 from ryot.edge.sampling_params import SamplingParams
-from ryot.edge.scheduler import PIECE_SIZES, Scheduler, run_all
+from ryot.edge.scheduler import Scheduler, run_all
 from ryot.edge.sequence import ActiveSequence, Request
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.slots import SlotEngine
@@ -173,16 +174,29 @@ def test_a_long_prompt_comes_in_pieces_between_the_steps_of_a_stream(bundle: Bun
     while stream.completion_tokens < 5:
         scheduler.step()
     # As if a piece took what many steps take; the smallest piece is what is left then.
-    scheduler._token_s = 1e9
+    scheduler._piece_costs.observe(PIECE_SIZES[0], 1e9)
     long = scheduler.add(Request(prompt_ids=[7] * 500, max_tokens=1))
     steps = 0
     while not long.completion_tokens:
-        scheduler._token_s = 1e9
+        scheduler._piece_costs.observe(PIECE_SIZES[0], 1e9)
         before = stream.completion_tokens
         scheduler.step()
         assert stream.completion_tokens == before + 1
         steps += 1
     assert steps == -(-500 // PIECE_SIZES[0])
+
+
+def test_pieces_grow_again_after_small_ones_took_long() -> None:
+    costs, sizes = PieceCosts(), []
+    # 2 ms a call and 0.1 ms a token, where 10 ms are left beside a step of 5; once a call takes much longer.
+    for number in range(30):
+        sizes.append(costs.fitting(0.010, 0.005) if costs.known else 256)
+        costs.observe(sizes[-1], (0.002 + 0.0001 * sizes[-1]) * (20 if number == 10 else 1))
+    assert sizes[9] == sizes[-1] == 64
+    assert min(sizes[11:]) < 64
+    # Behind a long past 8 tokens take more than three steps.
+    costs.observe(64, 64 * 0.005)
+    assert costs.fitting(0.010, 0.005) == 4
 
 
 def test_a_prompt_on_its_way_goes_on_when_a_stream_before_it_ends(bundle: Bundle) -> None:
@@ -194,7 +208,7 @@ def test_a_prompt_on_its_way_goes_on_when_a_stream_before_it_ends(bundle: Bundle
     long = scheduler.add(request)
     computed: list[int] = []
     while not long.completion_tokens:
-        scheduler._token_s = 1e9
+        scheduler._piece_costs.observe(PIECE_SIZES[0], 1e9)
         scheduler.step()
         computed.append(scheduler.engine.lengths[scheduler.num_running - 1])
     assert all(stream.completion_tokens == 20 for stream in streams)

@@ -143,7 +143,8 @@ def _open_executor(context: RunContext, plan: RunPlan, inputs: RunInputs) -> Non
 def _choose_device(context: RunContext, plan: RunPlan, variant: VariantConfig) -> Device:
     """Where a variant is trained; GPUs that are asked for and are not there are refused before its first step."""
     options = plan.options
-    if (asked := asked_device(variant, options.device)) != "auto":
+    asked = asked_device(variant, options.device)
+    if asked != "auto":
         return asked
     workers = options.workers_per_variant
     return "cuda" if context.executor.has_gpus(threads=options.threads, workers=workers) else "cpu"

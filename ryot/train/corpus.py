@@ -146,10 +146,14 @@ def load_corpus(paths: Sequence[str] = ()) -> Corpus:
                     documents.append(Document(found, kept))
                 continue
             for name, content in read_rows(found, file):
-                is_text = isinstance(content, str)
-                if not isinstance(content, str) and not has_answer(content):
+                if isinstance(content, str):
+                    kept = store.add([content])
+                elif has_answer(content):
+                    kept = store.add([record_text(content)], is_record=True)
+                else:
+                    kept = None
                     empty.append(name)
-                elif kept := store.add([content if is_text else record_text(content)], is_record=not is_text):
+                if kept:
                     documents.append(Document(name, kept))
     if empty:
         log.warning("data: %d records have no answer and are left out, the first is %s", len(empty), empty[0])

@@ -140,7 +140,7 @@ class TrainStep:
                 if self._narrow:
                     narrow = self._narrow[step % len(self._narrow)]
                     self.scaler.scale(self.narrow_loss(narrow, part) * share).backward()
-        # Asked for when all has been given to the device, which would otherwise wait for each part.
+        # Read when a GPU has been given all of it, or it would wait between the parts.
         return self._combine(sum(loss.item() for loss in losses)), self.apply(lr_factor)
 
     def apply(self, lr_factor: float) -> float:
@@ -194,9 +194,7 @@ class Trainer:
         self.num_steps = variant.num_steps
         self._quick_windows, self._full_windows = window_counts(variant)
         self.step = 0
-        self.train_wall_s = 0.0
-        self.compile_s = 0.0
-        self.grad_norm_max = 0.0
+        self.train_wall_s = self.compile_s = self.grad_norm_max = 0.0
         self._first_loss: float | None = None
         self._compiled = not plan.compile
         self._since = _Window()

@@ -100,5 +100,5 @@ def eight_bit_formats(
 def _rounding_errors(squares_RK: Tensor, size: int) -> Tensor:
     """Expected squared errors [R, K] of values with these squares, rounded in blocks along K."""
     K = squares_RK.shape[1]
-    blocks = F.pad(squares_RK, (0, -K % size)).unflatten(-1, (-1, size))
+    blocks: Tensor = F.pad(squares_RK, (0, -K % size)).unflatten(-1, (-1, size))
     return blocks.clamp_max(ROUNDING_ERROR * blocks.amax(dim=-1, keepdim=True)).flatten(-2)[:, :K]

@@ -58,12 +58,12 @@ CHOICE_TOKENS = 4_096
 #: bits may take.
 INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 512, 0.04
 #: Training tokens that the blocks of 8 bits are chosen on.
-INT8_COST_TOKENS = 512
+INT8_COST_TOKENS = 1_024
 #: Of the KL that is found, the share that is expected: errors that meet in one place add to more.
 INT8_EXPECTED_SHARE = 0.75
 #: Smaller blocks save at least this many times the share of KL that they take in bytes. Of blocks of 16 instead of 32,
 #: 11 % more bytes, decode takes 13 % more time and prefill 30 % (SmolLM2's layers, AVX-512 VNNI, 2026-11-27).
-INT8_SAVES = 4.0
+INT8_SAVES = 2.0
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.

@@ -2,8 +2,8 @@
 
     python benchmarks/adapt.py SOURCE [--parts lora,speed,distill,qat] [--minutes 15] [--seeds 3] [--threads 2]
 
-lora     SOURCE learns 300 kB of a made-up command language by LoRA within the minutes: held-out bits per byte of it and
-         of general text (the standard library's source) before and after, and the peak memory of the training.
+lora     SOURCE learns 300 kB of a made-up command language by the recipe `lora`: held-out bits per byte of it and of
+         general text (the standard library's source) before and after, minutes, and the peak memory of the training.
 speed    tokens a second of a LoRA step against transformers with peft: same model, batch, rank, fp32; fresh processes
          in turn, peak memory beside.
 distill  a student of about 10 M parameters on 400 kB of the standard library: with SOURCE as its teacher, and on the
@@ -38,32 +38,7 @@ PARTS = ("lora", "speed", "distill", "qat")
 #: What issue J asks for.
 MAX_DOMAIN_RATIO, MAX_GENERAL_RATIO, MAX_RSS = 0.85, 1.02, 3e9
 MIN_SPEED, MAX_INT4 = 1.3, 1.002
-BATCH, RANK = 8, 16
-
-LORA = """
-summary = "LoRA on the command language"
-tune = false
-[init]
-from = "{source}"
-context = 1024
-[lora]
-rank = {rank}
-[train]
-tokens = {tokens}
-sequence_length = {length}
-batch_size = {batch}
-gradient_accumulation_steps = {accumulate}
-learning_rate = {rate}
-embedding_learning_rate = 1e-3
-head_learning_rate = 1e-3
-warmup_fraction = 0.05
-schedule = "linear-decay"
-decay_fraction = 0.8
-beta2 = 0.99
-[kernels]
-loss_chunk = 256
-fused_optimizer = true
-"""
+RANK = 16
 
 STUDENT = """
 summary = "10 M student"
@@ -155,18 +130,9 @@ def run_lora(bench: Bench) -> list[list[str]]:
     args = bench.args
     domain = write_command_language(bench.work / "commands", 150_000 if args.tiny else 300_000)
     general = write_library_part(bench.work / "general", 300_000 if args.tiny else 3_000_000)
-    step_tokens = BATCH * bench.length
-    values = {"source": bench.source, "rank": RANK, "length": bench.length, "rate": 5e-4, "batch": BATCH}
-    values["accumulate"] = 2
-    probe = bench.recipe("probe", LORA.format(**values, tokens=100 * step_tokens))
-    measured = bench.run("train", recipe=probe, data=str(domain), seed=0, max_steps=1 if args.tiny else 4)
-    per_s = measured["tokens"] / measured["train_wall_s"]
-    # Losses on the way and at the end take part of the minutes.
-    steps = 3 if args.tiny else max(20, int(per_s * args.minutes * 60 * 0.7 / step_tokens))
-    tokens = steps * step_tokens
-    recipe = bench.recipe("lora", LORA.format(**values, tokens=tokens))
     output = bench.output("lora")
-    found = bench.run("train", recipe=recipe, data=str(domain), seed=0, output=output)
+    recipe = {"recipe": "lora", "init": bench.source, "tokens": 2048 if args.tiny else args.lora_tokens}
+    found = bench.run("train", **recipe, data=str(domain), seed=0, output=output)
     rows = []
     texts = (("command language", domain, MAX_DOMAIN_RATIO), ("general text", general, MAX_GENERAL_RATIO))
     for name, text, limit in texts:
@@ -189,10 +155,8 @@ def run_speed(bench: Bench) -> list[list[str]]:
     batch = 1 if args.tiny else 4
     common = {"batch": batch, "length": bench.length, "vocab_size": bench.vocab_size, "steps": steps}
     rows, ours_all, theirs_all = [], [], []
-    values = {"source": bench.source, "rank": RANK, "length": bench.length, "batch": batch, "rate": 5e-4}
-    ours_recipe = bench.recipe("speed", LORA.format(**values, accumulate=1, tokens=10**6))
     for number in range(rounds):
-        ours_all.append(bench.run("speed_ours", again=number, recipe=ours_recipe, **common))
+        ours_all.append(bench.run("speed_ours", again=number, init=bench.source, **common))
         peer = {"model": args.peer or bench.source, "rank": RANK, "accumulate": 1}
         theirs_all.append(bench.run("speed_peft", again=number, **peer, **common))
     ours, theirs = ([r["tokens_per_s"] for r in found] for found in (ours_all, theirs_all))
@@ -306,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lora-tokens", type=int, help="instead of the recipe's own budget")
     parser.add_argument("--distill-steps", type=int, default=1200)
     parser.add_argument("--qat-tokens", type=int, default=2_000_000)
     parser.add_argument("--qat-block", type=int, default=32)

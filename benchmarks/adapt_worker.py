@@ -38,8 +38,9 @@ from ryot.train.source_text import read_source_text
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train `recipe` (a file) on `data`; the checkpoint goes to `output`, or goes on from what is there."""
-    variant = resolve_variant(job["recipe"], job.get("preset", "reference"), tokens=job.get("tokens"))
+    """Train `recipe`, from `init` where it starts from a model, on `data`; the checkpoint goes to `output`."""
+    preset = job.get("preset", "reference")
+    variant = resolve_variant(job["recipe"], preset, tokens=job.get("tokens"), init=job.get("init"))
     dataset, _ = prepare_variant(variant, load_corpus([job["data"]]), Path(job["cache"]))
     plan = replace(variant.kernels, threads=job["threads"])
     begin = time.perf_counter()
@@ -83,7 +84,8 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
 def speed_ours(job: dict[str, Any]) -> dict[str, Any]:
     """Steps of our LoRA training at the settings of `job`."""
-    variant = resolve_variant(job["recipe"], "reference")
+    variant = resolve_variant("lora", "reference", init=job["init"])
+    assert variant.lora is not None and variant.lora.rank == job["rank"]
     step = TrainStep(variant, replace(variant.kernels, threads=job["threads"]))
     batch = Batch(*_token_batch(job))
     return _time_steps(job, lambda: step.take(batch, 1.0, 0)[0])

@@ -2,10 +2,11 @@
 
     python benchmarks/rlvr_speed.py [--model SOURCE] [--rounds 5]
 
-16 samples of one prompt at temperature 1, on one thread: the fleet that reinforcement uses (float32, log probabilities
-included, and once more with the time of taking in new weights), transformers' `generate`, and the plainest loop over
-our own torch decoder with its cache. Without a model the weights are random, of the reference preset's optimized
-recipe at full width ("S" of the README). A ratio is taken round by round; its interval is over rounds.
+16 samples of one prompt at temperature 1, on one thread: the fleet that reinforcement uses (in each precision that it
+has, log probabilities included, and once more with the time of taking in new weights), transformers' `generate`, and
+the plainest loop over our own torch decoder with its cache. Without a model the weights are random, of the reference
+preset's optimized recipe at full width ("S" of the README). A ratio is taken round by round; its interval is over
+rounds. What rounding costs is the difference of the samples' log probabilities from the torch decoder's.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from record import describe_setting, write_result
+from record import RESULTS, describe_setting, write_result
 from tabulate import tabulate
 
+from ryot.adaptation import RolloutPrecision
 from ryot.config import ModelConfig, find_named, load_toml
 from ryot.deploy.weights import load_decoder_weights
 from ryot.models.sources.opening import open_checkpoint
 from ryot.models.sources.write_hf import write_hf
+from ryot.reinforce.grpo import answer_logprobs, build_batch
 from ryot.reinforce.rollouts import Group, LocalFleet, Policy
 from ryot.train.checkpoint import build_decoder, save_checkpoint
 from ryot.train.model import Decoder
@@ -62,6 +67,17 @@ def plain_loop(model: Decoder, ids: list[int], tokens: int) -> int:
     return SAMPLES * tokens
 
 
+@torch.no_grad()
+def mismatch(model: Decoder, group: Group, fleet: LocalFleet) -> tuple[float, float]:
+    """Mean and largest difference of a token's log probability, in the fleet and in torch."""
+    samples = fleet.sample([group])
+    batch = build_batch([group], samples, [[1.0] * SAMPLES])
+    assert batch is not None
+    found, _ = answer_logprobs(model, batch)
+    difference = (found - batch.sampled_BT[batch.answer_BT]).abs()
+    return difference.mean().item(), difference.max().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, .gguf file or hub id")
@@ -69,6 +85,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,17 +108,18 @@ def measure(weights: Any, tokenizer_json: bytes, folder: Path, args: argparse.Na
     policy = Policy(
         spec=weights.spec, text_files={"tokenizer.json": tokenizer_json}, eos=(weights.spec.vocab_size,), bos=None
     )
-    fleet = LocalFleet(policy, rows=SAMPLES, threads=args.threads)
+    precisions = get_args(RolloutPrecision)
+    fleets = {p: LocalFleet(policy, rows=SAMPLES, threads=args.threads, precision=p) for p in precisions}
     arrays = dict(weights.arrays)
     group = Group(tuple(ids), SAMPLES, args.new_tokens, seed=0)
 
-    def engine() -> int:
-        (samples,) = fleet.sample([group])
+    def engine(precision: str) -> int:
+        (samples,) = fleets[precision].sample([group])
         return sum(len(sample.tokens) for sample in samples)
 
-    def engine_and_update() -> int:
-        fleet.update(arrays)
-        return engine()
+    def engine_and_update(precision: str) -> int:
+        fleets[precision].update(arrays)
+        return engine(precision)
 
     def generate() -> int:
         with torch.no_grad():
@@ -118,15 +136,15 @@ def measure(weights: Any, tokenizer_json: bytes, folder: Path, args: argparse.Na
             )
         return SAMPLES * (out.shape[1] - len(ids))
 
-    cases = {
-        "engine": engine,
-        "engine, new weights": engine_and_update,
-        "transformers generate": generate,
-        "torch loop": lambda: plain_loop(ours, ids, args.new_tokens),
-    }
-    fleet.update(arrays)
+    cases: dict[str, Callable[[], int]] = {}
+    for precision, fleet in fleets.items():
+        cases[f"engine {precision}"] = partial(engine, precision)
+        cases[f"engine {precision}, new weights"] = partial(engine_and_update, precision)
+        fleet.update(arrays)
+    cases |= {"transformers generate": generate, "torch loop": lambda: plain_loop(ours, ids, args.new_tokens)}
     for case in cases.values():
         case()  # warm-up
+    args.mismatches = {precision: mismatch(ours, group, fleet) for precision, fleet in fleets.items()}
     rows = []
     for number in range(args.rounds):
         row = {}
@@ -136,7 +154,8 @@ def measure(weights: Any, tokenizer_json: bytes, folder: Path, args: argparse.Na
             row[name] = tokens / (time.perf_counter() - begin)
         rows.append(row)
         print(number, row, file=sys.stderr, flush=True)
-    fleet.close()
+    for fleet in fleets.values():
+        fleet.close()
     return rows
 
 
@@ -164,11 +183,16 @@ def report(rows: list[dict[str, float]], params: int, args: argparse.Namespace) 
             "by turns; medians and extremes of the rounds' ratios.",
             "",
             tabulate(table, head, tablefmt="github", disable_numparse=True),
+            "",
+            "Difference of a token's log probability from torch's, mean and largest: "
+            + ", ".join(f"{p} {mean:.2g} and {most:.2g}" for p, (mean, most) in args.mismatches.items())
+            + ".",
         ]
     )
     setting["command"] = " ".join(Path(word).name if "/" in word else word for word in setting["command"].split())
     name = f"rlvr_speed-{Path(model).stem.lower()}" if model else "rlvr_speed"
-    print(write_result(name, {**setting, "params": params, "rows": rows}, text))
+    values = {**setting, "params": params, "mismatches": args.mismatches, "rows": rows}
+    print(write_result(name, values, text, args.output))
 
 
 if __name__ == "__main__":

@@ -81,9 +81,8 @@ def evaluate(
     batch_size = max(1, min(batch_size, _MAX_TOKENS // length))
     for at in range(0, len(inputs), batch_size):
         part = slice(at, at + batch_size)
-        x_BTE, _ = model.trunk(
-            inputs[part].to(device), model.table_VE, None, None if documents is None else documents[part].to(device)
-        )
+        of_part = None if documents is None else documents[part].to(device)
+        x_BTE, _ = model.trunk(inputs[part].to(device), model.table_VE, documents_BT=of_part, keep_cache=False)
         y = targets[part].flatten().to(device)
         kept = (y >= 0).nonzero()[:, 0] if documents is not None else None
         x = x_BTE.flatten(0, 1)

@@ -263,11 +263,18 @@ class Decoder(nn.Module):
         return x
 
     def trunk(
-        self, ids_BT: Tensor, table_VE: Tensor, past: Cache | None = None, documents_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        table_VE: Tensor,
+        past: Cache | None = None,
+        documents_BT: Tensor | None = None,
+        *,
+        keep_cache: bool = True,
     ) -> tuple[Tensor, Cache]:
         """Everything before the output matrix: [B, T] ids to [B, T, E], and the cache grown by T.
 
-        With `documents_BT`, without a past, tokens attend to their own document alone.
+        With `documents_BT`, without a past, tokens attend to their own document alone. Without `keep_cache` the cache
+        comes back empty, and what every layer computed is not held until the last one is done.
         """
         documents = None if documents_BT is None else Documents(documents_BT)
         x_BTD = self.embed(ids_BT, table_VE, 0 if past is None else past[0][0].shape[2], documents)
@@ -278,7 +285,8 @@ class Decoder(nn.Module):
                 x_BTD, present = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
             else:
                 x_BTD, present = layer(*args)
-            presents.append(present)
+            if keep_cache:
+                presents.append(present)
         return self.finish(x_BTD), presents
 
     def finish(self, x_BTD: Tensor) -> Tensor:
@@ -295,7 +303,8 @@ class Decoder(nn.Module):
 
     def forward(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the token that follows each position."""
-        return self.forward_cached(ids_BT, None, documents_BT)[0]
+        x_BTE, _ = self.trunk(ids_BT, self.table_VE, None, documents_BT, keep_cache=False)
+        return self.logits(x_BTE)
 
     def forward_cached(
         self, ids_BT: Tensor, past: Cache | None, documents_BT: Tensor | None = None

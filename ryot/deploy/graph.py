@@ -29,8 +29,8 @@ from ryot.config import GraphAttention
 from ryot.deploy import blocks
 from ryot.deploy.blocks import GraphBuilder, NormWeights
 from ryot.deploy.datafile import DataFile
+from ryot.deploy.int8_cache import Int8Cache, attend_to_int8, cache_positions, count_new_tokens, load_int8, store_int8
 from ryot.deploy.matrices import DynamicMatrix, FloatMatrix, Matrix
-from ryot.deploy.prompt_attention import Int8Cache, attend_to_int8, count_new_tokens
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.angles import rotary_tables
 from ryot.models.tensors import FloatArray
@@ -116,7 +116,7 @@ class _DecoderGraph:
         self.lengths = self._lengths()
         self.past = [self._past(i) for i in range(self.spec.num_layers)]
         if self.kind == "prefill" and self.kv_scales is not None:
-            self.held, self.unused = blocks.cache_positions(self.g, self.past[0][0], self.lengths[1], ids)
+            self.held, self.unused = cache_positions(self.g, self.past[0][0], self.lengths[1], ids)
         if self.kind == "fast" and self.kv_scales is not None:
             self.new = count_new_tokens(self.g, ids, self.lengths[1])
         positions = None
@@ -288,10 +288,10 @@ class _DecoderGraph:
         elif self.kind == "prefill":
             exact = [f"{name}.keys", f"{name}.values"]
             both = [self.kv_scales.keys[layer], self.kv_scales.values[layer]]
-            held = [blocks.load_int8(g, c, s, spec.head_dim, self.held) for c, s in zip(past, both, strict=True)]
+            held = [load_int8(g, c, s, spec.head_dim, self.held) for c, s in zip(past, both, strict=True)]
             mixed = attend(past=held, present=exact)
             for x, of_layer, cache in zip(exact, both, present, strict=True):
-                blocks.store_int8(g, x, of_layer, spec.head_dim, self.unused, cache)
+                store_int8(g, x, of_layer, spec.head_dim, self.unused, cache)
         else:
             scales = (
                 g.constant(f"{name}.key_scales", self.kv_scales.keys[layer]),

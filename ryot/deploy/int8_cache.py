@@ -5,6 +5,7 @@ past for each token: 128 tokens behind 1,000 took 72 ms in six layers of width 5
 float32 26. Few tokens are not worth making those, so a graph that takes any number of new tokens chooses as it runs.
 
 Either way comes to the same: new keys and values are rounded as the cache keeps them before a token attends to them.
+A pair's prefill graph has no such choice to make: it attends to its new tokens as they are, and rounds behind that.
 
     # B batch, S new tokens, P past tokens, T positions of the cache, K kv heads, H head width
 """
@@ -155,3 +156,47 @@ class _Part:
 
 def _cut(g: GraphBuilder, x: str, start: str, stop: str, out: str) -> str:
     return g.node("Slice", [x, start, stop, "cache_axis"], [out])
+
+
+# Prefill graphs of pairs
+
+
+def load_int8(g: GraphBuilder, cache: str, scales: FloatArray, head_dim: int, held: str) -> str:
+    """Keys or values [B, K, P, H] in float32 of what an int8 cache [B, K, T, H] holds; `held` is P.
+
+    `scales` are one [1] or one a channel [K * H].
+    """
+    start, axis = g.constant("no_pad", np.array([0], np.int64)), g.constant("cache_axis", np.array([2], np.int64))
+    codes = g.node("Slice", [cache, start, held, axis], [f"{cache}.held"])
+    values = g.node("Cast", [codes], [f"{cache}.codes"], to=TensorProto.FLOAT)
+    by_channel = scales if len(scales) == 1 else scales.reshape(1, -1, 1, head_dim)
+    return g.node("Mul", [values, g.constant(f"{cache}.scales", by_channel)], [f"{cache}.float"])
+
+
+def store_int8(g: GraphBuilder, x: str, scales: FloatArray, head_dim: int, unused: str, out: str) -> str:
+    """Keys or values [B, K, T, H] in float32 to an int8 cache [B, K, T + U, H]; `unused` comes of `cache_positions`.
+
+    `scales` are one [1] or one a channel [K * H]. Those that come of `load_int8` get the codes that they had.
+    """
+    scale, zero = np.array(1, np.float32), g.constant("zero_point", np.array(0, np.int8))
+    if len(scales) == 1:
+        scale = scales[0]
+    else:
+        x = g.node("Div", [x, g.constant(f"{out}.scales", scales.reshape(1, -1, 1, head_dim))], [f"{out}.scaled"])
+    codes = g.node("QuantizeLinear", [x, g.constant(f"{out}.scale", np.asarray(scale)), zero], [f"{out}.codes"])
+    return g.node("Pad", [codes, unused, "", g.constant("cache_axis", np.array([2], np.int64))], [out])
+
+
+def cache_positions(g: GraphBuilder, cache: str, total: str, ids: str) -> tuple[str, str]:
+    """How many positions [1] a `cache` [B, K, T, H] holds, and [2] a zero and how many it has left; for `Pad`.
+
+    `total` is the length with the new tokens `ids` [B, S]. A cache that grows has none left.
+    """
+    length = g.node("Cast", [total], ["cache.total"], to=TensorProto.INT64)
+    new = g.node("Shape", [ids], ["prompt.length"], start=1, end=2)
+    held = g.node("Sub", [length, new], ["cache.held"])
+    room = g.node("Shape", [cache], ["cache.room"], start=2, end=3)
+    left = g.node("Sub", [room, length], ["cache.left"])
+    zero = g.constant("no_pad", np.array([0], np.int64))
+    unused = g.node("Concat", [zero, g.node("Max", [left, zero], ["cache.rest"])], ["cache.unused"], axis=0)
+    return held, unused

@@ -3,6 +3,8 @@
 # make test   set up, then lint, types, import rules and the whole test suite
 PYTHON ?= python3
 VENV := .venv
+# Processes of tests; they wait for half of the time, so that two cores keep three busy.
+JOBS ?= 3
 BIN := $(VENV)/bin
 
 .PHONY: run test quick check clean
@@ -11,10 +13,10 @@ run: $(VENV)/.installed
 	$(BIN)/ryot-deploy cluster-run $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
 quick: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m "not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

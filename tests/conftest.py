@@ -45,11 +45,11 @@ max_seq_len = {CONTEXT}
 """
 
 
-#: Whatever starts a Ray: two of them wait for each other's cores.
+#: Whatever starts a Ray. Two at once, not more: they wait for each other's cores, but mostly for something else.
 _RAY = ("tests/cluster/", "tests/run/test_pipeline", "tests/run/test_imports")
 #: With several processes the tests of each of these stay in one, for Ray's sake or for what they share, whose making
 #: takes seconds; the others' stay together by file.
-_TOGETHER = (_RAY, ("tests/browser/",), ("tests/native/",))
+_TOGETHER = (_RAY[:1], _RAY[1:], ("tests/browser/",), ("tests/native/",))
 #: What takes longest comes first, so that it isn't left over at the end.
 _FIRST = (
     *(_RAY, "tests/fleet/test_faults.py", "tests/deploy/test_export.py", "tests/models/test_families.py"),

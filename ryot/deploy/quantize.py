@@ -1,8 +1,8 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
 `int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
-the loss allowed. Otherwise blocks are smaller matrix by matrix, as far as that part asks for it and those blocks are
-worth their bytes: they also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
+the loss allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as far as
+that part asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
 `int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that stays within the limit on the validation
 split (selection.py).
 
@@ -61,7 +61,7 @@ INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 512, 0.04
 INT8_COST_TOKENS = 1_024
 #: Of the KL that is found, the share that is expected: errors that meet in one place add to more.
 INT8_EXPECTED_SHARE = 0.75
-#: Smaller blocks save at least this many times the share of KL that they take in bytes. Of blocks of 16 instead of 32,
+#: Blocks of 16 save at least this many times the share of KL that they take in bytes. Where all are of 16, not 32,
 #: 11 % more bytes, decode takes 13 % more time and prefill 30 % (SmolLM2's layers, AVX-512 VNNI, 2026-11-27).
 INT8_SAVES = 2.0
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
@@ -228,6 +228,7 @@ class Quantizer:
         allowed = INT8_LOSS_SHARE * (self._limit - 1) * figures["reference_loss"]
         if figures["kl"] <= allowed:
             return Quantized(matrices=fastest.matrices, record={**fastest.record, "candidates": [candidate]})
+        del fastest
         mix, expected_kl = self._choose_blocks(INT8_EXPECTED_SHARE * allowed)
         matrices = {
             name: quantize_blocks(self._weights[f"{name}.weight"], bits=8, block_size=size)
@@ -251,7 +252,7 @@ class Quantizer:
         inputs = measure_inputs(self._weights, cost, sensitivity)
         formats = {}
         for name in float_matrices(self._weights):
-            wanted = (size for size in BLOCK_SIZES if size <= self._settings.int8_block_size)
+            wanted = (size for size in BLOCK_SIZES if size <= min(SMALLEST_BLOCK, self._settings.int8_block_size))
             sizes = list(dict.fromkeys(self._block_size(name, size) for size in wanted))
             values = self._weights[f"{name}.weight"]
             formats[name] = dict(zip(sizes, eight_bit_formats(name, values, sizes, sensitivity, inputs.get(name))))

@@ -126,7 +126,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     [
         ("presett = 'reference'", "key: 'presett' is not known; did you mean 'preset'"),
         ("seeds = 'many'", "seeds: got 'many', expected a whole number"),
-        ("device = 'gpu'", "device: got 'gpu', expected"),
+        ("device = 'gpu'", "device: 'gpu' is not known; did you mean 'cpu'"),
         ("seeds = -1", "seeds: got -1, expected a whole number above 0"),
         ("= 3", "not valid TOML"),
     ],

@@ -153,11 +153,11 @@ def run_speed(bench: Bench) -> list[list[str]]:
     args = bench.args
     rounds, steps = (1, 1) if args.tiny else (args.rounds, 4)
     batch = 1 if args.tiny else 4
-    common = {"batch": batch, "length": bench.length, "vocab_size": bench.vocab_size, "steps": steps}
+    common = {"batch": batch, "rank": RANK, "length": bench.length, "vocab_size": bench.vocab_size, "steps": steps}
     rows, ours_all, theirs_all = [], [], []
     for number in range(rounds):
         ours_all.append(bench.run("speed_ours", again=number, init=bench.source, **common))
-        peer = {"model": args.peer or bench.source, "rank": RANK, "accumulate": 1}
+        peer = {"model": args.peer or bench.source, "accumulate": 1}
         theirs_all.append(bench.run("speed_peft", again=number, **peer, **common))
     ours, theirs = ([r["tokens_per_s"] for r in found] for found in (ours_all, theirs_all))
     interval = ratio_interval(ours, theirs) if rounds > 1 else None

@@ -164,7 +164,8 @@ class RlvrConfig:
     rollout_workers: int = 0
     """Processes that sample, one core each, beside the trainer; 0 samples in the trainer, by turns with learning."""
     rollout_precision: RolloutPrecision = "fp32"
-    """How the model is run that samples; rounded weights are faster, and what they change is corrected for."""
+    """How the model is run that samples; rounded weights are faster, and what they change is corrected for, up to the
+    limit above: look at the mismatch that is shown, above all where activations have outliers."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -253,7 +253,7 @@ class Quantizer:
         sensitivity = measure_sensitivity(self._weights, cost)
         inputs = measure_inputs(self._weights, cost, sensitivity)
         formats = {}
-        for name in float_matrices(self._weights):
+        for name in matrix_names(self._weights):
             wanted = (size for size in BLOCK_SIZES if size <= min(SMALLEST_BLOCK, self._settings.int8_block_size))
             sizes = list(dict.fromkeys(self._block_size(name, size) for size in wanted))
             values = self._weights[f"{name}.weight"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ryot.fleet.device.store import Root
+from ryot.fleet.device.store import STATE_SCHEMA, Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from ryot.fleet.status import roll_back
@@ -223,4 +223,4 @@ def test_killed_at_any_moment_the_device_runs_a_whole_version(
     assert state.pending is None and Root(root).current_id() in state.good
     left = [p.name for name in ("bundles", "releases", "environments") for p in (root / name).iterdir()]
     assert not [name for name in left if name.startswith(".")], left
-    assert json.loads((root / "state.json").read_text())["schema"] == 1
+    assert json.loads((root / "state.json").read_text())["schema"] == STATE_SCHEMA

@@ -45,7 +45,7 @@ async def ask(job: dict[str, Any], request: dict[str, Any], began_s: float) -> d
                 found["done"] = True
                 break
             found["events_s"].append(time.perf_counter() - began_s)
-            if b'"error"' in line:
+            if b'"error":' in line:  # with the colon: a piece of text may be "error"
                 found["error"] = line[:300].decode("utf-8", "replace")
             if cancel_after is not None and len(found["events_s"]) >= cancel_after:
                 found["cancelled"] = True

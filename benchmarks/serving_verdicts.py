@@ -37,13 +37,10 @@ def render(setting: Mapping[str, Any], samples: Sequence[Sample], *, quick: bool
         "Prompts of 128 tokens. tok/s over all streams; CPU is the server's own time per token, prompts included.",
         "",
         *_streams(samples, "streams"),
-        "",
-        "## Arrivals at random, and 1,000 tokens in common at 16 at once",
-        "",
-        *_streams(samples, "poisson"),
-        "",
-        *_streams(samples, "shared"),
     ]
+    for part, title in (("poisson", "Arrivals at random"), ("shared", "1,000 tokens in common at 16 at once")):
+        if table := list(_streams(samples, part)):
+            lines += ["", f"## {title}", "", *table]
     return "\n".join(lines)
 
 

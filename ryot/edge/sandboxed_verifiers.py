@@ -27,7 +27,7 @@ _CHECK = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from ryot.edge.verifiers import build_verifier
-print(json.dumps(build_verifier(json.loads(sys.argv[1])).check(sys.stdin.read())))
+json.dump(build_verifier(json.loads(sys.argv[1])).check(sys.stdin.read()), sys.stdout)
 """
 
 

@@ -142,7 +142,6 @@ def test_the_measuring_nodes_carry_the_resource_that_bench_on_names() -> None:
 
 
 def test_the_service_imports_what_is_there_and_gives_it_what_it_takes(tmp_path: Path) -> None:
-    pytest.importorskip("fastapi")  # what Ray Serve needs
     config = yaml.safe_load(load("kuberay/rayservice.yaml")["spec"]["serveConfigV2"])
     [application] = config["applications"]
     module, name = application["import_path"].split(":")

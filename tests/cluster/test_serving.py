@@ -53,7 +53,8 @@ def test_a_batch_on_a_cluster_has_the_answers_of_one_machine(tmp_path: Path) -> 
 
 
 def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path: Path) -> None:
-    serve = pytest.importorskip("ray.serve")
+    from ray import serve
+
     from ryot.cluster.replicas import APP_NAME, ReplicaOptions, build_application, prefix_key
 
     bundle = write_bundle(tmp_path / "bundle", context=1024, seed=1)
@@ -98,7 +99,6 @@ def test_replicas_answer_and_prompts_that_begin_alike_find_their_cache(tmp_path:
 
 
 def test_what_serve_is_told_reaches_the_replicas(tmp_path: Path) -> None:
-    pytest.importorskip("ray.serve")
     from ryot.cluster.replicas import ReplicaOptions, build_application
 
     told = ServerOptions(
@@ -112,7 +112,6 @@ def test_what_serve_is_told_reaches_the_replicas(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_breaks_in_a_replica_ends() -> None:
-    pytest.importorskip("ray.serve")
     from ryot.cluster.replicas import Replica, ReplicaOptions
 
     async def breaks(scope: object, receive: object, send: Callable[[dict[str, object]], Awaitable[None]]) -> None:

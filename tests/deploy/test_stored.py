@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
+from gguf.quants import dequantize, quantize
 
 from ryot.deploy.quantize import Quantizer
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.stored import StoredBlocks, repack, repack_with_offsets, take_blocks
 from ryot.deploy.weights import DecoderWeights
+from ryot.models.sources.gguf_reader import split_blocks
 
 from .conftest import CONFIGS, random_decoder
 from .test_matrices import run_product
-
-gguf = pytest.importorskip("gguf", reason="the extra for GGUF files is not installed")
-from gguf.quants import dequantize, quantize  # noqa: E402
-
-from ryot.models.sources.gguf_reader import split_blocks  # noqa: E402
 
 
 def stored_blocks(rows, kind):

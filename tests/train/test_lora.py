@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 
 from ryot.config import KernelPlan
 from ryot.errors import ConfigError
@@ -20,9 +22,6 @@ from ryot.train.lora import ADAPTER_WEIGHTS, adapter_files, adapters
 from ryot.train.source_text import read_source_text
 from tests.models.checkpoints import VOCAB_SIZE
 from tests.train.adapting import adapted
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 LORA = '[lora]\nrank = 4\nalpha = 6\ntargets = ["all-linear"]\n'
 #: Logits up to 20, float32 over a few layers of sums of a hundred products in another order: 20 * 100 * 2^-24 at most.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ryot.config import KernelPlan, replace
 from ryot.edge.chat import load_chat_template
@@ -28,8 +29,6 @@ from ryot.train.source_text import SourceText, read_source_text
 from tests.edge.tokenizer_kinds import KINDS, write_tokenizer_folder
 from tests.models.checkpoints import VOCAB_SIZE
 from tests.train.adapting import adapted, sums, write_jsonl
-
-transformers = pytest.importorskip("transformers")
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
@@ -200,7 +199,9 @@ def test_the_same_question_is_in_one_split_and_copies_are_counted(tmp_path: Path
 
 
 def test_parquet_holds_the_same_records(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     rows = [
         {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
         for i in range(60)
@@ -212,7 +213,6 @@ def test_parquet_holds_the_same_records(tmp_path: Path) -> None:
 
 
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match=r"x\.parquet is damaged or no Parquet file"):
         load_corpus([str(tmp_path / "x.parquet")])

@@ -66,7 +66,7 @@ class AnswerLoss:
         if self.lost:
             return f"{self.lost} of {self.tokens} tokens of answers are others than those that float32 is sure of"
         if self.kl > max_kl:
-            return f"KL of answers {self.kl:.4f} nats a token, limit {max_kl:.4f}"
+            return f"KL of answers {self.kl:.4f} nats per token, limit {max_kl:.4f}"
         return ""
 
 

@@ -58,7 +58,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         rows = (
             f"| held-out text | {quality['bpb']:.4f} bits per byte, {quality['bpb_ratio']:.4f} of fp32's "
             f"({quality['tokens']:,} tokens) |\n"
-            f"| against fp32 | KL {quality['kl']:.5f} nats a token, same best token at {quality['top1']:.2%} |\n"
+            f"| against fp32 | KL {quality['kl']:.5f} nats per token, same best token at {quality['top1']:.2%} |\n"
         )
     graphs = manifest["graphs"]
     return _CARD.format(

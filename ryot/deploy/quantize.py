@@ -7,8 +7,8 @@ that part asks for it: blocks also decide how finely the runtime rounds a matrix
 split (selection.py).
 
 An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
-that takes a small part of the loss allowed; elsewhere that or a scale a channel, whichever is closer to float32. Where
-that one costs more than the whole loss allowed, or turns answers, the cache stays in float32, and a warning says so.
+that takes a small part of the loss allowed; elsewhere that or one scale per channel, whichever is closer to float32.
+Where it costs more than the whole loss allowed, or turns answers, the cache stays in float32, and a warning says so.
 """
 
 from __future__ import annotations

@@ -199,7 +199,8 @@ def _complete(engine: Engine, rows: list[TextRow], samplers: list[Sampler] | Non
 def golden_rows(bundle: Bundle) -> int:
     """Golden prompts that are answered together: all, since a step reads every weight whatever the rows.
 
-    One by one where a graph takes one scale for all tokens of a call, so that rows would change each other's logits.
+    One by one for `int8-dyn`: graphs of before take one scale for all tokens of a call, a pair's prefill too, so that
+    rows would change each other's logits.
     """
     return 1 if "int8-dyn" in bundle.precision else max(1, len(bundle.golden))
 

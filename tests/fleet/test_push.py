@@ -71,6 +71,9 @@ def test_an_update_sends_what_changed_and_a_rollback_returns(
     none = ryot("fleet", "rollback", "host", "--ssh-config", sshd.config, "--root", root)
     assert none.returncode == 1 and "no earlier good version" in none.stderr
     assert not list((root / "incoming").iterdir())
+    # What was left may have been started a moment ago, so its files stay till the next switch.
+    bundles = {json.loads((b / "ryot_manifest.json").read_text())["name"] for b in (root / "bundles").iterdir()}
+    assert bundles == {"tiny-0", "tiny-second"}
 
 
 @pytest.mark.slow

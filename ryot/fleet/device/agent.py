@@ -155,7 +155,7 @@ class Agent:
         with self.switching:
             self._root.write_state(state)
             self._root.point_current(release_id)
-            self._root.remove_unused(self._prove(state), KEEP)
+            self._root.remove_unused(self._prove(state), KEEP, left=back)
 
     def _prove(self, state: State) -> State:
         """The state with the pending switch confirmed; if it cannot be, it is taken back and `FleetError` raised."""

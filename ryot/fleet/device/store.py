@@ -312,9 +312,12 @@ class Root:
         stage.rename(target)
         sync(target.parent)
 
-    def remove_unused(self, state: State, keep: int) -> State:
-        """Forget all but the last `keep` good releases, and remove what only others used."""
-        kept = {*state.good[-keep:], self.current_id()}
+    def remove_unused(self, state: State, keep: int, left: str | None) -> State:
+        """Forget all but the last `keep` good releases, and remove what only others used.
+
+        The files of the one that was `left` just now stay till the next time: it may have been started a moment ago.
+        """
+        kept = {*state.good[-keep:], self.current_id(), left}
         releases = {i: r for i, r in state.releases.items() if i in kept}
         state = state._replace(releases=releases, good=[i for i in state.good if i in kept])
         self.write_state(state)

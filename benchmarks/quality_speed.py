@@ -26,6 +26,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from quality_jobs import KINDS, JobError, longest, run_job
 from quality_plan import QUICK, Lengths
 from quality_plot import draw_frontiers
 from quality_verdicts import judge, render
-from quality_worker import score_point
+from quality_worker import Scorer
 from record import RESULTS, describe_setting, write_result
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-perplexity", "llama-completion")
@@ -191,18 +192,24 @@ class Run:
 
 
 def score_all(plan: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-    """Bits per byte of each point and nats of each window, on equal tokens."""
+    """Bits per byte of each point, nats of each window, KL and top-1 of its reference, on equal tokens."""
     target_bytes = np.load(Path(plan["folder"]) / "target_bytes.npy").sum(axis=1)
     found: dict[str, Any] = {}
-    for point in made["points"]:
-        print(f"scoring {point['name']}", file=sys.stderr, flush=True)
-        try:
-            nats = score_point(plan, point)
-        except RuntimeError as error:
-            found[point["name"]] = {"failed": str(error)}
-            continue
-        bits = sum(nats) / float(np.log(2))
-        found[point["name"]] = {"bpb": bits / float(target_bytes.sum()), "nats": [round(v, 4) for v in nats]}
+    with tempfile.TemporaryDirectory(dir=plan["folder"], prefix="reference-") as scratch:
+        scorer = Scorer(plan, made["points"], Path(scratch))
+        for point in made["points"]:
+            print(f"scoring {point['name']}", file=sys.stderr, flush=True)
+            try:
+                score = scorer.score(point)
+            except RuntimeError as error:
+                found[point["name"]] = {"failed": str(error)}
+                continue
+            found[point["name"]] = {
+                "bpb": sum(score.nats) / float(np.log(2)) / float(target_bytes.sum()),
+                "nats": [round(v, 4) for v in score.nats],
+                "kl": score.kl,
+                "top1": score.top1,
+            }
     return {"points": found, "window_bytes": target_bytes.tolist(), "agree": _agreement(found)}
 
 

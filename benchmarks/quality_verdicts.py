@@ -167,14 +167,18 @@ def render(values: Mapping[str, Any]) -> str:
 
 def _render_points(view: View) -> list[str]:
     lengths = view.values["lengths"]
-    heads = ["point", "engine", "bits/byte", "MB"]
+    heads = ["point", "engine", "bits/byte", "KL", "top-1 %", "MB"]
     heads += [f"TTFT {length} ms" for length in (lengths["prompt"], lengths["long_prompt"])]
     heads += [f"tok/s @ {depth}" for depth in (*lengths["depths"], lengths["long_depth"])]
     heads += ["peak RSS MB", "cold start ms"]
     lines = [f"| {' | '.join(heads)} |", f"|:--|:--|{'--:|' * (len(heads) - 2)}"]
     for name, point in view.points.items():
         bpb = view.bpb(name)
-        cells = [name, point["family"], "" if bpb is None else f"{bpb:.4f}", f"{point['size_bytes'] / MB:.1f}"]
+        score = view.values["quality"]["points"].get(name, {})
+        cells = [name, point["family"], "" if bpb is None else f"{bpb:.4f}"]
+        cells += ["" if score.get("kl") is None else f"{score['kl']:.4f}"]
+        cells += ["" if score.get("top1") is None else f"{score['top1']:.1%}".removesuffix("%")]
+        cells += [f"{point['size_bytes'] / MB:.1f}"]
         cells += [_spread(view.samples(name, metric)) for metric in view.ttfts]
         cells += [
             _spread([[1e3 / ms for ms in some] for some in view.samples(name, metric)]) for metric in view.decodes
@@ -266,7 +270,8 @@ def _render_method(values: Mapping[str, Any], lengths: Mapping[str, Any]) -> lis
     lines += [
         "",
         "llama.cpp's F16 of them is the reference of its types, our fp32 that of our bundles; bits per byte are "
-        f"absolute, on equal tokens. llama-perplexity's protocol: {lengths['windows']} windows of {lengths['window']} "
+        "absolute, on equal tokens; KL, in nats per token, and top-1 are to that reference. "
+        f"llama-perplexity's protocol: {lengths['windows']} windows of {lengths['window']} "
         f"tokens, the second half scored, {scored:,} tokens. A pair's bits per byte are the worse of its halves. "
         "Tokens: "
         + ("our tokenizer gives llama.cpp's ids" if tokens["equal"] else "ids differ, llama.cpp's are scored")

@@ -1,6 +1,6 @@
 """Scores a point of `quality_speed.py` on the windows that llama-perplexity scores, by its own protocol.
 
-    python benchmarks/quality_worker.py FOLDER GRAPH     (the nats of each window as JSON)
+    python benchmarks/quality_worker.py FOLDER GRAPH [--write FILE | --beside FILE]     (a `Score` as JSON)
 
 llama-perplexity reads a text in windows, each from an empty cache, and scores the tokens of the second half: those
 behind position `context / 2`. Where the model begins a text with a token, that one stands in place of each window's
@@ -16,92 +16,164 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from peer_process import ONE_THREAD
 from quality_plan import perplexity_command
 
-#: The perplexity up to each window, as llama-perplexity prints it.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ryot.deploy.standard import StandardGraph
+
+    IntArray = NDArray[np.int64]
+    FloatArray = NDArray[np.float64]
+
+#: The perplexity up to each window, as llama-perplexity prints it, alone and beside a reference.
 RUNNING = re.compile(r"\[(\d+)\](\d+\.\d+)")
+RUNNING_BESIDE = re.compile(r"^ *(\d+) +(\d+\.\d+) ±", re.MULTILINE)
+MEAN_KL = re.compile(r"Mean +KLD: +(-?[\d.]+)")
+SAME_TOP = re.compile(r"Same top p: +([\d.]+)")
+#: Points that the others of llama.cpp, and all graphs, are held against: the same weights unrounded.
+GGUF_REFERENCE, GRAPH_REFERENCE = "F16", "fp32"
+ROWS = 64
 
 
-def score_point(plan: Mapping[str, Any], point: Mapping[str, Any]) -> list[float]:
-    """Nats of each window; of a point with several graphs those of the worst. Raises `RuntimeError` if it fails."""
-    if not point["graphs"]:
-        return _kept(plan, point["path"], lambda: _score_gguf(plan, point["path"]))
-    scores = [_kept(plan, graph, lambda graph=graph: _score_in_process(plan, graph)) for graph in point["graphs"]]
-    return max(scores, key=sum)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a point makes of the windows."""
+
+    nats: list[float]
+    """Of each window."""
+    kl: float | None = None
+    """Nats per token from the reference's distribution; None for the reference, and where there is none."""
+    top1: float | None = None
+    """Share of the tokens whose likeliest one is the reference's."""
 
 
-def _kept(plan: Mapping[str, Any], path: str, score: Any) -> list[float]:
-    """What `score` gives, or gave for this file and these windows before."""
-    folder = Path(plan["folder"])
-    windows = (folder / "windows.npy").read_bytes()
-    stat = Path(path).stat()
-    key = hashlib.sha256(windows + repr((path, stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:16]
-    kept = folder / "quality" / f"{key}.json"
-    if not kept.exists():
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(score()))
-    return list(json.loads(kept.read_text()))
+class Scorer:
+    """Scores points, and keeps what each gave for these windows.
+
+    A reference's distributions, some 0.8 GB, are computed when the first point is held against them, into `scratch`.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], points: Sequence[Mapping[str, Any]], scratch: Path):
+        self._plan, self._scratch = plan, scratch
+        self._folder = Path(plan["folder"])
+        self._windows = (self._folder / "windows.npy").read_bytes()
+        self._references = {
+            point["name"]: _paths(point)[0] for point in points if point["name"] in (GGUF_REFERENCE, GRAPH_REFERENCE)
+        }
+
+    def score(self, point: Mapping[str, Any]) -> Score:
+        """Of a point with several graphs the worst. Raises `RuntimeError` if it fails."""
+        reference = self._references.get(GRAPH_REFERENCE if point["graphs"] else GGUF_REFERENCE)
+        return max((self._kept(path, reference) for path in _paths(point)), key=lambda score: sum(score.nats))
+
+    def _kept(self, path: str, reference: str | None) -> Score:
+        """What the file gives, or gave for these windows before."""
+        of = [(name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in (path, reference) if name]
+        kept = self._folder / "quality" / f"{hashlib.sha256(self._windows + repr(of).encode()).hexdigest()[:16]}.json"
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(asdict(self._held_against(path, reference))))
+        return Score(**json.loads(kept.read_text()))
+
+    def _held_against(self, path: str, reference: str | None) -> Score:
+        score = _score_gguf if path.endswith(".gguf") else _score_in_process
+        if reference is None:
+            return score(self._plan, path)
+        base = self._scratch / hashlib.sha256(reference.encode()).hexdigest()[:16]
+        if not base.exists():
+            written = score(self._plan, reference, "--write", base)
+            if path == reference:
+                return written
+        return score(self._plan, path, *(() if path == reference else ("--beside", base)))
 
 
-def _score_gguf(plan: Mapping[str, Any], path: str) -> list[float]:
+def _paths(point: Mapping[str, Any]) -> list[str]:
+    return list(point["graphs"]) or [point["path"]]
+
+
+def _score_gguf(plan: Mapping[str, Any], path: str, how: str = "", base: Path | None = None) -> Score:
     """From the running perplexities: four decimals of some 10, times the windows so far, leave 1e-4 nats a token."""
     command = perplexity_command(plan, path, Path(plan["folder"]) / "text.txt")
+    if base:
+        command += ["--kl-divergence-base", str(base), *["--kl-divergence"] * (how == "--beside")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = [float(value) for _, value in RUNNING.findall(done.stdout + done.stderr)]
+    text = done.stdout + done.stderr
+    beside = how == "--beside"
+    values = [float(value) for _, value in (RUNNING_BESIDE if beside else RUNNING).findall(text)]
+    kl, same = MEAN_KL.search(text), SAME_TOP.search(text)
     quality = plan["quality"]
-    if done.returncode or len(values) != quality["chunks"]:
+    if done.returncode or len(values) != quality["chunks"] or (beside and not (kl and same)):
         raise RuntimeError(f"llama-perplexity: code {done.returncode}, {len(values)} of {quality['chunks']} windows")
     targets = quality["context"] - quality["context"] // 2 - 1
     sums = [number * targets * math.log(value) for number, value in enumerate(values, start=1)]
-    return [b - a for a, b in zip([0.0, *sums], sums)]
+    return Score(
+        nats=[b - a for a, b in zip([0.0, *sums], sums)],
+        kl=float(kl[1]) if kl else None,
+        top1=float(same[1]) / 100 if same else None,
+    )
 
 
-def _score_in_process(plan: Mapping[str, Any], graph: str) -> list[float]:
+def _score_in_process(plan: Mapping[str, Any], graph: str, how: str = "", base: Path | None = None) -> Score:
     """A process of its own gives the memory back."""
-    command = [sys.executable, __file__, plan["folder"], graph]
+    command = [sys.executable, __file__, plan["folder"], graph, *([how, str(base)] if base else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise RuntimeError(f"{graph}: code {done.returncode}: {last[0][:200]}")
-    return list(json.loads(done.stdout))
+    return Score(**json.loads(done.stdout))
 
 
-def score_graph(folder: Path, graph: Path) -> list[float]:
-    """Nats of each window by a graph with the inputs and outputs that genai names."""
-    import numpy as np
+def score_graph(folder: Path, graph: Path, *, write: Path | None = None, beside: Path | None = None) -> Score:
+    """By a graph with the inputs and outputs that genai names.
 
+    The natural logarithms of all probabilities, [tokens, V] float32, go to the file `write`, or are held against those
+    of the file `beside`.
+    """
     from ryot.deploy.standard import StandardGraph
-    from ryot.edge.engine import PIECE_TOKENS
 
     model = StandardGraph(graph, threads=len(os.sched_getaffinity(0)))
-    windows = np.load(folder / "windows.npy")
-    context = windows.shape[1]
-    first = context // 2
-    nats = []
-    for window in windows:
-        past, total = _empty_cache(graph.parent), 0.0
-        for start in range(0, context, PIECE_TOKENS):
-            logits, past = model.run(window[None, start : start + PIECE_TOKENS], past)
-            # Rows that predict a scored token: positions first to context - 2.
-            rows = np.arange(max(first, start), min(context - 1, start + logits.shape[1]))
-            for some in np.array_split(rows, -(-len(rows) // 64)) if len(rows) else []:
-                values = logits[0, some - start].astype(np.float64)
-                values -= values.max(axis=-1, keepdims=True)
-                chosen = values[np.arange(len(some)), window[some + 1]]
-                total += float((np.log(np.exp(values).sum(axis=-1)) - chosen).sum())
-        nats.append(total)
-    return nats
+    nats, kls, same = [], [], []
+    with (write or beside or Path(os.devnull)).open("wb" if write else "rb") as base:
+        for window in np.load(folder / "windows.npy"):
+            total = 0.0
+            for rows, logprobs in _second_half(model, window, _empty_cache(graph.parent)):
+                total -= float(logprobs[np.arange(len(rows)), window[rows + 1]].sum())
+                if write:
+                    logprobs.astype(np.float32).tofile(base)
+                elif beside:
+                    theirs = np.fromfile(base, np.float32, logprobs.size).reshape(logprobs.shape)
+                    kls.append((np.exp(theirs) * (theirs - logprobs)).sum(axis=-1))
+                    same.append(theirs.argmax(axis=-1) == logprobs.argmax(axis=-1))
+            nats.append(total)
+    if not kls:
+        return Score(nats=nats)
+    return Score(nats=nats, kl=float(np.concatenate(kls).mean()), top1=float(np.concatenate(same).mean()))
+
+
+def _second_half(model: StandardGraph, window: IntArray, past: Any) -> Iterator[tuple[IntArray, FloatArray]]:
+    """Rows that predict a scored token, positions T / 2 to T - 2, some at a time, and log probabilities [R, V]."""
+    from ryot.edge.engine import PIECE_TOKENS
+
+    context = len(window)
+    for start in range(0, context, PIECE_TOKENS):
+        logits, past = model.run(window[None, start : start + PIECE_TOKENS], past)
+        rows = np.arange(max(context // 2, start), min(context - 1, start + logits.shape[1]))
+        for some in np.array_split(rows, -(-len(rows) // ROWS)) if len(rows) else []:
+            values = logits[0, some - start].astype(np.float64)
+            values -= values.max(axis=-1, keepdims=True)
+            yield some, values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
 
 
 def _empty_cache(folder: Path) -> Any:
     """The cache that a builder's graph begins with, whose inputs do not say how wide a head is; None for a bundle."""
-    import numpy as np
-
     from ryot.edge.bundle import MANIFEST_NAME
 
     if (folder / MANIFEST_NAME).exists():
@@ -113,4 +185,6 @@ def _empty_cache(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(score_graph(Path(sys.argv[1]), Path(sys.argv[2]))))
+    folder, graph, *how = sys.argv[1:]
+    base = {how[0].removeprefix("--"): Path(how[1])} if how else {}
+    print(json.dumps(asdict(score_graph(Path(folder), Path(graph), **base))))

@@ -122,7 +122,19 @@ def test_windows_are_scored_by_llama_perplexity_s_protocol(modules, hf_checkpoin
         -sum(float(logits[row, p, windows[row, p + 1]]) for p in range(first, CONTEXT - 1)) for row in range(WINDOWS)
     ]
     # A logit's rounding error is some 1e-6 of its size; a window sums 11 of them.
-    assert modules[1].score_graph(tmp_path, graph) == pytest.approx(expected, rel=1e-5)
+    reference = tmp_path / "reference"
+    alone = modules[1].score_graph(tmp_path, graph, write=reference)
+    assert (alone.nats, alone.kl, alone.top1) == (pytest.approx(expected, rel=1e-5), None, None)
+    # Held against a distribution that is this one but for one token in each row.
+    written = np.fromfile(reference, np.float32).reshape(-1, model.config.vocab_size)
+    assert len(written) == WINDOWS * (CONTEXT - first - 1)
+    assert written[0] == pytest.approx(logits[0, first].numpy(), abs=1e-4)
+    other = torch.from_numpy(np.where(np.arange(model.config.vocab_size) == 3, 9, written)).log_softmax(-1)
+    other.numpy().tofile(reference)
+    beside = modules[1].score_graph(tmp_path, graph, beside=reference)
+    expected_kl = torch.nn.functional.kl_div(torch.from_numpy(written), other, log_target=True, reduction="batchmean")
+    assert (beside.nats, beside.top1) == (alone.nats, 0.0)
+    assert beside.kl == pytest.approx(float(expected_kl), rel=1e-4)
 
 
 def test_a_result_has_a_line_for_each_series(modules):

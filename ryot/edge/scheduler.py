@@ -257,6 +257,8 @@ class Scheduler:
 
     def _prefill(self) -> list[TokenEvent]:
         """Pieces of waiting prompts, for as long as the running sequences can do without a step."""
+        if self._prefilling is None and not self._waiting:
+            return []
         events = []
         budget = self._piece_tokens()
         while budget > 0 and (self._prefilling is not None or self._admit()):

@@ -49,7 +49,8 @@ def train_bundle(name: str, tokens: int | None, stack: ExitStack) -> tuple[Bundl
     variant = resolve_variant(name, "reference", tokens=tokens)
     assert variant.rlvr is not None
     variant = replace(variant, rlvr=replace(variant.rlvr, steps=1))
-    dataset, _ = prepare_dataset(task_corpus(variant.rlvr.task), variant.model.vocab_size, cache_dir())
+    corpus = task_corpus(variant.rlvr.task, answers=variant.rlvr.answers)
+    dataset, _ = prepare_dataset(corpus, variant.model.vocab_size, cache_dir())
     trainer = ReinforceTrainer(TrainJob(variant=variant, seed=0, dataset_dir=str(dataset.path)), variant.kernels)
     trainer.run_chunk(float("inf"), trainer.supervised_steps)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -131,6 +131,9 @@ class RlvrConfig:
     """A file of tasks (`.jsonl`), or a built-in kind: `ryot.reinforce.procedural`."""
     sha256: str = ""
     """Of a file of tasks, found when the recipe is resolved."""
+    answers: int = 0
+    """How many of the task's answers are known, the first of the training split: the other prompts are reinforced on;
+    0 for all that the task has."""
     steps: int
     """Batches of answers that are sampled and learned from."""
     prompts_per_step: int = 16
@@ -179,7 +182,8 @@ class RlvrConfig:
         ):
             require(getattr(self, name) > 0, f"rlvr.{name}", getattr(self, name), "a whole number above 0")
         require(self.samples_per_prompt > 1, "rlvr.samples_per_prompt", self.samples_per_prompt, "at least 2")
-        require(self.rollout_workers >= 0, "rlvr.rollout_workers", self.rollout_workers, "a number not below 0")
+        for name in ("rollout_workers", "answers"):
+            require(getattr(self, name) >= 0, f"rlvr.{name}", getattr(self, name), "a whole number not below 0")
         known = typing.get_args(RolloutPrecision)
         require(self.rollout_precision in known, "rlvr.rollout_precision", self.rollout_precision, " or ".join(known))
         require(self.kl >= 0, "rlvr.kl", self.kl, "a number not below 0")

@@ -2,7 +2,8 @@
 
 A file of tasks is JSONL, a table a line: `prompt`, `verifier` (a table, or a word as on a command line), `split`
 (`train` or `test`), and `answer`, one that passes, where supervised training is to see it. A model is reinforced on the
-training prompts that have none, so that it answers what it has not seen answered; where all have one, on all.
+training prompts that have none, so that it answers what it has not seen answered; where all have one, on all. A
+recipe's `answers` leaves the first so many of the answers, in the file's order.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,11 +40,11 @@ class Task:
     """An answer that passes."""
 
 
-def load_tasks(source: str, sha256: str = "") -> list[Task]:
+def load_tasks(source: str, sha256: str = "", *, answers: int = 0) -> list[Task]:
     """The tasks of a `.jsonl` file, or of a built-in kind: `NAME` or `NAME:LEVEL`.
 
-    Raises `ConfigError` for a name that is none, `DataError` for a file that cannot be used, or is not the one whose
-    `sha256` is given.
+    `answers` keeps the first so many of the training split's answers; 0 keeps all. Raises `ConfigError` for a name that
+    is none, `DataError` for a file that cannot be used, is not the one whose `sha256` is given, or has fewer answers.
     """
     if source.endswith(".jsonl"):
         tasks = _read_tasks(Path(source), sha256)
@@ -57,7 +58,15 @@ def load_tasks(source: str, sha256: str = "") -> list[Task]:
     shared = {task.prompt for task in tasks if task.split == "train"} & {t.prompt for t in tasks if t.split == "test"}
     if shared:
         raise DataError(f"tasks {source}: the prompt {min(shared)[:60]!r} is in both splits")
-    return tasks
+    return _keep_answers(tasks, answers, f"tasks {source}") if answers else tasks
+
+
+def _keep_answers(tasks: Sequence[Task], count: int, where: str) -> list[Task]:
+    answered = [number for number, task in enumerate(tasks) if task.split == "train" and task.answer is not None]
+    if len(answered) < count:
+        raise DataError(f"{where}: {len(answered)} training tasks have an answer, expected rlvr.answers = {count}")
+    hidden = set(answered[count:])
+    return [replace(task, answer=None) if number in hidden else task for number, task in enumerate(tasks)]
 
 
 def _read_tasks(path: Path, sha256: str) -> list[Task]:
@@ -109,13 +118,13 @@ def _answered(tasks: Sequence[Task]) -> list[Pair]:
     return [Pair(t.prompt, t.answer) for t in tasks if t.split == "train" and t.answer is not None]
 
 
-def task_corpus(source: str, *, as_records: bool = False) -> Corpus:
+def task_corpus(source: str, *, answers: int = 0, as_records: bool = False) -> Corpus:
     """The text of supervised training: a document for each training task that has an answer, none of a held-out one.
 
-    `as_records` keeps prompt and answer apart, for a model whose texts end with another token than the next begins.
-    Raises like `load_tasks`, and `DataError` where too few have one.
+    `answers` is as for `load_tasks`. `as_records` keeps prompt and answer apart, for a model whose texts end with
+    another token than the next begins. Raises like `load_tasks`, and `DataError` where too few have one.
     """
-    tasks = load_tasks(source)
+    tasks = load_tasks(source, answers=answers)
     texts: Sequence[str | Pair] = _answered(tasks) if as_records else supervised_texts(tasks)
     if len(texts) < MIN_DOCUMENTS:
         raise DataError(
@@ -131,9 +140,9 @@ def load_text(data: Sequence[str], variants: Sequence[VariantConfig]) -> Corpus:
 
     Raises like `load_corpus` and `load_tasks`.
     """
-    tasks = {None if variant.rlvr is None else variant.rlvr.task for variant in variants}
-    if not data and len(tasks) == 1 and (task := tasks.pop()) is not None:
-        return task_corpus(task, as_records=any(variant.init for variant in variants))
-    for name in tasks - {None}:
-        load_tasks(str(name))  # a file that cannot be used is said now
+    tasks = {None if variant.rlvr is None else (variant.rlvr.task, variant.rlvr.answers) for variant in variants}
+    if not data and len(tasks) == 1 and (task := next(iter(tasks))) is not None:
+        return task_corpus(task[0], answers=task[1], as_records=any(variant.init for variant in variants))
+    for source, answers in tasks - {None}:
+        load_tasks(source, answers=answers)  # a file that cannot be used is said now
     return load_corpus(data)

@@ -77,7 +77,7 @@ class ReinforceTrainer(Trainer):
         self.supervised_steps = self.num_steps
         self.num_steps += self.rlvr.steps
         self.make_fleet: MakeFleet = make_local_fleet
-        tasks = load_tasks(self.rlvr.task, self.rlvr.sha256)
+        tasks = load_tasks(self.rlvr.task, self.rlvr.sha256, answers=self.rlvr.answers)
         self._held_out = [task for task in tasks if task.split == "test"]
         train = [task for task in tasks if task.split == "train"]
         self._reinforced = [task for task in train if task.answer is None] or train

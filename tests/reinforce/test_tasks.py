@@ -36,6 +36,20 @@ def test_the_corpus_of_a_task_holds_no_held_out_prompt() -> None:
     assert not [text for text in texts if text[: text.index("=") + 1] in held_out]
 
 
+def test_a_recipe_may_know_the_first_of_the_answers_alone() -> None:
+    every, few = load_tasks("addition:3"), load_tasks("addition:3", answers=150)
+    assert [(task.prompt, task.split) for task in few] == [(task.prompt, task.split) for task in every]
+    answered = [task for task in every if task.split == "train" and task.answer is not None]
+    assert [task for task in few if task.split == "train" and task.answer is not None] == answered[:150]
+    assert [d.text for d in task_corpus("addition:3", answers=150).documents] == [
+        document.text for document in task_corpus("addition:3").documents[:150]
+    ]
+    with pytest.raises(
+        DataError, match=f"{len(answered)} training tasks have an answer, expected rlvr.answers = 99999"
+    ):
+        load_tasks("addition:3", answers=99999)
+
+
 def test_a_file_of_tasks_is_read(tmp_path: Path) -> None:
     lines = [
         {"prompt": "1+1=", "verifier": "exact=2", "split": "train", "answer": "2"},

@@ -19,7 +19,7 @@ static const char HELP[] =
     "Continue PROMPT with the bundle's model, on stdout as it comes. Without PROMPT, or with -, it is read from "
     "stdin.\n"
     "\n"
-    "  --verify                 check every file's hash and the golden prompts\n"
+    "  --verify                 check every file's hash, this CPU and the golden prompts\n"
     "  --ids                    print the prompt's token ids\n"
     "  --max-new-tokens N       tokens to generate; default: 64, or what fits\n"
     "  --stop TEXT              end before this text; repeatable\n"

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "bundle.h"
+#include "cpu.h"
 #include "engine.h"
 #include "sampling.h"
 #include "stop_filter.h"
@@ -205,6 +206,14 @@ bool ryot_generate(struct ryot *ryot, const struct ryot_request *request, struct
     return true;
 }
 
+/* Golden tokens may come out all the same: few activations are so large that their products overflow. */
+static void check_cpu(struct ryot *ryot) {
+    if (ryot->bundle->eight_bit_products && overflows_int8())
+        fail(&ryot->scratch, "export it with a target whose device is like this one, which takes 7 bits",
+             "bundle %s: its weights have 8 bits, whose sums overflow on this CPU, which has no VNNI",
+             ryot->bundle->folder);
+}
+
 /* Tokens must be equal up to the first that the reference itself hesitated about. */
 static void check_golden(struct ryot *ryot, struct ryot_checked *checked) {
     const struct bundle *bundle = ryot->bundle;
@@ -238,6 +247,7 @@ bool ryot_verify(struct ryot *ryot, struct ryot_checked *checked, struct ryot_er
     }
     *checked = (struct ryot_checked){.files = ryot->bundle->num_files};
     check_files(&ryot->scratch, ryot->bundle, true);
+    check_cpu(ryot);
     load_model(ryot);
     check_golden(ryot, checked);
     end(ryot);

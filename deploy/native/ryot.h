@@ -68,7 +68,8 @@ RYOT_API int64_t ryot_encode(struct ryot *ryot, const char *text, size_t bytes, 
 /* Stream the continuation of a prompt. */
 RYOT_API bool ryot_generate(struct ryot *ryot, const struct ryot_request *request, struct ryot_error *error);
 
-/* Hash every file that the manifest names, and decode its golden prompts. */
+/* Hash every file that the manifest names, see that this CPU computes what its weights were made for, and decode its
+ * golden prompts. */
 RYOT_API bool ryot_verify(struct ryot *ryot, struct ryot_checked *checked, struct ryot_error *error);
 
 /* The bundle's name. */

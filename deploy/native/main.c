@@ -127,6 +127,7 @@ static struct options read_options(int count, char **arguments) {
         }
     }
     if (!o.bundle) misuse("BUNDLE", "is missing");
+    if (o.metrics && !*o.metrics) misuse("--metrics-to", "expected a file");
     if (o.metrics && (o.verify || o.ids)) misuse("--metrics-to", "is for text, not for --verify or --ids");
     return o;
 }

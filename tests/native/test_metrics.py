@@ -155,7 +155,8 @@ def test_an_address_or_a_device_is_refused(native: Native, tiny: Path, tmp_path:
     assert done.stderr.endswith(b"hint: this program writes a file; run.py sends to an address\n")
     for path in ("/dev/null", tmp_path):
         assert native.run(tiny, "a", "--metrics-to", path).returncode == 1
-    assert native.run(tiny, "--verify", "--metrics-to", tmp_path / "a").returncode == 2
+    for wrong in (["--verify", "--metrics-to", tmp_path / "a"], ["a", "--metrics-to", ""]):
+        assert native.run(tiny, *wrong).returncode == 2
 
 
 def test_figures_that_cannot_be_kept_are_a_note_and_leave_those_of_before(

@@ -118,7 +118,10 @@ const struct bundle *read_bundle(struct arena *keep, struct arena *scratch, cons
     bundle->name = take_text(keep, name, strlen(name));
     bundle->onnxruntime_min = take_text(keep, oldest, strlen(oldest));
     bundle->position_ids = is_true(need(keep, manifest, "position_ids", JSON_TRUE, where));
-    bundle->fp32 = !strcmp(need_text(keep, manifest, "precision", where), "fp32");
+    const char *precision = need_text(keep, manifest, "precision", where);
+    const struct json *bits = member(member(manifest, "quantization"), "dynamic_bits");
+    bundle->fp32 = !strcmp(precision, "fp32");
+    bundle->eight_bit_products = strstr(precision, "int8-dyn") && is_kind(bits, JSON_NUMBER) && bits->number == 8;
     bundle->int8_cache = !strcmp(cache, "int8");
     if (!bundle->int8_cache && strcmp(cache, "float32") != 0)
         fail(keep, REBUILD, "%s: kv_dtype: got '%s', expected one of float32, int8", where, cache);

@@ -19,6 +19,7 @@ struct bundle {
     const char *prefill, *decode; /* files of the graphs; the same where one graph does both */
     int64_t vocab_size, num_layers, num_kv_heads, head_dim, context_length;
     bool position_ids, int8_cache, prefill_takes_past, fp32;
+    bool eight_bit_products; /* of weights and activations, which some CPUs add in 16 bits */
     struct ids eos;
     int64_t bos; /* -1 where no token begins a text */
     struct file_entry *files;

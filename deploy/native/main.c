@@ -19,7 +19,7 @@ static const char HELP[] =
     "Continue PROMPT with the bundle's model, on stdout as it comes. Without PROMPT, or with -, it is read from "
     "stdin.\n"
     "\n"
-    "  --verify                 check every file's hash and the golden prompts\n"
+    "  --verify                 check every file's hash, this CPU and the golden prompts\n"
     "  --ids                    print the prompt's token ids\n"
     "  --max-new-tokens N       tokens to generate; default: 64, or what fits\n"
     "  --stop TEXT              end before this text; repeatable\n"
@@ -32,13 +32,14 @@ static const char HELP[] =
     "  --repetition-penalty X   make tokens already there less likely; default: 1, not at all\n"
     "  --seed N                 same seed, same text; default: 0\n"
     "  --threads N              threads of onnxruntime; default: 1\n"
+    "  --metrics-to FILE        add counts and latencies, no text, to this Prometheus text; default: to none\n"
     "  --onnxruntime PATH       its shared library; default: $RYOT_ONNXRUNTIME, or where it was when this was built\n"
     "  -h, --help               show this\n"
     "\n"
     "Example: ryot-run BUNDLE \"def \" --max-new-tokens 40\n";
 
 struct options {
-    const char *bundle, *prompt, *library;
+    const char *bundle, *prompt, *library, *metrics;
     bool verify, ids;
     int threads;
     const char *stop[MAX_STOPS];
@@ -94,6 +95,7 @@ static bool read_value(struct options *o, const char *name, const char *value) {
     else if (!strcmp(name, "--seed")) sampling->seed = (uint64_t)read_whole(name, value, 0);
     else if (!strcmp(name, "--threads")) o->threads = (int)read_whole(name, value, 1);
     else if (!strcmp(name, "--onnxruntime")) o->library = value;
+    else if (!strcmp(name, "--metrics-to")) o->metrics = value;
     else if (!strcmp(name, "--stop")) {
         if (o->request.num_stop == MAX_STOPS) misuse(name, "too many");
         o->stop[o->request.num_stop++] = value;
@@ -125,6 +127,8 @@ static struct options read_options(int count, char **arguments) {
         }
     }
     if (!o.bundle) misuse("BUNDLE", "is missing");
+    if (o.metrics && !*o.metrics) misuse("--metrics-to", "expected a file");
+    if (o.metrics && (o.verify || o.ids)) misuse("--metrics-to", "is for text, not for --verify or --ids");
     return o;
 }
 
@@ -180,6 +184,25 @@ static int verify(struct ryot *ryot) {
     return end_output();
 }
 
+/* An owner who gets no figures is told so; the text is there all the same. */
+static void add_metrics(const char *path, const struct ryot_answer *answer) {
+    struct ryot_error error;
+    if (path && !ryot_add_metrics(path, answer, &error)) fprintf(stderr, "note: %s\n", error.message);
+}
+
+static int write_answer(struct ryot *ryot, struct ryot_request *request, const char *metrics) {
+    struct ryot_answer answer;
+    struct ryot_error error;
+    request->answer = &answer;
+    if (!ryot_generate(ryot, request, &error)) {
+        add_metrics(metrics, NULL);
+        stop_with(&error);
+    }
+    int result = end_output();
+    if (answer.whole) add_metrics(metrics, &answer);
+    return result;
+}
+
 int main(int count, char **arguments) {
     struct options options = read_options(count, arguments);
     struct ryot_request *request = &options.request;
@@ -187,6 +210,7 @@ int main(int count, char **arguments) {
     char *from_stdin = NULL;
     signal(SIGPIPE, SIG_IGN);
     if (!options.ids) prepare_heap();
+    if (options.metrics && !ryot_check_metrics(options.metrics, &error)) stop_with(&error);
     if (!options.verify) {
         bool given = options.prompt && strcmp(options.prompt, "-") != 0;
         if (given) request->prompt_bytes = strlen(options.prompt);
@@ -203,8 +227,7 @@ int main(int count, char **arguments) {
     } else if (options.ids) {
         result = print_ids(ryot, request);
     } else {
-        if (!ryot_generate(ryot, request, &error)) stop_with(&error);
-        result = end_output();
+        result = write_answer(ryot, request, options.metrics);
     }
 #ifndef __SANITIZE_ADDRESS__
     /* All is written. The system takes a process back at once; onnxruntime takes a fifth of a short run to end. */

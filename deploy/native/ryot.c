@@ -1,9 +1,12 @@
+#define _POSIX_C_SOURCE 200809L
 #include "ryot.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "bundle.h"
+#include "cpu.h"
 #include "engine.h"
 #include "sampling.h"
 #include "stop_filter.h"
@@ -161,7 +164,13 @@ static bool pass(struct stop_filter *filter, size_t bytes, const struct ryot_req
     return more;
 }
 
-static void generate(struct ryot *ryot, const struct ryot_request *request) {
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void generate(struct ryot *ryot, const struct ryot_request *request, struct ryot_answer *answer) {
     struct arena *scratch = &ryot->scratch;
     struct ids prompt = encode_prompt(ryot, request->prompt, request->prompt_bytes, request->split_special_tokens);
     if (!prompt.count && ryot->bundle->bos < 0)
@@ -175,18 +184,23 @@ static void generate(struct ryot *ryot, const struct ryot_request *request) {
     struct sampler *sampler = make_sampler(scratch, &request->sampling, (size_t)ryot->bundle->vocab_size, &prompt);
     struct text_stream stream = begin_text(ryot->tokenizer, prompt.items, prompt.count);
     load_model(ryot);
+    answer->prompt_tokens = prompt.count;
+    int64_t began_ns = now_ns();
     prefill(scratch, ryot->engine, &prompt);
     for (int64_t count = 1;; count++) {
         int64_t *token = next_token(ryot->engine);
         if (!is_greedy(&request->sampling)) *token = choose_token(scratch, sampler, logits(ryot->engine));
+        if (count == 1) answer->first_token_ns = now_ns() - began_ns;
+        answer->generated_tokens = (size_t)count;
         struct bytes text = {0};
         bool ended = is_end(ryot, request, *token);
         if (!ended) push_token(scratch, ryot->tokenizer, &stream, *token, &text);
         bool more = pass(&filter, push_stop(scratch, &filter, &text), request);
         ended = ended || count == num_tokens;
-        if (filter.stopped || !more) return;
-        if (ended) {
-            pass(&filter, filter.held.count, request);
+        if (ended && !filter.stopped && more) more = pass(&filter, filter.held.count, request);
+        if (filter.stopped || ended || !more) {
+            answer->whole = more;
+            answer->whole_ns = now_ns() - began_ns;
             return;
         }
         step(scratch, ryot->engine);
@@ -195,14 +209,24 @@ static void generate(struct ryot *ryot, const struct ryot_request *request) {
 
 bool ryot_generate(struct ryot *ryot, const struct ryot_request *request, struct ryot_error *error) {
     struct trap trap;
+    struct ryot_answer unread, *answer = request->answer ? request->answer : &unread;
+    *answer = (struct ryot_answer){0};
     begin(ryot, &trap);
     if (setjmp(trap.entry)) {
         give_up(ryot, &trap, error);
         return false;
     }
-    generate(ryot, request);
+    generate(ryot, request, answer);
     end(ryot);
     return true;
+}
+
+/* Golden tokens may come out all the same: few activations are so large that their products overflow. */
+static void check_cpu(struct ryot *ryot) {
+    if (ryot->bundle->eight_bit_products && overflows_int8())
+        fail(&ryot->scratch, "export it with a target whose device is like this one, which takes 7 bits",
+             "bundle %s: its weights have 8 bits, whose sums overflow on this CPU, which has no VNNI",
+             ryot->bundle->folder);
 }
 
 /* Tokens must be equal up to the first that the reference itself hesitated about. */
@@ -238,6 +262,7 @@ bool ryot_verify(struct ryot *ryot, struct ryot_checked *checked, struct ryot_er
     }
     *checked = (struct ryot_checked){.files = ryot->bundle->num_files};
     check_files(&ryot->scratch, ryot->bundle, true);
+    check_cpu(ryot);
     load_model(ryot);
     check_golden(ryot, checked);
     end(ryot);

@@ -34,6 +34,15 @@ struct ryot_sampling {
     uint64_t seed;             /* same seed, same text, and the same as run.py's */
 };
 
+/* What a generation came to: numbers alone. */
+struct ryot_answer {
+    bool whole;              /* it came to its end; false where `write` wanted no more */
+    size_t prompt_tokens;    /* with what the checkpoint puts around a text */
+    size_t generated_tokens; /* an end-of-text token included */
+    int64_t first_token_ns;  /* from the beginning of the work, with the model loaded, to the first token */
+    int64_t whole_ns;        /* and to the last one */
+};
+
 struct ryot_request {
     const char *prompt; /* UTF-8 */
     size_t prompt_bytes;
@@ -46,6 +55,7 @@ struct ryot_request {
     /* Takes text as it comes, whole characters of it; false ends the generation. */
     bool (*write)(void *context, const char *text, size_t bytes);
     void *context;
+    struct ryot_answer *answer; /* filled in, where it is not NULL */
 };
 
 struct ryot_checked {
@@ -68,8 +78,15 @@ RYOT_API int64_t ryot_encode(struct ryot *ryot, const char *text, size_t bytes, 
 /* Stream the continuation of a prompt. */
 RYOT_API bool ryot_generate(struct ryot *ryot, const struct ryot_request *request, struct ryot_error *error);
 
-/* Hash every file that the manifest names, and decode its golden prompts. */
+/* Hash every file that the manifest names, see that this CPU computes what its weights were made for, and decode its
+ * golden prompts. */
 RYOT_API bool ryot_verify(struct ryot *ryot, struct ryot_checked *checked, struct ryot_error *error);
+
+/* Counts and latencies for the owner of a device, as Prometheus text in a file: it is replaced as a whole, and goes on
+ * from what it holds. `ryot_check_metrics` says whether it can be such a file, before any work. `ryot_add_metrics` adds
+ * one answer, or with NULL one that failed; several processes may. */
+RYOT_API bool ryot_check_metrics(const char *path, struct ryot_error *error);
+RYOT_API bool ryot_add_metrics(const char *path, const struct ryot_answer *answer, struct ryot_error *error);
 
 /* The bundle's name. */
 RYOT_API const char *ryot_name(const struct ryot *ryot);

@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from ryot import TELEMETRY_SWITCHES
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "native"
 
 
@@ -21,10 +23,14 @@ class Native:
         self.program = folder / "ryot-run"
         self._library = folder / "libryot.so"
 
-    def run(self, *arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-        command = [str(self.program), *map(str, arguments)]
+    def run(
+        self, *arguments: object, stdin: bytes = b"", through: tuple[object, ...] = (), **environment: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Where nobody has switched off what reports home, as `import ryot` does for the processes that it starts."""
+        command = [str(word) for word in (*through, self.program, *arguments)]
+        bare = {name: value for name, value in os.environ.items() if name not in TELEMETRY_SWITCHES}
         return subprocess.run(
-            command, input=stdin, capture_output=True, timeout=120, env=os.environ | environment, check=False
+            command, input=stdin, capture_output=True, timeout=120, env=bare | environment, check=False
         )
 
     def text(self, *arguments: object, stdin: bytes = b"") -> str:

@@ -212,13 +212,6 @@ def test_wrong_golden_tokens_are_told(native: Native, copy: Path):
     assert b": golden prompt 2: token 3 is " in done.stderr
 
 
-def test_no_telemetry_is_kept_and_no_home_is_needed(native: Native, tiny: Path, tmp_path: Path):
-    done = native.run(tiny, "--verify", HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert list(tmp_path.iterdir()) == []
-    assert native.run(tiny, "--verify", HOME="/nowhere").stderr == b""
-
-
 def test_a_reader_that_has_seen_enough_ends_it(native: Native, tiny: Path):
     command = ["bash", "-c", '"$0" "$1" class --ignore-eos | head -c 1; echo " ${PIPESTATUS[0]}"', native.program, tiny]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)

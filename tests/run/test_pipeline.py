@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ryot.events import EvalEvent, StageEvent, StepEvent, read_events
+from ryot.events import EvalEvent, Event, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
 from tests.run.tiny import QUICK, tiny_recipes
 
@@ -147,13 +147,19 @@ def test_a_finished_run_is_told_again_and_nothing_is_done_twice(
     assert ended["data"] == ended["measure"] == "cached"
 
 
-def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
+def wait_for_events(
+    run_dir: Path, process: subprocess.Popen[str], wanted: Callable[[Event], bool], count: int = 1
+) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if sum(isinstance(e, StepEvent) for e in read_events(run_dir / "events.jsonl")) >= count:
+        if sum(map(wanted, read_events(run_dir / "events.jsonl"))) >= count:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {count} steps within ten minutes")
+    raise AssertionError(f"no {count} such events within ten minutes")
+
+
+def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
+    wait_for_events(run_dir, process, lambda event: isinstance(event, StepEvent), count)
 
 
 def losses(run_dir: Path) -> dict[tuple[str, int, str], float]:
@@ -199,18 +205,36 @@ def find_worker(process: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no worker trains")
 
 
-def test_a_run_whose_worker_is_killed_says_so_and_goes_on(quick: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_and_then_driver_are_killed_says_so_and_goes_on(
+    quick: list[str], cache: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "killed"
     # Long enough that it cannot be over before its worker is found.
     longer = [*tiny_recipes(tmp_path, "optimized"), *quick[:-1], str(20 * int(quick[-1]))]
     process = start(*longer, "--precisions", "fp32", "-o", str(run_dir), cache=cache)
     wait_for_steps(run_dir, process, 1)
     find_worker(process).kill()
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    wait_for_events(
+        run_dir, process, lambda e: isinstance(e, StageEvent) and (e.stage, e.status) == ("measure", "begin")
+    )
+    process.kill()
+    out, err = process.communicate(timeout=600)
+    assert (process.returncode, out) == (-signal.SIGKILL, "")
     assert "its worker failed: " in err and "Traceback" not in err
     events = list(read_events(run_dir / "events.jsonl"))
     assert [e.status for e in events if isinstance(e, StageEvent) and e.status == "lost"] == ["lost"]
+    assert not (run_dir / "report.json").exists() and not (run_dir / "bundle").exists()
+
+    resumed = start("--resume", str(run_dir), cache=cache)
+    out, err = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0 and "optimized" in out and "Traceback" not in err, err
+    after = list(read_events(run_dir / "events.jsonl"))[len(events) :]
+    assert not [e for e in after if isinstance(e, StepEvent)]
+    ended = [(e.stage, e.status) for e in after if isinstance(e, StageEvent) and e.status != "begin"]
+    done_before = [("data", "cached"), ("train", "cached"), ("export", "cached")]
+    assert ended == [*done_before, ("train", "end"), ("measure", "end"), ("report", "end")]
+    [row] = load_report(run_dir).rows
+    assert row.chosen and row.runs_ok == row.runs == 3 and (run_dir / "bundle" / "run.py").exists()
 
 
 def test_what_the_machine_cannot_do_is_refused_before_anything_waits(

@@ -81,7 +81,6 @@ const requests = {
     const gpu = await tryGpu(manifest, files, device ?? (weightBytes < GPU_FROM_BYTES ? 'cpu' : 'any'));
     const opened = performance.now();
     engine = gpu.engine ?? (await openEngine(await opening, manifest, files));
-    await bundle.forgetOthers();
     send({
       type: 'ready',
       name: manifest.name,
@@ -102,6 +101,7 @@ const requests = {
       openMs: performance.now() - opened,
       loadMs: performance.now() - began,
     });
+    await bundle.forgetOthers();
   },
 
   async code({ module }) {

@@ -36,8 +36,8 @@ DAMPING = 0.01
 PANEL = 64
 #: Values that a search works on at a time, so that they stay in the processor's cache.
 CHUNK_VALUES = 1 << 17
-#: Output features whose errors are taken at a time.
-ERROR_ROWS = 16_384
+#: Output features that are rounded, and whose errors are taken, at a time.
+ROWS_AT_ONCE = 16_384
 
 
 def round_by_search(
@@ -90,17 +90,31 @@ def round_by_gptq(
     """GPTQ with scales set beforehand and columns in the order of their inputs' energy."""
     N, K = values_NK.shape
     E = block_size_for(K, block_size)
-    order, factor_KK = curvature.order, curvature.factor_KK
-    blocks = _split(torch.from_numpy(values_NK), E)
+    C = -(-K // E)
     energy_CE = _energy_blocks(curvature.moments_KK.diagonal(), K, E)
-    scales_NC, zeros_NC = search_scales(blocks, energy_CE, bits, asymmetric)
+    codes, scales, zeros = torch.empty((N, C, E), dtype=torch.uint8), torch.empty(N, C), torch.empty(N, C)
+    # Outputs have nothing to do with each other.
+    for rows in row_slices(N):
+        blocks = _split(torch.from_numpy(values_NK[rows]), E)
+        scales[rows], zeros[rows] = search_scales(blocks, energy_CE, bits, asymmetric)
+        rounded = _round_columns(values_NK[rows], curvature, scales[rows], zeros[rows], bits, E)
+        codes[rows] = _split_codes(rounded, zeros[rows], E)
+    return _block_matrix(codes, scales, zeros, bits, K, asymmetric)
+
+
+def _round_columns(
+    values_NK: FloatArray, curvature: Curvature, scales_NC: Tensor, zeros_NC: Tensor, bits: int, block_size: int
+) -> Tensor:
+    """Codes [N, K] of blocks with these scales and zero points."""
+    N, K = values_NK.shape
+    order, factor_KK = curvature.order, curvature.factor_KK
     # Inputs along the first axis from here on, so that each step works on contiguous rows.
     left_KN = torch.from_numpy(values_NK).T[order].contiguous()
     codes_KN = torch.empty((K, N), dtype=torch.uint8)
     scales_CN, zeros_CN = scales_NC.T.contiguous(), zeros_NC.T.contiguous()
     steps_CN = 1 / scales_CN
     lowest_CN, highest_CN = -zeros_CN, (1 << bits) - 1 - zeros_CN
-    block_of = (order // E).tolist()
+    block_of = (order // block_size).tolist()
     for start in range(0, K, PANEL):
         end = min(start + PANEL, K)
         panel = left_KN[start:end]
@@ -108,15 +122,15 @@ def round_by_gptq(
         factor = factor_KK[start:end]
         for i in range(end - start):
             c = block_of[start + i]
-            level = (panel[i] * steps_CN[c]).round_().clamp_(lowest_CN[c], highest_CN[c])
+            level = _limit((panel[i] * steps_CN[c]).round_(), lowest_CN[c], highest_CN[c])
             codes_KN[start + i] = level + zeros_CN[c]
             torch.addcmul(panel[i], level, scales_CN[c], value=-1, out=errors[i]).div_(factor[i, start + i])
             if i + 1 < end - start:
                 panel[i + 1 :].addr_(factor[i, start + i + 1 : end], errors[i], alpha=-1)
         left_KN[end:].addmm_(factor[:, end:].T, errors, alpha=-1)
-    codes = torch.full((N, K), 0, dtype=torch.uint8)
+    codes = torch.empty((N, K), dtype=torch.uint8)
     codes[:, order] = codes_KN.T
-    return _block_matrix(_split_codes(codes, zeros_NC, E), scales_NC, zeros_NC, bits, K, asymmetric)
+    return codes
 
 
 def output_errors(values_NK: FloatArray, matrix: BlockMatrix, moments_KK: Tensor) -> Tensor:
@@ -129,8 +143,8 @@ def output_errors(values_NK: FloatArray, matrix: BlockMatrix, moments_KK: Tensor
 
 
 def row_slices(num_rows: int) -> Iterator[slice]:
-    """Pieces of a matrix whose errors are taken at a time: a table of float32 values is large."""
-    return (slice(start, start + ERROR_ROWS) for start in range(0, num_rows, ERROR_ROWS))
+    """Pieces of a matrix that are worked on at a time: a table of float32 values is large."""
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, num_rows, ROWS_AT_ONCE))
 
 
 def search_scales(blocks_NCE: Tensor, energy_CE: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
@@ -146,7 +160,7 @@ def _search_rows(blocks: Tensor, energy_CE: Tensor, bits: int, asymmetric: bool)
     best_scale, best_zero = torch.ones_like(best), torch.zeros_like(best)
     for scale, zero in _ranges(blocks, bits, asymmetric):
         level = (blocks / scale[..., None]).round_()
-        level.clamp_(-zero[..., None], (1 << bits) - 1 - zero[..., None])
+        _limit(level, -zero[..., None], (1 << bits) - 1 - zero[..., None])
         error = level.mul_(scale[..., None]).sub_(blocks).square_().mul_(energy_CE).sum(dim=-1)
         better = error < best
         best = torch.where(better, error, best)
@@ -170,6 +184,12 @@ def _ranges(blocks: Tensor, bits: int, asymmetric: bool) -> Iterator[tuple[Tenso
         scale = (high * b - low * a) / last
         scale = torch.where(scale == 0, 1.0, scale)
         yield scale, (low * -a / scale).round_().clamp_(0, last)
+
+
+def _limit(values: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """`clamp_`, which is slow where the limits are tensors."""
+    torch.maximum(values, lowest, out=values)
+    return torch.minimum(values, highest, out=values)
 
 
 def _encode(blocks: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -199,7 +219,8 @@ def _split_codes(codes_NK: Tensor, zeros_NC: Tensor, block_size: int) -> Tensor:
 
 
 def _energy_blocks(energy_K: Tensor | None, num_inputs: int, block_size: int) -> Tensor:
-    energy = torch.ones(num_inputs) if energy_K is None else energy_K.float()
+    # A diagonal, left as the view that it is, is read value by value.
+    energy = torch.ones(num_inputs) if energy_K is None else energy_K.float().contiguous()
     return _split(energy[None], block_size)[0]
 
 

@@ -377,7 +377,8 @@ class Quantizer:
 
 
 def _round(values_NK: FloatArray, curvature: Curvature | None, bits: int, block_size: int) -> BlockMatrix:
-    """By GPTQ where the matrix has inputs; 8 bits are fine enough for the zero to stay in the middle."""
-    if curvature is None:
-        return round_by_search(values_NK, bits=bits, block_size=block_size, asymmetric=bits == 4)
-    return round_by_gptq(values_NK, curvature, bits=bits, block_size=block_size, asymmetric=bits == 4)
+    """4 bits by GPTQ where the matrix has inputs; 8 bits are so fine that RTN does, with the zero in the middle."""
+    if bits == 4 and curvature is not None:
+        return round_by_gptq(values_NK, curvature, bits=bits, block_size=block_size)
+    energy_K = None if curvature is None else curvature.moments_KK.diagonal()
+    return round_by_search(values_NK, energy_K, bits=bits, block_size=block_size, asymmetric=bits == 4)

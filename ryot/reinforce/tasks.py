@@ -143,6 +143,7 @@ def load_text(data: Sequence[str], variants: Sequence[VariantConfig]) -> Corpus:
     tasks = {None if variant.rlvr is None else (variant.rlvr.task, variant.rlvr.answers) for variant in variants}
     if not data and len(tasks) == 1 and (task := next(iter(tasks))) is not None:
         return task_corpus(task[0], answers=task[1], as_records=any(variant.init for variant in variants))
-    for source, answers in tasks - {None}:
-        load_tasks(source, answers=answers)  # a file that cannot be used is said now
+    for named in tasks:
+        if named is not None:
+            load_tasks(named[0], answers=named[1])  # a file that cannot be used is said now
     return load_corpus(data)

@@ -1,80 +1,143 @@
 """What does reinforcement with verifiable rewards gain on held-out prompts, beside supervised training as long?
 
-    python benchmarks/rlvr.py [--variant rlvr] [--seeds 3] [--threads 1] [--tokens N] [--steps N]
-                              [--task TASK --answers N --new-tokens N] [--rate SHARE]
+    python benchmarks/rlvr.py [--variant rlvr] [--seeds 3] [--threads 1]
+    python benchmarks/rlvr.py --task sorting:4 --answers 500 --tokens 300000 --steps 150 --rate 0.12
 
 For each seed: the recipe as it is (supervised steps, then GRPO), with pass@1 and pass@k of held-out prompts on the way;
-and the same recipe with supervised steps alone, as many more as take the time of the whole. Of these the best of four
-evaluations on the way counts: that it may learn too long is not held against it. --answers leaves a task the first N of
-its answers: what reinforcement is for, a verifier and few answers. All curves are kept and drawn. Intervals are 95 %
-over prompts; the gain's is a bootstrap over prompts of the difference, seed by seed.
+and the same recipe with supervised steps alone, as many more as take the CPU time of the whole, from which the best
+moment is taken, by the same held-out prompts. With `--answers` the others of the task's answers are hidden from both:
+what a verifier is for where few answers are known. All curves are kept and drawn. Intervals are 95 %, by a bootstrap
+over prompts; of a difference, over each prompt's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import RESULTS, describe_setting, write_result
 from tabulate import tabulate
 
 from ryot.cli.options import cache_dir
 from ryot.config import KernelPlan, VariantConfig, replace, resolve_variant
-from ryot.events import PassEvent, ReinforceEvent, event_to_dict
-from ryot.reinforce.tasks import task_corpus
-from ryot.reinforce.trainer import ReinforceTrainer
+from ryot.events import EvalEvent, PassEvent, ReinforceEvent, event_to_dict
+from ryot.reinforce.pass_at_k import CONFIDENCE, RESAMPLES
+from ryot.reinforce.tasks import Task, load_tasks, task_corpus
+from ryot.reinforce.trainer import Judged, ReinforceTrainer
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.loop import TrainJob
 
-ALONE_LOOKS = 4
 FIGURES = ("reward", "entropy", "length", "mismatch")
+#: Moments of supervised training alone that are looked at, evenly spread, the last its end.
+LOOKS_AT_ALONE = 8
 
 
-def start(variant: VariantConfig, seed: int, dataset: Dataset, plan: KernelPlan) -> ReinforceTrainer:
-    return ReinforceTrainer(TrainJob(variant=variant, seed=seed, dataset_dir=str(dataset.path)), plan)
+class TimedTrainer(ReinforceTrainer):
+    """Keeps what each held-out prompt came to, and counts CPU time without evaluation."""
+
+    def __init__(self, job: TrainJob, plan: KernelPlan):
+        super().__init__(job, plan)
+        self._begin, self._apart = time.process_time(), 0.0
+        self._judged_last: list[int] = []
+        self.passed: list[list[int]] = []
+        """For each evaluation, how many answers to each prompt passed."""
+
+    @property
+    def train_cpu_s(self) -> float:
+        return time.process_time() - self._begin - self._apart
+
+    def evaluate(self, split: str, windows: int) -> EvalEvent:
+        begin = time.process_time()
+        event = super().evaluate(split, windows)
+        self._apart += time.process_time() - begin
+        return event
+
+    def evaluate_passes(self) -> PassEvent:
+        begin = time.process_time()
+        event = super().evaluate_passes()
+        self.passed.append(self._judged_last)
+        self._apart += time.process_time() - begin
+        return event
+
+    def sample_tasks(self, tasks: Sequence[Task], num_samples: int, seed: int) -> Judged:
+        judged = super().sample_tasks(tasks, num_samples, seed)
+        self._judged_last = list(judged.passed)
+        return judged
 
 
-def reinforce(trainer: ReinforceTrainer) -> dict[str, Any]:
+def start(variant: VariantConfig, seed: int, dataset: Dataset, plan: KernelPlan) -> TimedTrainer:
+    return TimedTrainer(TrainJob(variant=variant, seed=seed, dataset_dir=str(dataset.path)), plan)
+
+
+def tell(what: str, event: PassEvent, cpu_s: float) -> None:
+    print(
+        f"{what}: pass@1 {event.pass_at_1:.3f}, pass@{event.samples} {event.pass_at_k:.3f}, "
+        f"{event.train_wall_s:.0f} s, CPU {cpu_s:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def reinforce(trainer: TimedTrainer) -> dict[str, Any]:
     """Run a recipe to its end: its events, and times of both halves."""
     trainer.run_chunk(float("inf"), trainer.supervised_steps)
-    supervised_s, begin = trainer.train_wall_s, time.perf_counter()
+    supervised_s, supervised_cpu_s, begin = trainer.train_wall_s, trainer.train_cpu_s, time.perf_counter()
     events = []
     while not trainer.done:
         for event in trainer.run_chunk(10):
             if isinstance(event, (ReinforceEvent, PassEvent)):
                 events.append(event)
             if isinstance(event, PassEvent):
-                print(
-                    f"step {event.reinforce_step}: pass@1 {event.pass_at_1:.3f}, pass@{event.samples} "
-                    f"{event.pass_at_k:.3f}, {event.train_wall_s:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                tell(f"step {event.reinforce_step}", event, trainer.train_cpu_s)
     trainer.close()
     return {
         "events": events,
+        "passed": trainer.passed,
         "supervised_s": supervised_s,
+        "supervised_cpu_s": supervised_cpu_s,
         "reinforced_s": trainer.train_wall_s - supervised_s,
+        "reinforced_cpu_s": trainer.train_cpu_s - supervised_cpu_s,
         "elapsed_s": time.perf_counter() - begin + supervised_s,
     }
 
 
 def supervised_alone(
     variant: VariantConfig, seed: int, dataset: Dataset, plan: KernelPlan, factor: float
-) -> tuple[list[PassEvent], float]:
-    """Held-out passes of the recipe without reinforcement, its budget `factor` times as large, at its quarters."""
+) -> dict[str, Any]:
+    """Held-out passes on the way of the recipe without reinforcement, its budget `factor` times as large."""
     longer = replace(variant, train=replace(variant.train, tokens=int(variant.train.tokens * factor)))
     trainer = start(longer, seed, dataset, plan)
-    found = []
-    for quarter in range(1, ALONE_LOOKS + 1):
-        trainer.run_chunk(float("inf"), trainer.supervised_steps * quarter // ALONE_LOOKS)
-        found.append(trainer.evaluate_passes())
+    events = []
+    for look in range(1, LOOKS_AT_ALONE + 1):
+        trainer.run_chunk(float("inf"), trainer.supervised_steps * look // LOOKS_AT_ALONE - trainer.step)
+        events.append(trainer.evaluate_passes())
+        tell(f"supervised alone, step {trainer.step}", events[-1], trainer.train_cpu_s)
     trainer.close()
-    return found, trainer.train_wall_s
+    best = max(range(LOOKS_AT_ALONE), key=lambda look: events[look].pass_at_1)
+    return {
+        "alone": events[best],
+        "alone_events": events,
+        "alone_passed": trainer.passed,
+        "alone_best": best,
+        "alone_s": trainer.train_wall_s,
+        "alone_cpu_s": trainer.train_cpu_s,
+    }
+
+
+def difference(passed: Sequence[int], beside: Sequence[int], num_samples: int) -> list[float]:
+    """pass@1 over that of others on the same prompts, and its interval."""
+    differences = (np.array(passed) - np.array(beside)) / num_samples
+    rng = np.random.default_rng(0)
+    means = differences[rng.integers(0, len(differences), (RESAMPLES, len(differences)))].mean(axis=1)
+    ends = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return [float(value) for value in (differences.mean(), *ends)]
 
 
 def main() -> None:
@@ -82,42 +145,45 @@ def main() -> None:
     parser.add_argument("--variant", default="rlvr")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of reinforcement, instead of the recipe's")
-    parser.add_argument("--tokens", type=int, help="of the supervised steps, instead of the recipe's")
-    parser.add_argument("--task", help="instead of the recipe's")
-    parser.add_argument("--answers", type=int, metavar="N", help="known ones of the task's, instead of the recipe's")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help="of an answer, instead of the recipe's")
-    parser.add_argument("--rate", type=float, metavar="SHARE", help="of the learning rate, in reinforcement")
+    parser.add_argument("--task", help="instead of the recipe's, as are all that follow")
+    parser.add_argument("--answers", type=int, help="known of the task; the other prompts are reinforced on")
+    parser.add_argument("--tokens", type=int, help="of the supervised steps")
+    parser.add_argument("--steps", type=int, help="of reinforcement")
+    parser.add_argument("--rate", type=float, help="of reinforcement, as a share of the supervised")
     args = parser.parse_args()
     variant = resolve_variant(args.variant, "reference", tokens=args.tokens)
     assert variant.rlvr is not None
-    changed = {
-        "task": args.task,
-        "answers": args.answers,
-        "steps": args.steps,
-        "max_new_tokens": args.new_tokens,
-        "learning_rate_share": args.rate,
-    }
-    rlvr = replace(variant.rlvr, **{name: value for name, value in changed.items() if value is not None})
+    given = {"task": args.task, "answers": args.answers, "steps": args.steps, "learning_rate_share": args.rate}
+    rlvr = replace(variant.rlvr, **{name: value for name, value in given.items() if value is not None})
     variant = replace(variant, rlvr=rlvr)
     plan = replace(variant.kernels, threads=args.threads)
     corpus = task_corpus(rlvr.task, answers=rlvr.answers)
     dataset, _ = prepare_dataset(corpus, variant.model.vocab_size, cache_dir())
     runs = []
     for seed in range(args.seeds):
+        load = [os.getloadavg()[0]]
         run = reinforce(start(variant, seed, dataset, plan))
-        factor = 1 + run["reinforced_s"] / run["supervised_s"]
-        run["seed"] = seed
-        run["alone_looks"], run["alone_s"] = supervised_alone(variant, seed, dataset, plan, factor)
-        run["alone"] = max(run["alone_looks"], key=lambda event: event.pass_at_1)
-        looks = ", ".join(f"{event.pass_at_1:.3f}" for event in run["alone_looks"])
-        print(f"seed {seed}: supervised alone {looks}", file=sys.stderr, flush=True)
+        load.append(os.getloadavg()[0])
+        factor = 1 + run["reinforced_cpu_s"] / run["supervised_cpu_s"]
+        run |= supervised_alone(variant, seed, dataset, plan, factor)
+        run |= {"seed": seed, "load_average": [*load, os.getloadavg()[0]]}
+        for name, beside in (("gain", run["passed"][0]), ("over_alone", run["alone_passed"][run["alone_best"]])):
+            run[name] = difference(run["passed"][-1], beside, rlvr.eval_samples)
         runs.append(run)
     report(variant, runs, args)
 
 
 def show(event: PassEvent) -> str:
     return f"{event.pass_at_1:.1%} [{event.pass_at_1_low:.1%}, {event.pass_at_1_high:.1%}]"
+
+
+def show_points(difference: Sequence[float]) -> str:
+    value, low, high = (100 * part for part in difference)
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def show_times(run: dict[str, Any], name: str) -> str:
+    return f"{run[f'{name}_s']:.0f} ({run[f'{name}_cpu_s']:.0f})"
 
 
 def report(variant: VariantConfig, runs: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -131,58 +197,64 @@ def report(variant: VariantConfig, runs: list[dict[str, Any]], args: argparse.Na
                 run["seed"],
                 show(before),
                 show(after),
-                f"{100 * (after.pass_at_1 - before.pass_at_1):+.1f}",
+                show_points(run["gain"]),
                 show(alone),
+                show_points(run["over_alone"]),
                 f"{before.pass_at_k:.1%}",
                 f"{after.pass_at_k:.1%}",
                 f"{alone.pass_at_k:.1%}",
-                f"{run['supervised_s']:.0f}",
-                f"{run['reinforced_s']:.0f}",
-                f"{run['alone_s']:.0f}",
+                *(show_times(run, name) for name in ("supervised", "reinforced", "alone")),
                 f"{run['elapsed_s']:.0f}",
             ]
         )
     k = variant.rlvr.eval_samples
     head = [
-        "seed", "pass@1 before", "pass@1 after", "points", "supervised alone", f"pass@{k} before", f"pass@{k} after",
-        f"pass@{k} alone", "supervised s", "GRPO s", "alone s", "all s",
+        "seed", "pass@1 before", "pass@1 after", "points", "supervised alone, best", "points over it",
+        f"pass@{k} before", f"pass@{k} after", f"pass@{k} alone",
+        "supervised s (CPU)", "GRPO s (CPU)", "alone s (CPU)", "all s",
     ]  # fmt: skip
     setting = describe_setting()
     steps = [event for run in runs for event in run["events"] if isinstance(event, ReinforceEvent)]
     largest = max((event.mismatch_max or 0.0 for event in steps), default=0.0)
+    tasks = [t for t in load_tasks(variant.rlvr.task, answers=variant.rlvr.answers) if t.split == "train"]
+    better = sum(run["over_alone"][1] > 0 for run in runs)
+    loads = [load for run in runs for load in run["load_average"]]
     text = "\n".join(
         [
             f"# Reinforcement on {variant.rlvr.task}, commit {setting['commit']}",
             "",
-            f"`{setting['command']}`: {variant.model.num_parameters / 1e6:.2f} M parameters, {args.threads} threads; "
-            f"{variant.train.tokens:,} supervised tokens"
-            + (f" of {variant.rlvr.answers:,} answers" if variant.rlvr.answers else "")
-            + f", then {variant.rlvr.steps} steps of {variant.rlvr.prompts_per_step} prompts x "
-            f"{variant.rlvr.samples_per_prompt} answers; {variant.rlvr.eval_prompts} held-out prompts x {k} answers at "
-            "temperature 1. Supervised alone has the time of both together, and the best of its "
-            f"{ALONE_LOOKS} evaluations on the way counts. The last column is all that passed until the model was "
-            "there, evaluation included.",
+            f"Recipe `{variant.name}`, {variant.model.num_parameters / 1e6:.2f} M parameters, {args.threads} threads; "
+            f"{sum(t.answer is not None for t in tasks):,} of {len(tasks):,} training prompts have an answer that is "
+            f"known. {variant.train.tokens:,} supervised tokens, then {variant.rlvr.steps} steps of "
+            f"{variant.rlvr.prompts_per_step} prompts x {variant.rlvr.samples_per_prompt} answers at "
+            f"{variant.rlvr.learning_rate_share:g} of the rate; "
+            f"{variant.rlvr.eval_prompts} held-out prompts x {k} answers at temperature 1. Supervised alone has the "
+            f"same answers and the CPU time of both together, and the best of {LOOKS_AT_ALONE} moments on its way is "
+            "taken, by the same held-out prompts; of the reinforced it is the last. Times are of training; the last "
+            "column is all that passed until the model was there, evaluation included.",
             "",
             tabulate(table, head, tablefmt="github", disable_numparse=True),
             "",
-            "The gain counts only where it is more than supervised training of the same time.",
+            "The gain counts only where it is more than supervised training of the same time: here in "
+            f"{better} of {len(runs)} seeds (the interval of the difference is above 0).",
+            "",
+            f"The machine's load average was {min(loads):.1f} to {max(loads):.1f} on {os.cpu_count()} cores, this "
+            "benchmark's own process included.",
             "",
             f"Largest difference of a token's log probability between engine and trainer: {largest:.1e}.",
         ]
     )
     kept = [
         {
-            **{name: value for name, value in run.items() if name not in ("events", "alone", "alone_looks")},
-            "alone": event_to_dict(run["alone"]),
-            "alone_looks": columns(run["alone_looks"]),
+            **{name: value for name, value in run.items() if name not in ("events", "alone", "alone_events")},
+            "alone": columns(run["alone_events"]),
             "passes": columns([e for e in run["events"] if isinstance(e, PassEvent)]),
             "steps": columns([e for e in run["events"] if isinstance(e, ReinforceEvent)]),
         }
         for run in runs
     ]
     values = {**setting, "recipe": dataclasses.asdict(variant), "runs": kept}
-    name = f"rlvr-{variant.rlvr.task.replace(':', '-')}" if args.task else "rlvr"
-    path = write_result(name, values, text)
+    path = write_result("rlvr-few" if variant.rlvr.answers else "rlvr", values, text)
     drawing = path.with_suffix(".png")
     draw(runs, drawing)
     path.write_text(f"{text}\n\n![Curves]({drawing.relative_to(RESULTS)})\n")
@@ -215,7 +287,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             known = [(event.step, getattr(event, name)) for event in steps if getattr(event, name) is not None]
             panel.plot([step for step, _ in known], [value for _, value in known], color=color, linewidth=0.8)
             panel.set_title(name)
-    axes[0].set_title("held-out pass@1 (dotted: supervised alone)")
+    axes[0].set_title("held-out pass@1 (dotted: supervised alone, best)")
     axes[1].set_title("held-out pass@k")
     axes[5].set_yscale("log")
     for panel in axes:

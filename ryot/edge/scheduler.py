@@ -68,10 +68,17 @@ class _Prompt(NamedTuple):
 
 
 class Scheduler:
-    """Runs requests on an engine's rows."""
+    """Runs requests on an engine's rows.
 
-    def __init__(self, engine: SlotEngine, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0):
+    With `even_pieces` how long a step takes has no say in how prompts are cut and when they join, so that the bits that
+    come out depend on the requests alone; for work that nobody waits for token by token.
+    """
+
+    def __init__(
+        self, engine: SlotEngine, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0, even_pieces: bool = False
+    ):
         self.engine = engine
+        self._even_pieces = even_pieces
         self.cache = PrefixCache(prefix_cache_bytes if engine.bundle.prefill_takes_past else 0)
         self.counters = Counters()
         self._tokenizer = tokenizer
@@ -272,7 +279,7 @@ class Scheduler:
         return events
 
     def _piece_tokens(self) -> int:
-        if not self._running or not self._piece_costs.known:
+        if self._even_pieces or not self._running or not self._piece_costs.known:
             return PIECE_TOKENS
         one_s = PROMPT_STEPS * self._step_s
         free_rows = self.engine.batch_size - len(self._running)

@@ -87,7 +87,8 @@ class LocalFleet:
         bundle = self._live.update(arrays)
         if self._scheduler is None:
             engine = SlotEngine(bundle, threads=self._threads, batch_size=self._rows, memory_bytes=KV_BYTES)
-            self._scheduler = Scheduler(engine, load_tokenizer(bundle), prefix_cache_bytes=PREFIX_BYTES)
+            tokenizer = load_tokenizer(bundle)
+            self._scheduler = Scheduler(engine, tokenizer, prefix_cache_bytes=PREFIX_BYTES, even_pieces=True)
         else:
             self._scheduler.engine.reload()
 

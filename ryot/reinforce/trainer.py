@@ -59,7 +59,9 @@ def make_local_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Flee
     return LocalFleet(policy, rows=rows, threads=plan.threads, precision=rlvr.rollout_precision)
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
+    """Answers to some tasks, and what their verifiers said."""
+
     groups: list[Group]
     samples: list[list[Sample]]
     rewards: list[list[float]]
@@ -141,7 +143,7 @@ class ReinforceTrainer(Trainer):
 
     # Sampling
 
-    def sample_tasks(self, tasks: Sequence[Task], num_samples: int, seed: int) -> _Judged:
+    def sample_tasks(self, tasks: Sequence[Task], num_samples: int, seed: int) -> Judged:
         """Answers of the model as it is to each task, and what their verifiers say."""
         fleet = self._open_fleet()
         groups = [
@@ -158,7 +160,7 @@ class ReinforceTrainer(Trainer):
             build_verifier(task.verifier).score(task.prompt, [sample.text for sample in members])
             for task, members in zip(tasks, samples, strict=True)
         ]
-        return _Judged(
+        return Judged(
             groups,
             samples,
             [[v.reward if self.rlvr.graded else float(v.passed) for v in members] for members in verdicts],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +39,16 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def build_scheduler(
-    bundle: Bundle, *, rows: int = 4, memory_tokens: int | None = None, cache_bytes: int = 0
+    bundle: Bundle,
+    *,
+    rows: int = 4,
+    memory_tokens: int | None = None,
+    cache_bytes: int = 0,
+    even_pieces: bool = False,
 ) -> Scheduler:
     token_bytes = bundle.model.kv_cache_bytes(1, 1, np.dtype(bundle.kv_dtype).itemsize)
     engine = SlotEngine(bundle, batch_size=rows, memory_bytes=(memory_tokens or rows * CONTEXT) * token_bytes)
-    return Scheduler(engine, load_tokenizer(bundle), prefix_cache_bytes=cache_bytes)
+    return Scheduler(engine, load_tokenizer(bundle), prefix_cache_bytes=cache_bytes, even_pieces=even_pieces)
 
 
 def random_request(rng: random.Random, **values: object) -> Request:
@@ -184,6 +191,28 @@ def test_a_long_prompt_comes_in_pieces_between_the_steps_of_a_stream(bundle: Bun
         assert stream.completion_tokens == before + 1
         steps += 1
     assert steps == -(-500 // PIECE_SIZES[0])
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_even_pieces_do_not_depend_on_the_clock(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, even: bool) -> None:
+    def pieces(clock: Iterator[float]) -> list[int]:
+        scheduler, sizes = build_scheduler(bundle, even_pieces=even), []
+        extend = scheduler.engine.extend
+
+        def counting(ids: Sequence[int], row: int) -> None:
+            sizes.append(len(ids))
+            extend(ids, row)
+
+        monkeypatch.setattr(scheduler.engine, "extend", counting)
+        monkeypatch.setattr("ryot.edge.scheduler.time.perf_counter", lambda: next(clock))
+        prompts = [[1 + (7 * i + n) % 290 for i in range(300)] for n in range(6)]
+        run_all(scheduler, [Request(prompt_ids=ids, max_tokens=20, ignore_eos=True) for ids in prompts])
+        return sizes
+
+    # One clock by which all takes as long, and one by which steps take nothing and pieces very long, by turns.
+    steady = pieces(itertools.count(0.0, 0.01))
+    erratic = pieces(itertools.accumulate(itertools.cycle((1e-6, 0.5, 0.5, 1e-6, 2.0))))
+    assert (steady == erratic) == even
 
 
 def test_pieces_grow_again_after_small_ones_took_long() -> None:

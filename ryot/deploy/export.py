@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,14 @@ from ryot.deploy.quality import (
     REFERENCE,
     EvalData,
     Quality,
+    Scorer,
     divergence_at_depth,
     evaluate_artifacts,
     quality_windows,
     worst,
 )
 from ryot.deploy.quantize import CacheFormat, Quantized, Quantizer, quantize_rtn, smooth_for
+from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.standard import StandardGraph
 from ryot.deploy.stored import CheckpointBlocks, stored_in_four_bits
 from ryot.deploy.text_check import check_text
@@ -119,12 +122,12 @@ def export_variant(
         oracle = check_oracle(answer, checkpoint, model, windows, parity.tolerance, scratch)
         give_back_memory()
         stored = stored_in_four_bits(checkpoint, origin.weights.spec)
-        quantized = _quantize(origin, stored, precisions, data, scratch, tell)
+        reference = TorchScorer(origin.weights)
+        questions = chat_prompts(files, origin.weights.spec.max_seq_len - ANSWER_TOKENS)
+        answers = answer_greedily(reference, questions, text.token_ids.eos)
+        quantized = _quantize(origin, stored, precisions, data, reference, answers, scratch, tell)
         give_back_memory()
-        quantizer = quantized[precisions[0]].quantizer
-        questions = chat_prompts(files, quantizer.context - ANSWER_TOKENS)
-        answers = answer_greedily(quantizer.reference, questions, text.token_ids.eos)
-        cache = quantizer.choose_cache(answers)
+        cache = quantized[precisions[0]].quantizer.choose_cache()
         tell(f"scoring {', '.join(precisions)}")
         qualities = _score(quantized, cache, answers, data, options)
         give_back_memory()
@@ -167,17 +170,27 @@ def _quantize(
     stored: CheckpointBlocks | None,
     precisions: Sequence[str],
     data: EvalData,
+    reference: Scorer,
+    answers: Sequence[Answer],
     scratch: Path,
     tell: Callable[[str], None],
 ) -> dict[str, _Way]:
     """The matrices of every precision, by precision.
 
     Those that hold the checkpoint's own values are made of the origin's weights, the others of the same smoothed for
-    rounded inputs. All are held against the origin's float32 decoder.
+    rounded inputs. All are held against `reference`, the origin's float32 decoder, and its answers.
     """
     options, weights = origin.options, origin.weights
-    settings, limit = options.settings, options.max_bpb_ratio
-    first = _Way(origin, Quantizer(weights, data, settings, limit, scratch, source=stored), {})
+    make = partial(
+        Quantizer,
+        data=data,
+        settings=options.settings,
+        max_bpb_ratio=options.max_bpb_ratio,
+        scratch=scratch,
+        reference=reference,
+        answers=answers,
+    )
+    first = _Way(origin, make(weights, source=stored), {})
     second: _Way | None = None
     ways: dict[str, _Way] = {}
     for precision in precisions:
@@ -187,8 +200,7 @@ def _quantize(
         if second is None:
             tell("smoothing the inputs of matrices")
             even = smooth_for(weights, data)
-            quantizer = Quantizer(even, data, settings, limit, scratch, reference=first.quantizer.reference)
-            second = _Way(dataclasses.replace(origin, weights=even), quantizer, {})
+            second = _Way(dataclasses.replace(origin, weights=even), make(even), {})
         ways[precision] = second
     for precision, way in ways.items():
         for half in split_pair(precision):

@@ -3,8 +3,8 @@
 `int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
 the loss allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as far as
 that part asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
-`int4` is the smallest mix of 4- and 8-bit matrices, rounded by GPTQ, that stays within the limit on the validation
-split (selection.py).
+`int4` is the smallest mix of 4-bit matrices, rounded by GPTQ, and 8-bit ones that stays within the limit on the
+validation split and in float32's answers (selection.py).
 
 An int8 cache has one scale for a layer's keys and one for its values, with which the fused attention is fastest, where
 that takes a small part of the loss allowed; elsewhere that or one scale per channel, whichever is closer to float32.
@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ryot.deploy.answers import Answer, judge_answers
+from ryot.deploy.answers import Answer, AnswerLoss, judge_answers
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
 from ryot.deploy.eight_bits import eight_bit_formats, measure_inputs
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search, row_slices
@@ -151,13 +151,14 @@ class Quantizer:
         scratch: Path,
         *,
         reference: Scorer | None = None,
+        answers: Sequence[Answer] = (),
         source: BlockSource | None = None,
     ):
-        """`reference` scores the float32 decoder, by default the one of these weights.
+        """`reference` scores the float32 decoder, by default that of these weights; `answers` are float32's, to keep.
 
         With a `source` that holds matrices in 4 bits `int4` takes those; `weights` are its values, not smoothed.
         """
-        self._source = source
+        self._source, self._answers = source, answers
         self.reference = reference or TorchScorer(weights)
         self._weights, self._data, self._settings = weights, data, settings
         self._limit, self._scratch = max_bpb_ratio, scratch
@@ -189,10 +190,10 @@ class Quantizer:
         """Tokens of the decoder's context."""
         return self._length
 
-    def choose_cache(self, answers: Sequence[Answer] = ()) -> CacheFormat:
+    def choose_cache(self) -> CacheFormat:
         """The cache of the type asked for; an int8 cache's scales are chosen on validation text, weights in float32.
 
-        In float32 all the same where no int8 cache stays within the loss allowed or keeps float32's `answers`.
+        In float32 all the same where no int8 cache stays within the loss allowed or keeps float32's answers.
         """
         if self._settings.kv_dtype == "float32":
             return CacheFormat()
@@ -203,10 +204,9 @@ class Quantizer:
         candidates: dict[str, dict[str, Any]] = {}
         for method, kv_scales in scales.items():
             graph = self.graph(weights, kv_scales)
-            figures, said = self._measure(graph), judge_answers(answers, graph)
+            figures, said = self._measure(graph), judge_answers(self._answers, graph)
             lost = max(figures["bpb_ratio"] - 1, figures["kl"] / figures["reference_loss"])
-            told = {"answer_kl": round(said.kl, 6), "answers_lost": said.lost} if answers else {}
-            candidates[method] = {"method": method, **figures, **told}
+            candidates[method] = {"method": method, **figures, **self._told(said)}
             log.info("int8 cache: %s", candidates[method])
             allowed = self._limit - 1
             reason = said.reason(allowed * figures["reference_loss"])
@@ -271,7 +271,8 @@ class Quantizer:
 
         def measure(rung: int) -> float:
             mix = ladder.mix(rung)
-            figures = self._measure(self.graph({name: option.matrix for name, option in mix.items()}))
+            graph = self.graph({name: option.matrix for name, option in mix.items()})
+            figures, said = self._measure(graph), judge_answers(self._answers, graph)
             counts = Counter(option.label for option in mix.values())
             candidates.append(
                 {
@@ -279,11 +280,13 @@ class Quantizer:
                     "formats": dict(sorted(counts.items())),
                     "expected_kl": round(ladder.expected_kl(rung), 6),
                     **figures,
+                    **self._told(said),
                 }
             )
             log.info("int4 candidate: %s", candidates[-1])
-            # Over few tokens the KL is the steadier measure of how much the loss must grow.
-            return max(figures["bpb_ratio"] - 1, figures["kl"] / figures["reference_loss"])
+            # Over few tokens the KL is the steadier measure of how much the loss must grow, of text and of answers.
+            lost = max(figures["bpb_ratio"] - 1, max(figures["kl"], said.kl) / figures["reference_loss"])
+            return max(lost, self._limit - 1) if said.lost else lost
 
         rung = find_smallest(ladder, measure, CHOICE_SHARE * (self._limit - 1))
         mix = ladder.mix(rung)
@@ -367,6 +370,10 @@ class Quantizer:
         cfg = self._weights.spec
         width = cfg.dim if name in table_names(self._weights) else self._weights[f"{name}.weight"].shape[1]
         return block_size_for(width, wanted)
+
+    def _told(self, said: AnswerLoss) -> dict[str, Any]:
+        """What a record says of answers, where any were asked for."""
+        return {"answer_kl": round(said.kl, 6), "answers_lost": said.lost} if self._answers else {}
 
     def _measure(self, graph: StandardGraph, *, tokens: int = CHOICE_TOKENS) -> dict[str, float]:
         """The figures that a candidate is chosen by."""

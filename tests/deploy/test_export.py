@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ryot.config import PRECISIONS, ModelConfig
+from ryot.deploy.answers import Answer
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import export_variant
@@ -170,6 +171,21 @@ def test_the_text_that_artifacts_are_scored_on_has_no_say_in_how_they_are_made(t
     quantizer.quantize("int4")
     quantizer.choose_cache()
     assert set(asked) == {"train", "val"}
+
+
+def test_a_mix_that_loses_answers_is_not_the_one_chosen(trained, data, tmp_path):
+    weights = load_decoder_weights(open_folder(trained))
+    ids = data.windows("val", 1, 8)[0]
+    # Sure of a token that no rounding of this decoder finds likely.
+    log_p = torch.full((4, weights.spec.vocab_size), -30.0)
+    log_p[:, 1] = 0.0
+    by_text, by_both = (
+        Quantizer(weights, data, ExportSettings(), 1.2, tmp_path, answers=answers).quantize("int4").record
+        for answers in ((), (Answer(ids, log_p),))
+    )
+    assert by_both["bytes"] > by_text["bytes"]
+    assert all(candidate["answers_lost"] for candidate in by_both["candidates"])
+    assert "answers_lost" not in by_text["candidates"][0]
 
 
 def test_a_bundle_scored_alone_has_the_scores_of_its_export(trained, artifacts, data):

@@ -88,25 +88,26 @@ class Scorer:
         if reference is None:
             return score(self._plan, path)
         base = self._scratch / hashlib.sha256(reference.encode()).hexdigest()[:16]
+        if path == reference:
+            return score(self._plan, path, write=base)
         if not base.exists():
-            written = score(self._plan, reference, "--write", base)
-            if path == reference:
-                return written
-        return score(self._plan, path, *(() if path == reference else ("--beside", base)))
+            score(self._plan, reference, write=base)
+        return score(self._plan, path, beside=base)
 
 
 def _paths(point: Mapping[str, Any]) -> list[str]:
     return list(point["graphs"]) or [point["path"]]
 
 
-def _score_gguf(plan: Mapping[str, Any], path: str, how: str = "", base: Path | None = None) -> Score:
+def _score_gguf(plan: Mapping[str, Any], path: str, *, write: Path | None = None, beside: Path | None = None) -> Score:
     """From the running perplexities: four decimals of some 10, times the windows so far, leave 1e-4 nats a token."""
     command = perplexity_command(plan, path, Path(plan["folder"]) / "text.txt")
-    if base:
-        command += ["--kl-divergence-base", str(base), *["--kl-divergence"] * (how == "--beside")]
+    if write:
+        command += ["--kl-divergence-base", str(write)]
+    if beside:
+        command += ["--kl-divergence-base", str(beside), "--kl-divergence"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
-    beside = how == "--beside"
     values = [float(value) for _, value in (RUNNING_BESIDE if beside else RUNNING).findall(text)]
     kl, same = MEAN_KL.search(text), SAME_TOP.search(text)
     quality = plan["quality"]
@@ -121,9 +122,12 @@ def _score_gguf(plan: Mapping[str, Any], path: str, how: str = "", base: Path | 
     )
 
 
-def _score_in_process(plan: Mapping[str, Any], graph: str, how: str = "", base: Path | None = None) -> Score:
+def _score_in_process(
+    plan: Mapping[str, Any], graph: str, *, write: Path | None = None, beside: Path | None = None
+) -> Score:
     """A process of its own gives the memory back."""
-    command = [sys.executable, __file__, plan["folder"], graph, *([how, str(base)] if base else [])]
+    command = [sys.executable, __file__, plan["folder"], graph]
+    command += ["--write", str(write)] if write else ["--beside", str(beside)] if beside else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]

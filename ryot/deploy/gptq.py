@@ -53,6 +53,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@_one_thread()
 def round_by_search(
     values_NK: FloatArray, energy_K: Tensor | None = None, *, bits: int, block_size: int, asymmetric: bool = True
 ) -> BlockMatrix:
@@ -97,6 +98,7 @@ def factorize(moments_KK: Tensor, num_tokens: int) -> Curvature:
     return Curvature(moments_KK, order, torch.linalg.cholesky(inverse, upper=True).float())
 
 
+@_one_thread()
 def round_by_gptq(
     values_NK: FloatArray, curvature: Curvature, *, bits: int, block_size: int, asymmetric: bool = True
 ) -> BlockMatrix:
@@ -115,7 +117,6 @@ def round_by_gptq(
     return _block_matrix(codes, scales, zeros, bits, K, asymmetric)
 
 
-@_one_thread()
 def _round_columns(
     values_NK: FloatArray, curvature: Curvature, scales_NC: Tensor, zeros_NC: Tensor, bits: int, block_size: int
 ) -> Tensor:
@@ -161,7 +162,6 @@ def row_slices(num_rows: int) -> Iterator[slice]:
     return (slice(start, start + ROWS_AT_ONCE) for start in range(0, num_rows, ROWS_AT_ONCE))
 
 
-@_one_thread()
 def search_scales(blocks_NCE: Tensor, energy_CE: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
     """Scales and zero points [N, C] whose clipping gives the least squared error, each input weighted by its energy."""
     scales, zeros = torch.empty(blocks_NCE.shape[:2]), torch.empty(blocks_NCE.shape[:2])

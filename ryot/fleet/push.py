@@ -118,7 +118,7 @@ def for_each(hosts: Sequence[Host], jobs: int, do: Callable[[Host, Links], R]) -
     with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(jobs, len(hosts)))) as pool:
         try:
             return list(pool.map(lambda host: do(host, links), hosts))
-        except BaseException:
+        except BaseException:  # an interrupt above all: no connection is to outlive it, and it goes on up
             links.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

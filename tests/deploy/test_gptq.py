@@ -88,13 +88,17 @@ def textbook_gptq(weights, moments, scales, zeros, size):
     return codes
 
 
-def test_panels_give_the_codes_of_the_textbook(problem):
+@pytest.mark.parametrize("rows", [N, 20])
+def test_panels_give_the_codes_of_the_textbook(problem, rows, monkeypatch):
+    monkeypatch.setattr("ryot.deploy.gptq.ROWS_AT_ONCE", rows)
     weights, _, moments = problem
+    threads = torch.get_num_threads()
     found = round_by_gptq(weights, factorize(moments, TOKENS), bits=4, block_size=64)
     expected = textbook_gptq(weights, moments.numpy(), found.scales_NC, found.zeros_NC, 64)
     # float32 against float64: a value within 1e-5 of the middle between two codes may go either way, and what follows
     # it in its row then differs by a step.
     assert (found.codes_NCE.reshape(N, K) == expected).mean() > 0.99
+    assert torch.get_num_threads() == threads
 
 
 def test_the_error_of_outputs_is_that_of_running_them(problem):

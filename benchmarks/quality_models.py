@@ -10,6 +10,7 @@ code that exports them has changed. Every step is a process of its own whose out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -336,7 +337,7 @@ def _tensor_types(source: Path) -> dict[str, int]:
 
 def _open_if_dead(process: subprocess.Popen[bytes], pipe: Path) -> None:
     process.wait()
-    if pipe.exists():
+    with contextlib.suppress(FileNotFoundError):  # it was read to its end
         os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
 
 

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
     FloatArray = NDArray[np.float64]
 
-#: The perplexity up to each window, as llama-perplexity prints it, alone and beside a reference.
+#: What llama-perplexity prints of the windows so far: the perplexity alone; beside a reference, in a row, also how that
+#: grew, KL, how far probabilities are apart, and the share of equal likeliest tokens in per cent.
 RUNNING = re.compile(r"\[(\d+)\](\d+\.\d+)")
-RUNNING_BESIDE = re.compile(r"^ *(\d+) +(\d+\.\d+) ±", re.MULTILINE)
-MEAN_KL = re.compile(r"Mean +KLD: +(-?[\d.]+)")
-SAME_TOP = re.compile(r"Same top p: +([\d.]+)")
+RUNNING_BESIDE = re.compile(r"^ *\d+ +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ +\S+ ± +\S+ % +(\S+) ±", re.MULTILINE)
 #: Points that the others of llama.cpp, and all graphs, are held against: the same weights unrounded.
 GGUF_REFERENCE, GRAPH_REFERENCE = "F16", "fp32"
 ROWS = 64
@@ -108,18 +107,17 @@ def _score_gguf(plan: Mapping[str, Any], path: str, *, write: Path | None = None
         command += ["--kl-divergence-base", str(beside), "--kl-divergence"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
-    values = [float(value) for _, value in (RUNNING_BESIDE if beside else RUNNING).findall(text)]
-    kl, same = MEAN_KL.search(text), SAME_TOP.search(text)
+    if beside:
+        rows = [[float(value) for value in row] for row in RUNNING_BESIDE.findall(text)]
+    else:
+        rows = [[float(value)] for _, value in RUNNING.findall(text)]
     quality = plan["quality"]
-    if done.returncode or len(values) != quality["chunks"] or (beside and not (kl and same)):
-        raise RuntimeError(f"llama-perplexity: code {done.returncode}, {len(values)} of {quality['chunks']} windows")
+    if done.returncode or len(rows) != quality["chunks"]:
+        raise RuntimeError(f"llama-perplexity: code {done.returncode}, {len(rows)} of {quality['chunks']} windows")
     targets = quality["context"] - quality["context"] // 2 - 1
-    sums = [number * targets * math.log(value) for number, value in enumerate(values, start=1)]
-    return Score(
-        nats=[b - a for a, b in zip([0.0, *sums], sums)],
-        kl=float(kl[1]) if kl else None,
-        top1=float(same[1]) / 100 if same else None,
-    )
+    sums = [number * targets * math.log(row[0]) for number, row in enumerate(rows, start=1)]
+    nats = [b - a for a, b in zip([0.0, *sums], sums)]
+    return Score(nats=nats, kl=rows[-1][1], top1=rows[-1][2] / 100) if beside else Score(nats=nats)
 
 
 def _score_in_process(

@@ -137,6 +137,21 @@ def test_windows_are_scored_by_llama_perplexity_s_protocol(modules, hf_checkpoin
     assert beside.kl == pytest.approx(float(expected_kl), rel=1e-4)
 
 
+def test_a_row_of_llama_perplexity_beside_a_reference_is_read(modules):
+    text = (
+        "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              \u0394p RMS   "
+        "         Same top p\n"
+        "   1      15.9204 \u00b1   12.3733      -0.01967 \u00b1    0.01930       0.00397 \u00b1    0.00058     "
+        "1.229 \u00b1  0.304 %    100.000 \u00b1  0.000 %\n"
+        "  16       8.2253 \u00b1    0.3272       0.00562 \u00b1    0.00147       0.00410 \u00b1    0.00009     "
+        "1.747 \u00b1  0.050 %    96.667 \u00b1  0.281 %\n"
+    )
+    assert modules[1].RUNNING_BESIDE.findall(text) == [
+        ("15.9204", "0.00397", "100.000"),
+        ("8.2253", "0.00410", "96.667"),
+    ]
+
+
 def test_a_result_has_a_line_for_each_series(modules):
     values = {"a": [{"b": [1.5, 2], "c": {}}, 3], "d": [[1], [2]], "e": "x", "f": [], "g": None}
     text = modules[2].dump_compact(values)

@@ -72,6 +72,10 @@ class TrainStep:
         model.normalize_embedding = train.normalize_embedding
         self.optimizer = build_optimizer(model, train, plan)
         self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
+        self._cross_entropy: Any = cross_entropy
+        if plan.compile and not plan.loss_chunk:
+            # All logits at once pass through memory many times unless they are one kernel; chunks are made not to.
+            self._cross_entropy = torch.compile(cross_entropy, dynamic=False)
         self._narrow = [NarrowModel(model, width, plan.attention) for width in train.elastic_widths]
         self.scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,6 +88,7 @@ class TrainStep:
             more = {} if batch.documents_BT is None else {"documents_BT": batch.documents_BT}
             h_BTD, _ = self._trunk(batch.inputs_BT, table_VE, **more)
             h_RD, targets_R, soft = h_BTD.flatten(0, 1), batch.targets_BT.flatten(), None
+            loss_of = self._cross_entropy
             if batch.taught_ids_BTS is not None and batch.taught_BTS is not None:
                 assert self.variant.distill is not None
                 taught = batch.taught_ids_BTS.flatten(0, 1), batch.taught_BTS.flatten(0, 1)
@@ -92,7 +97,9 @@ class TrainStep:
                 # Logits are the dearest rows of a large vocabulary: only those that are learned from are made.
                 kept_R = (targets_R >= 0).nonzero()[:, 0]
                 h_RD, targets_R, soft = h_RD[kept_R], targets_R[kept_R], soft and soft.rows(kept_R)
-            return cross_entropy(h_RD, self.model.head_weight_VE(table_VE), targets_R, self.plan.loss_chunk, soft)
+                loss_of = cross_entropy  # of another number of rows each time, for which nothing is compiled
+            loss: Tensor = loss_of(h_RD, self.model.head_weight_VE(table_VE), targets_R, self.plan.loss_chunk, soft)
+            return loss
 
     def rounded(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Within the block the weights are those that step `step` computes with: rounded in the last phase."""
@@ -140,23 +147,25 @@ class TrainStep:
                 if self._narrow:
                     narrow = self._narrow[step % len(self._narrow)]
                     self.scaler.scale(self.narrow_loss(narrow, part) * share).backward()
-        # Read when a GPU has been given all of it, or it would wait between the parts.
-        return self._combine(sum(loss.item() for loss in losses)), self.apply(lr_factor)
+        loss = self._combine(torch.stack(losses).double().sum())
+        norm = self.apply(lr_factor)
+        # Read when a GPU has been given the whole step, or it would wait for this process in the middle of it.
+        return loss.item(), norm
 
     def apply(self, lr_factor: float) -> float:
         """Take a step with the gradients that there are; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.max_grad_norm).item()
-        if self.scaler.is_enabled() and not math.isfinite(norm):
-            norm = 0.0  # a step that overflowed in fp16: the scaler skips it and takes a smaller scale
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.variant.train.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        if self.scaler.is_enabled() and not math.isfinite(norm.item()):
+            return 0.0  # a step that overflowed in fp16: the scaler skips it and takes a smaller scale
+        return norm.item()
 
-    def _combine(self, loss: float) -> float:
+    def _combine(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; `ryot.train.parallel` also makes the gradients those of the whole batch here."""
         return loss
 

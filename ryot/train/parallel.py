@@ -14,6 +14,7 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ryot.config import KernelPlan
 from ryot.errors import ConfigError
@@ -84,17 +85,17 @@ class ShardedStep(TrainStep):
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return super()._micro_batches(batch.chunk(self.num_shares)[dist.get_rank()])
 
-    def _combine(self, loss: float) -> float:
+    def _combine(self, loss: Tensor) -> Tensor:
         """Average gradients and loss over the ranks, in one message."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([loss])])
+        flat = torch.cat([*(g.flatten() for g in gradients), loss.to(gradients[0])[None]])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         at = 0
         for gradient in gradients:
             gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
             at += gradient.numel()
-        return float(flat[-1])
+        return flat[-1]
 
 
 class ShardedTrainer(Trainer):

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from gpu_peers import nanogpt_step, train_nanochat
 from record import RESULTS, describe_setting, write_result
-from ryot.caches import cache_dir
 from tabulate import tabulate
 
+from ryot.cli.options import cache_dir
 from ryot.config import KernelPlan, VariantConfig, replace, resolve_variant
 from ryot.report.stats import ratio_interval
 from ryot.train.batch import Batch

@@ -146,7 +146,7 @@ def _held_out(model: torch.nn.Module, dataset: Dataset, length: int, windows: in
     ids = torch.from_numpy(dataset.windows("val", windows, length))
     total = 0.0
     for part in ids.split(8):
-        total += float(model(part[:, :-1].cuda(), part[:, 1:].cuda(), loss_reduction="sum"))
+        total += float(model(part[:, :-1].contiguous().cuda(), part[:, 1:].contiguous().cuda(), loss_reduction="sum"))
     return bits_per_byte(total, ids[:, 1:].numpy(), dataset.byte_lengths)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ END_OF_TEXT_ID = 0
 
 #: Every byte has a token of its own, and the end of a text has one.
 MIN_VOCAB_SIZE = 257
+
+#: Seconds after which a signal is minded at the latest while a vocabulary is learned.
+SIGNALS_EVERY_S = 0.2
 
 #: Part of the cache key: a change of the recipe below must not find the old result.
 TOKENIZER_RECIPE = "byte-level-bpe-1"
@@ -78,6 +81,9 @@ def _learn(tokenizer: Tokenizer, pieces: Iterable[str], trainer: trainers.BpeTra
     with ThreadPoolExecutor(max_workers=1) as pool:
         learning = pool.submit(tokenizer.train_from_iterator, until_stopped(), trainer)
         try:
+            # A signal that comes just before a wait without an end would be seen after it.
+            while wait([learning], timeout=SIGNALS_EVERY_S).not_done:
+                pass
             learning.result()
         finally:
             stopped.set()

@@ -128,5 +128,8 @@ train_tokenizer(texts(), 300)
     with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True) as learning:
         assert learning.stdout is not None and learning.stdout.readline() == "learning\n"
         learning.send_signal(signal.SIGINT)
-        _, said = learning.communicate(timeout=60)
+        try:
+            _, said = learning.communicate(timeout=60)
+        finally:
+            learning.kill()
     assert said.strip().endswith("KeyboardInterrupt")

@@ -11,7 +11,7 @@ import errno
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,23 @@ class TrainStep:
         model.checkpoint_activations = train.checkpoint_activations
         model.normalize_embedding = train.normalize_embedding
         self.optimizer = build_optimizer(model, train, plan)
-        self._trunk: Any = torch.compile(model.trunk, dynamic=False) if plan.compile else model.trunk
-        self._cross_entropy: Any = cross_entropy
-        if plan.compile and not plan.loss_chunk:
-            # All logits at once pass through memory many times unless they are one kernel; chunks are made not to.
-            self._cross_entropy = torch.compile(cross_entropy, dynamic=False)
+        self._trunk: Any = self._compiled(model.trunk) if plan.compile else model.trunk
+        # All logits at once pass through memory many times unless they are one kernel; chunks are made not to.
+        self._cross_entropy: Any = (
+            self._compiled(cross_entropy) if plan.compile and not plan.loss_chunk else cross_entropy
+        )
         self._narrow = [NarrowModel(model, width, plan.attention) for width in train.elastic_widths]
         self.scaler = torch.amp.GradScaler(plan.device, enabled=plan.dtype == "fp16")
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rounding = WeightRounding(model, variant.rounding) if variant.rounding else None
+
+    def _compiled(self, function: Callable[..., Any]) -> Any:
+        # A small step is over on a GPU before its kernels are launched one by one, so they are launched as one graph.
+        # Its gradients lie where the next pass writes, which a sum over several passes does not allow.
+        train = self.variant.train
+        once = train.gradient_accumulation_steps == 1 and not train.elastic_widths
+        graphs = self.plan.device == "cuda" and once and self.num_shares == 1
+        return torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss in nats per learned token, under the plan's autocast."""

@@ -116,12 +116,12 @@ class SelfAttention(nn.Module):
         B, T, _ = x_BTD.shape
         P = 0 if past is None else past[0].shape[2]
         N, K = self.num_heads, self.num_kv_heads
-        # Queries and keys, X = N + K heads, are rotated as one.
-        qk, v = self.qkv(x_BTD).split((self.q_dim + self.kv_dim, self.kv_dim), dim=-1)
+        # Apart by heads, so that their gradients are put together in one pass. Queries and keys, X = N + K heads, are
+        # rotated as one.
+        qk_BTXH, v_BTKH = self.qkv(x_BTD).view(B, T, N + 2 * K, self.head_dim).split((N + K, K), dim=2)
         if self.qk_norm != "none":
-            qk = self._normed(qk)
-        qk_BXTH = qk.view(B, T, N + K, self.head_dim).transpose(1, 2)
-        v_BKSH = v.view(B, T, K, self.head_dim).transpose(1, 2)
+            qk_BTXH = self._normed(qk_BTXH.flatten(2)).unflatten(2, (N + K, self.head_dim))
+        qk_BXTH, v_BKSH = qk_BTXH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if self.rotary_kind >= 0:
             qk_BXTH = rotary.rotate(qk_BXTH, self.rotary_kind, P)
         q_BNTH, k_BKSH = qk_BXTH.split((N, K), dim=1)

@@ -40,9 +40,9 @@ def test_losses_in_float32_are_those_of_the_cpu(dataset: Dataset, recipe: str) -
     assert on_gpu[-1] < on_gpu[0]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_losses_in_bf16_are_those_of_the_cpu(dataset: Dataset, compiled: bool) -> None:
-    variant = tiny_variant("optimized", gradient_accumulation_steps=2)
+@pytest.mark.parametrize(("compiled", "parts"), [(False, 2), (True, 2), (True, 1)])
+def test_losses_in_bf16_are_those_of_the_cpu(dataset: Dataset, compiled: bool, parts: int) -> None:
+    variant = tiny_variant("optimized", gradient_accumulation_steps=parts)
     plan = replace(place_kernels(variant, "cuda", 1), compile=compiled)
     assert plan.dtype == "bf16"
     _, on_cpu = _train(variant, dataset, KernelPlan())

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --nanogpt FOLDER --nanochat FOLDER [--text FOLDER] [--parts step,recipe]
                              [--rounds N] [--seconds N] [--seeds N]
+                             [--recipes NAME:BATCH,...]
 
 FOLDER is a checkout of the peer; its own model and optimizer are imported from there. *step*: the trainings of all
 rows take turns on one card, ten steps each by round, every step from the batch's making to the loss in the
@@ -51,8 +52,6 @@ STEPS_PER_ROUND = 10
 WARM_STEPS = 5
 HELD_OUT_WINDOWS = 256
 GOAL_SHARE = 0.45
-#: Recipes of ours that are held against nanochat's, and their batches.
-OUR_RECIPES = (("wide", 8), ("wide", 32), ("optimized", 8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +239,7 @@ def compare_recipes(options: argparse.Namespace) -> dict[str, Any]:
     seconds, windows = options.seconds, HELD_OUT_WINDOWS
     recipes: dict[str, Callable[[int], dict[str, Any]]] = {
         f"{name}, 124m, {batch} sequences a step": functools.partial(_train, name, batch, dataset, seconds)
-        for name, batch in OUR_RECIPES
+        for name, batch in options.recipes
     }
     if options.nanochat:
         recipes["nanochat, depth 12"] = lambda seed: train_nanochat(
@@ -316,11 +315,16 @@ def render_recipes(measured: dict[str, Any]) -> str:
     return "\n".join(["## Recipes\n", about, table])
 
 
+def _recipes(text: str) -> list[tuple[str, int]]:
+    return [(name, int(batch)) for name, _, batch in (part.partition(":") for part in text.split(","))]
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--nanochat", type=Path)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--recipes", default="wide:8,optimized:8", type=_recipes, help="of ours, with their batches")
     parser.add_argument("--parts", default="step,recipe", type=lambda names: names.split(","))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)

@@ -18,6 +18,7 @@ from ryot.train.evaluate import bits_per_byte
 
 #: Tokens for each scaling parameter and tokens in a batch that nanochat's rates, at depth 12, are for.
 NANOCHAT_RATIO, NANOCHAT_BATCH = 12, 2**19
+NANOCHAT_DECAY = 0.28
 #: Sequences that go through it at a time.
 MICRO_BATCH = 32
 
@@ -58,9 +59,10 @@ def train_nanochat(
 ) -> dict[str, Any]:
     """Its model of depth 12 by its recipe, for about `seconds` of training.
 
-    Batch, rates, decay and schedules follow its rules for the tokens that it gets through in that time: the best
-    batch grows as tokens^0.383, rates as the root of the batch, weight decay so that its time in epochs stays.
-    Attention is full, as it advises where FlashAttention 3 is missing.
+    Batch, rates and schedules follow its rules for the tokens that it gets through in that time: the best batch grows
+    as tokens^0.383, rates as the root of the batch. Weight decay is the one that is given: its rule for it, made for
+    trainings to the best loss, would shrink the weights of so short a one by a tenth each step. Attention is full, as
+    it advises where FlashAttention 3 is missing.
     """
     with _imported_from(folder):
         peer = importlib.import_module("nanochat.gpt")
@@ -98,10 +100,9 @@ def train_nanochat(
     parts = max(1, batch // (MICRO_BATCH * length))
     batch = parts * MICRO_BATCH * length
     rate = math.sqrt(batch / NANOCHAT_BATCH)
-    decay = 0.28 * rate * reference_tokens / tokens
     optimizer = model.setup_optimizer(
         unembedding_lr=0.008 * rate, embedding_lr=0.3 * rate, scalar_lr=0.5 * rate, matrix_lr=0.02 * rate,
-        weight_decay=decay,
+        weight_decay=NANOCHAT_DECAY,
     )  # fmt: skip
     steps = max(1, int(tokens // batch))
     losses, spent = [], 0.0
@@ -109,7 +110,7 @@ def train_nanochat(
         torch.cuda.synchronize()
         begin = time.perf_counter()
         total = sum(forward_backward(step * parts + part, parts) for part in range(parts))
-        _set_rates(optimizer, step, steps, decay)
+        _set_rates(optimizer, step, steps)
         optimizer.step()
         model.zero_grad(set_to_none=True)
         losses.append(float(total))
@@ -126,7 +127,7 @@ def train_nanochat(
     }
 
 
-def _set_rates(optimizer: Any, step: int, steps: int, decay: float) -> None:
+def _set_rates(optimizer: Any, step: int, steps: int) -> None:
     """Warm-up over 40 steps, decay to a twentieth over the last 65 %, Muon's momentum to 0.97 and back to 0.9."""
     down = round(0.65 * steps)
     left = (steps - step) / down
@@ -138,7 +139,7 @@ def _set_rates(optimizer: Any, step: int, steps: int, decay: float) -> None:
         group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
             group["momentum"] = momentum
-            group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["weight_decay"] = NANOCHAT_DECAY * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()

@@ -33,8 +33,9 @@ from ryot.train.batch import Batch
 from ryot.train.checkpoint import build_decoder
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset, load_dataset, prepare_dataset
-from ryot.train.loop import Trainer, TrainJob, TrainStep
+from ryot.train.loop import Trainer, TrainJob
 from ryot.train.source_text import read_source_text
+from ryot.train.step import TrainStep
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:

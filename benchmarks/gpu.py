@@ -42,8 +42,8 @@ from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Batches, Dataset, prepare_dataset
 from ryot.train.device import place_kernels
 from ryot.train.evaluate import evaluate
-from ryot.train.loop import TrainStep
 from ryot.train.optimizer import schedule_factor
+from ryot.train.step import TrainStep
 
 #: Dense bf16 operations a second, as the vendor states them.
 PEAKS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12}

@@ -24,9 +24,10 @@ from ryot.run.variant_data import prepare_variant
 from ryot.train.batch import Batch
 from ryot.train.corpus import load_corpus
 from ryot.train.evaluate import evaluate
-from ryot.train.loop import TrainStep, build_batches
+from ryot.train.loop import build_batches
 from ryot.train.lora import adapters
 from ryot.train.optimizer import schedule_factor
+from ryot.train.step import TrainStep
 
 WINDOWS = {"commands": 10, "library": 16}
 SHARE = 0.7

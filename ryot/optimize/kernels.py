@@ -26,9 +26,10 @@ from ryot.decisions import recall
 from ryot.edge.machine import describe_cpu
 from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
-from ryot.train.loop import TrainStep, build_batches
+from ryot.train.loop import build_batches
 from ryot.train.optimizer import schedule_factor
 from ryot.train.packing import PackedBatches
+from ryot.train.step import TrainStep
 
 log = logging.getLogger(__name__)
 

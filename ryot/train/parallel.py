@@ -19,7 +19,8 @@ from torch import Tensor
 from ryot.config import KernelPlan
 from ryot.errors import ConfigError
 from ryot.train.batch import Batch
-from ryot.train.loop import Trainer, TrainJob, TrainStep
+from ryot.train.loop import Trainer, TrainJob
+from ryot.train.step import TrainStep
 
 #: A rank whose peers have been silent for so long gives up.
 GROUP_TIMEOUT_S = 120.0

@@ -13,8 +13,9 @@ from ryot.errors import ConfigError
 from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.elastic import NarrowModel, slice_state
-from ryot.train.loop import Trainer, TrainJob, TrainStep
+from ryot.train.loop import Trainer, TrainJob
 from ryot.train.model import Decoder
+from ryot.train.step import TrainStep
 from tests.conftest import CONTEXT, tiny_variant
 
 

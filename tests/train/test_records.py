@@ -21,11 +21,12 @@ from ryot.train.batch import Batch
 from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Dataset, prepare_dataset
 from ryot.train.initial import build_initial
-from ryot.train.loop import Trainer, TrainJob, TrainStep
+from ryot.train.loop import Trainer, TrainJob
 from ryot.train.model import Decoder
 from ryot.train.packing import IGNORED, PackedSequences
 from ryot.train.records import Chat, Pair, RecordEncoder
 from ryot.train.source_text import SourceText, read_source_text
+from ryot.train.step import TrainStep
 from tests.edge.tokenizer_kinds import KINDS, write_tokenizer_folder
 from tests.models.checkpoints import VOCAB_SIZE
 from tests.train.adapting import adapted, sums, write_jsonl

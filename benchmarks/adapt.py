@@ -4,7 +4,7 @@
 
 lora     SOURCE learns 300 kB of a made-up command language by the recipe `lora`: held-out bits per byte of it and of
          general text (the standard library's source) before and after, minutes, and the peak memory of the training.
-speed    tokens a second of a LoRA step against transformers with peft: same model, batch, rank, fp32; fresh processes
+speed    tokens per second of a LoRA step against transformers with peft: same model, batch, rank, fp32; fresh processes
          in turn, peak memory beside.
 distill  a student of about 10 M parameters on 400 kB of the standard library: with SOURCE as its teacher, and on the
          text alone for the same total time, the teacher's included; of the text alone the best of three budgets.

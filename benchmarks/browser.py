@@ -90,7 +90,7 @@ def _measure(site: Path, names: list[str], profile: Path, options: argparse.Name
                 }
                 visits.append(visit)
                 sys.stderr.write(
-                    f"{number} {name} {engine}: {found['startMs']:.0f} ms, {found['tokenMs'][0]:.2f} ms a token\n"
+                    f"{number} {name} {engine}: {found['startMs']:.0f} ms, {found['tokenMs'][0]:.2f} ms per token\n"
                 )
     return [visit for visit in visits if visit["round"] >= 0]
 
@@ -255,7 +255,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--turns", type=int, default=5, help="prompts a visit")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens a prompt")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per prompt")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stored", action="store_true", help="also without unpacking quantized matrices")

@@ -311,7 +311,7 @@ class SizeRun:
         return self._interleave("batches", loads, request)
 
     def _take_depths(self) -> dict[str, Any]:
-        """Milliseconds a token of int8 and int4 at two depths, with a float and an int8 cache."""
+        """Milliseconds per token of int8 and int4 at two depths, with a float and an int8 cache."""
         cfg = SIZES[self.size]
         artifacts = ("int8", "int4", f"int8{KV8}", f"int4{KV8}")
         bundles = {

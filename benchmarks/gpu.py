@@ -210,7 +210,7 @@ def render_steps(measured: dict[str, Any], card: str) -> str:
                 f"{shares[name]:.1%}",
             ]
         )
-    header = ["case", "tokens a step", "ms a step", "thousand tok/s", "spread of rounds", "of the peak"]
+    header = ["case", "tokens per step", "ms per step", "thousand tok/s", "spread of rounds", "of the peak"]
     lines = ["## Steps\n", tabulate(rows, header, tablefmt="github", disable_numparse=True), ""]
     ours, peer = (measured["cases"].get(n) for n in ("baseline's decoder, 124m", "nanoGPT, 124M"))
     best = max((share for name, share in shares.items() if "124m" in name), default=float("nan"))

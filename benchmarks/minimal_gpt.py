@@ -1,4 +1,4 @@
-"""The third arm of `training.py`: a minimal GPT-2 as it is usually written, with the recipe usually given for it.
+"""The third case of `training.py`: a minimal GPT-2 as it is usually written, with the recipe usually given for it.
 
 Pre-norm blocks, learned positions, GELU, tied head, N(0, 0.02) with residual projections scaled down by the depth,
 AdamW (0.9, 0.95) with decay 0.1 on matrices, cosine to a tenth after a short warm-up, clip 1. Plain torch, nothing of

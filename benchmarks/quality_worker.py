@@ -99,7 +99,7 @@ def _paths(point: Mapping[str, Any]) -> list[str]:
 
 
 def _score_gguf(plan: Mapping[str, Any], path: str, *, write: Path | None = None, beside: Path | None = None) -> Score:
-    """From the running perplexities: four decimals of some 10, times the windows so far, leave 1e-4 nats a token."""
+    """From the running perplexities: four decimals of some 10, times the windows so far, leave 1e-4 nats per token."""
     command = perplexity_command(plan, path, Path(plan["folder"]) / "text.txt")
     if write:
         command += ["--kl-divergence-base", str(write)]

@@ -8,7 +8,7 @@ core or the first two, the load to the last one; a server and its rivals are tak
 drawn anew, each as a fresh process. Every result is kept in the work folder, so that a run that was stopped or ended
 after --minutes goes on where it was. `--parts` takes some of
 
-    streams   1, 4, 16 and 64 at once: tokens a second, time to the first token
+    streams   1, 4, 16 and 64 at once: tokens per second, time to the first token
     poisson   arrivals at random, at 50, 80 and 95 % of what `streams` found a server to be capable of
     shared    the same 16 at once with a prefix of 1,000 tokens in common
     http      one stream over HTTP against the engine in process
@@ -19,7 +19,7 @@ after --minutes goes on where it was. `--parts` takes some of
     start     from the start of the process until it is ready, against a bundle's cold start
     soak      many requests, a tenth of them cut off at random moments: failures, memory, rows
 
-The CPU time of the server per token stands beside tokens a second: it tells servers apart on a machine that is not
+The CPU time of the server per token stands beside tokens per second: it tells servers apart on a machine that is not
 quiet. All but `streams`, `poisson` and `shared` are of our server alone. The result is `results/DATE-serving-ISA.md`
 and `.json`.
 """

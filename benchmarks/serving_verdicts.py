@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 Sample = dict[str, Any]
-#: Aggregate tokens a second at 16 streams, against llama-server at its best.
+#: Aggregate tokens per second at 16 streams, against llama-server at its best.
 AGGREGATE = {"M": 1.5, "SmolLM2": 1.2}
 
 

@@ -287,7 +287,7 @@ class VariantConfig:
 def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises `ConfigError` when it is missing or malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -70,13 +70,15 @@ def command(
         click.echo(f"{requests}: line {line.number} is passed over: {line.reason}", err=True)
     if len(bad) > SHOWN:
         click.echo(f"{requests}: {len(bad) - SHOWN} more lines are passed over", err=True)
+    if progress.lost:
+        click.echo(f"{progress.lost} requests met an error of this machine. To resume: the same command", err=True)
     click.echo(
         f"{output}: {progress.before + progress.done} of {progress.total} answers, {progress.done} of them new "
         f"({progress.failed} refused), {progress.completion_tokens} tokens in {progress.seconds:.1f} s, "
         f"{progress.tokens_per_s:.1f} tok/s",
         err=True,
     )
-    return EXIT_FAILED if bad or progress.failed else EXIT_OK
+    return EXIT_FAILED if bad or progress.failed or progress.lost else EXIT_OK
 
 
 def _show(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""`ryot-deploy bench`: bundles measured over a grid, with llama-bench's options and words."""
+"""`ryot-deploy bench`: bundles measured over a grid of prompt and answer lengths."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def command(
     from ryot.deploy.settings import dynamic_bits
     from ryot.deploy.text_check import open_text
     from ryot.deploy.tune import choose_inference, format_decision
-    from ryot.deploy.weights import source_spec
+    from ryot.deploy.weights import check_weights, source_spec
     from ryot.report.targets import load_targets
     from ryot.train.corpus import load_corpus
 
@@ -129,6 +129,7 @@ def command(
         check_precision(precision)
     devices = load_targets(targets)
     spec = source_spec(checkpoint, context)
+    check_weights(checkpoint, spec)
     text = open_text(checkpoint, load_corpus(data), spec)
     tell(f"{checkpoint.where}: {spec.num_parameters / 1e6:.1f} M parameters, context {spec.max_seq_len}")
     decision = choose_inference(spec, cache)

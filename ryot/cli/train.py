@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY_S = 30.0
 #: How often a signal is looked for.
-SLICE_S = 1.0
+CHUNK_S = 1.0
 
 
 @click.command("train", context_settings=HELP)
@@ -102,7 +102,7 @@ def command(
     with Progress() as show, StopSignals() as signals:
         while not trainer.done and not signals.stop:
             try:
-                events = trainer.run_chunk(SLICE_S)
+                events = trainer.run_chunk(CHUNK_S)
             except RyotError as error:
                 if kept:
                     resume_hint = f"the last good checkpoint is {kept}. To resume: --resume {kept}"

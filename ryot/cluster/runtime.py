@@ -162,7 +162,6 @@ class EmbeddedCluster(Cluster):
         environment = {
             **self.worker_env,
             reaper.MARK: str(self.folder),
-            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # Unofficial, but the one switch that binds every socket to the loopback address; checked below.
@@ -215,7 +214,6 @@ class JoinedCluster(Cluster):
         if not has_token:
             log.warning("cluster %s is joined without a token: whoever reaches its ports runs code on it", self.address)
         environment = {
-            "RAY_USAGE_STATS_ENABLED": "0",
             # An explicit address never turns token authentication on by itself.
             "RAY_AUTH_MODE": "token" if has_token else os.environ.get("RAY_AUTH_MODE"),
             # Pickles and bytecode agree between patch levels of one Python minor version.

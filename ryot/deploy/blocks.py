@@ -61,7 +61,8 @@ class GraphBuilder:
         if name not in self._constants:
             self._constants[name] = tensor
             self._known.add(name)
-        assert self._constants[name] == tensor, f"constant {name} is asked for with other values than before"
+        if self._constants[name] != tensor:
+            raise ValueError(f"constant {name} is asked for with other values than before")
         return name
 
     def node(

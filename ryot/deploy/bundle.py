@@ -126,8 +126,8 @@ def _genai_token_ids(ids: TokenIds) -> dict[str, Any]:
     named: dict[str, Any] = {} if ids.bos is None else {"bos_token_id": ids.bos}
     if ids.eos:
         named["eos_token_id"] = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
-    pad = ids.pad if ids.pad is not None else next(iter(ids.eos), 0)
-    return named | {"pad_token_id": pad}
+    pad = ids.pad if ids.pad is not None else next(iter(ids.eos), ids.bos)
+    return named if pad is None else named | {"pad_token_id": pad}
 
 
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
-`int8-dyn` is rounded to nearest, and so is `int8`, in blocks of the size that is fastest if that takes a small part of
-the loss allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as far as
-that part asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
+`int8-dyn` is rounded to nearest (RTN), and so is `int8`, in blocks of the size that is fastest if that takes a small
+part of the loss allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as
+far as that part asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
 `int4` is the smallest mix of 4-bit matrices, rounded by GPTQ, and 8-bit ones that stays within the limit on the
 validation split and in float32's answers (selection.py).
 

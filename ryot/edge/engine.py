@@ -123,7 +123,7 @@ class Engine(ABC):
         return int(self._lengths[row]) + 1
 
     def prefill(self, ids_BS: Sequence[Ids] | np.ndarray) -> None:
-        """Start over with one prompt a row, each of at least one token.
+        """Start over with one prompt per row, each of at least one token.
 
         Prompts of one length go through the graph together, prompts of several lengths one after the other, and so do
         long ones and those of a graph that the bundle marks. Before an engine's second prompt, where its weights are

@@ -222,7 +222,7 @@ def check_golden(engine: Engine) -> int:
 
 
 def _compare_golden(engine: Engine, numbers: Sequence[int]) -> int:
-    """Compare some golden prompts, at most one a row; rows that are left over answer the last one again."""
+    """Compare some golden prompts, at most one per row; rows that are left over answer the last one again."""
     bundle = engine.bundle
     golden = [bundle.golden[number] for number in numbers]
     golden += golden[-1:] * (engine.batch_size - len(golden))

@@ -171,22 +171,24 @@ class ActiveSequence:
             return token
         if not request.max_tokens:
             return TokenEvent(self, None, finish_reason="length")
-        constraint = request.constraint
+        constraint, formed = request.constraint, False
         token = greedy
-        if drawn is not None:
-            token = drawn.token
-        elif self._sampler is not None:
-            try:
+        try:
+            if drawn is not None:
+                token = drawn.token
+            elif self._sampler is not None:
                 token = self._sampler.choose(logits_V, None if constraint is None else constraint.allowed())
-            except RyotError as error:
-                return TokenEvent(self, None, error=error)
+            if constraint is not None and token not in self._eos:
+                formed = constraint.push(token)
+        except RyotError as error:
+            return TokenEvent(self, None, error=error)
         if request.whole:
             if request.top_logprobs is not None:
                 self.logprobs.append(self._logprobs(token, logits_V, drawn).logprob)
             return self._push_whole(token)
         text = self._text.push(token)
         reason = self.completion.finish_reason
-        if constraint is not None and reason is None and constraint.push(token):
+        if formed and reason is None:
             reason = "stop"
         logprobs = None if request.top_logprobs is None else self._logprobs(token, logits_V, drawn)
         return TokenEvent(self, token, text, logprobs, reason)

@@ -93,7 +93,7 @@ def parse_key(text: str, where: str, comment: str = "") -> PublicKey:
 def parse_trusted_keys(text: str, where: str) -> TrustedKeys:
     """The keys that a file lists; a key that is revoked anywhere in it is not trusted."""
     keys: dict[str, list[PublicKey]] = {"trusted": [], "revoked": []}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         words = line.split(maxsplit=2)
         if not words or words[0].startswith("#"):
             continue

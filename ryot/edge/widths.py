@@ -15,7 +15,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 #: Tokens that each sequence has behind it.
 DEPTH = 128
 ROUNDS = 9
-#: A width is chosen when none gives more than this times its tokens a second: each row waits for all others.
+#: A width is chosen when none gives more than this times its tokens per second: each row waits for all others.
 ENOUGH = 1.05
 
 
@@ -55,6 +55,6 @@ def measure_widths(bundle: Bundle, *, threads: int = 1) -> list[Width]:
 
 
 def choose_width(widths: list[Width]) -> Width:
-    """The narrowest one beyond which hardly more tokens a second come."""
+    """The narrowest one beyond which hardly more tokens per second come."""
     best = max(width.tok_s for width in widths)
     return next(width for width in widths if width.tok_s * ENOUGH >= best)

@@ -1,6 +1,6 @@
 """What a model is reinforced on: prompts, each with the verifier of its answers, split into training and held-out.
 
-A file of tasks is JSONL, a table a line: `prompt`, `verifier` (a table, or a word as on a command line), `split`
+A file of tasks is JSONL, a table per line: `prompt`, `verifier` (a table, or a word as on a command line), `split`
 (`train` or `test`), and `answer`, one that passes, where supervised training is to see it. A model is reinforced on the
 training prompts that have none, so that it answers what it has not seen answered; where all have one, on all. A
 recipe's `answers` leaves the first so many of the answers, in the file's order.
@@ -72,9 +72,13 @@ def _keep_answers(tasks: Sequence[Task], count: int, where: str) -> list[Task]:
 def _read_tasks(path: Path, sha256: str) -> list[Task]:
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"tasks {path}: cannot be read ({error})") from error
+    except OSError as error:
+        raise DataError(f"tasks {path}: cannot be read ({error.strerror})") from error
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"tasks {path}: line {line}: byte {error.start} of the file is not UTF-8") from error
     if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise DataError(
             f"tasks {path}: has changed since the run began (sha256 {found[:12]}…, was {sha256[:12]}…)",
@@ -88,6 +92,8 @@ def _read_task(line: str, where: str) -> Task:
         values = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: is nested too deep") from error
     if not isinstance(values, dict):
         raise DataError(f"{where}: got {line[:60]}, expected an object")
     if unknown := [key for key in values if key not in _KEYS]:
@@ -99,6 +105,11 @@ def _read_task(line: str, where: str) -> Task:
         raise DataError(f"{where}: split: got {split!r}, expected train or test")
     if answer is not None and not isinstance(answer, str):
         raise DataError(f"{where}: answer: got {answer!r}, expected a text")
+    for key, text in (("prompt", prompt), ("answer", answer or "")):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: {key}: holds half of a surrogate pair, which UTF-8 cannot hold") from error
     try:
         table = parse_verifier(verifier) if isinstance(verifier, str) else verifier
         if not isinstance(table, dict):

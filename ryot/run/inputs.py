@@ -74,6 +74,7 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
         for (_, checkpoint), spec in zip(opened, specs):
             check_weights(checkpoint, spec)
         corpus = load_text(plan.options.data, plan.variants)
+        known = _known_corpus(context, corpus.sha256)
         models = []
         for (config, checkpoint), spec in zip(opened, specs):
             tell(f"looking at {config.name}")
@@ -97,7 +98,8 @@ def prepare_inputs(context: RunContext, plan: RunPlan) -> RunInputs:
             details.append(f"{corpus.num_copies} of {len(corpus.documents)} documents are copies")
         details += [f"{m.config.name} of {m.spec.num_parameters / 1e6:.1f} M parameters" for m in models]
         note.detail = ", ".join(details)
-    _check_unchanged(context, corpus.sha256)
+    if not known:
+        context.journal.finish_stage("data", "corpus", "corpus", sha256=corpus.sha256)
     return RunInputs(corpus_name=corpus.name, corpus_sha256=corpus.sha256, datasets=datasets, models=tuple(models))
 
 
@@ -108,18 +110,16 @@ def _pin(checkpoint: Checkpoint, config: ImportConfig) -> str:
     return f"{config.source.partition('@')[0]}@{checkpoint.revision}"
 
 
-def _check_unchanged(context: RunContext, corpus_sha256: str) -> None:
-    """Raise `DataError` when the run began with other text."""
-    journal = context.journal
-    known = journal.find_stage("data", "corpus", "corpus")
+def _known_corpus(context: RunContext, corpus_sha256: str) -> bool:
+    """Whether the run began with this text already. Raises `DataError` when it was another one."""
+    known = context.journal.find_stage("data", "corpus", "corpus")
     if known and known["sha256"] != corpus_sha256:
         raise DataError(
             f"data: the corpus has changed since this run began (sha256 {corpus_sha256[:12]}…, "
             f"was {known['sha256'][:12]}…)",
             hint="restore the text, or start a new run",
         )
-    if not known:
-        journal.finish_stage("data", "corpus", "corpus", sha256=corpus_sha256)
+    return known is not None
 
 
 def _check_disk(context: RunContext, checkpoints: list[Checkpoint]) -> None:

@@ -35,6 +35,8 @@ from ryot.serve.responses import ResponseAnswer
 _log = logging.getLogger(__name__)
 access_log = logging.getLogger("ryot.serve.access")
 
+#: Seconds in which a body must have come.
+BODY_TIMEOUT_S = 60.0
 #: Open without a key: whether the server lives is no secret, and the page asks for the key itself.
 OPEN_PATHS = ("/", "/health", "/ready")
 #: No prompts, only where a request went and how long it took.
@@ -63,6 +65,10 @@ class Service:
     def owner(self, request: Request) -> str:
         """Whose prompt it is, for the prefix cache."""
         return "" if self.share_prefixes else str(request.scope.get("ryot.key", ""))
+
+    def dead_models(self) -> list[str]:
+        """Models whose thread has ended without being told to: only a new process answers for them again."""
+        return [name for name, model in self.models.items() if not model.runner.is_alive and not self.draining]
 
     def find(self, fields: Fields) -> ServedModel:
         """The model that a request names; the only one where it names none. Raises `ApiError`."""
@@ -184,14 +190,16 @@ def _is_local_name(scope: Scope) -> bool:
 
 
 async def _health(request: Request) -> Response:
-    return JSONResponse({"status": "ok"})
+    dead = _service(request).dead_models()
+    return JSONResponse({"status": "dead", "models": dead}, 503) if dead else JSONResponse({"status": "ok"})
 
 
 async def _ready(request: Request) -> Response:
     service = _service(request)
-    ready = bool(service.models) and not service.draining
-    status = "ready" if ready else "draining" if service.draining else "loading"
-    return JSONResponse({"status": status}, 200 if ready else 503)
+    status = "draining" if service.draining else "loading" if not service.models else "ready"
+    if service.dead_models():
+        status = "dead"
+    return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
 
 async def _metrics(request: Request) -> Response:
@@ -356,10 +364,14 @@ async def _read_fields(request: Request, service: Service) -> Fields:
     if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {BODY_TIMEOUT_S:g} s", code="timeout") from error
     return parse_body(bytes(data))
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Progress:
     """Answered by this one."""
     failed: int = 0
     """Of these, refused."""
+    lost: int = 0
+    """Not answered for an error of this machine; the next run asks again."""
     completion_tokens: int = 0
     size: int = 0
     size_total: int = 0
@@ -82,7 +85,7 @@ class Progress:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens generated a second."""
+        """Tokens generated per second."""
         return self.completion_tokens / max(self.seconds, 1e-9)
 
     @property
@@ -115,7 +118,13 @@ class Batch:
     reported_s: float = 0.0
 
     def write(self, size: int, answered: Answered) -> None:
-        """Keep an answer to a request of this size. Raises `DataError`; a part of a last line may be there then."""
+        """Keep an answer to a request of this size. Raises `DataError`; a part of a last line may be there then.
+
+        What is no fault of the request is not kept, so that the next run asks again.
+        """
+        if answered.status >= 500:
+            self.progress.lost += 1
+            return
         left = memoryview(answered.data + b"\n")
         try:
             while left:
@@ -174,6 +183,8 @@ def read_requests(path: Path) -> tuple[list[Line], list[BadLine]]:
         with path.open("rb") as file:
             offset = 0
             for number, data in enumerate(file, start=1):
+                if number == 1 and data.startswith(BOM_UTF8):
+                    data, offset = data.removeprefix(BOM_UTF8), len(BOM_UTF8)
                 if data.strip():
                     try:
                         line = _read_line(data, offset)

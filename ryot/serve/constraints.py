@@ -128,8 +128,10 @@ class TokenMask:
         return np.unpackbits(mask, bitorder="little", count=self._vocab_size).view(bool)
 
     def push(self, token: int) -> bool:
-        """Take a token; whether nothing may follow."""
+        """Take a token; whether nothing may follow. Raises like `allowed`, where that is no end."""
         self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise ConfigError(f"response_format: {_line(self._matcher.get_error())}")
         return bool(self._matcher.is_stopped())
 
 

@@ -97,15 +97,19 @@ def read_params(
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     verifier = read_verifier(fields, model.rights)
     max_tokens = next((value for value in given if value is not None), default_max)
+    stop, form = _read_stop(fields), _read_form(fields, model)
+    if stop and form is not None:
+        # An answer that ends with `stop` has its form, which a string in the middle of it would cut off.
+        raise invalid("stop", f"got {show(fields.get('stop'))}, expected none beside a form, which says where it ends")
     return Params(
         sampling=_read_sampling(fields, model),
         max_tokens=max_tokens,
         n=n,
-        stop=_read_stop(fields),
+        stop=stop,
         ignore_eos=fields.flag("ignore_eos"),
         stream=stream,
         include_usage=options is not None and options.flag("include_usage"),
-        form=_read_form(fields, model),
+        form=form,
         verifier=verifier,
         num_candidates=_read_best_of(fields, n, stream, verifier),
     )

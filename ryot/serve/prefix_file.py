@@ -1,4 +1,4 @@
-"""Beginnings that a server knows, kept over its end: one file a model, whose name is the model's hash.
+"""Beginnings that a server knows, kept over its end: one file per model, whose name is the model's hash.
 
 The file holds tokens of prompts, so only its owner may read it. What is not a file of this model is passed over.
 """

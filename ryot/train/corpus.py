@@ -130,9 +130,9 @@ class Corpus:
 def load_corpus(paths: Sequence[str] = ()) -> Corpus:
     """The user's files, folders and globs, or the standard library's source when there are none.
 
-    A `.jsonl` file holds one document a line, a `.parquet` file one a row: a `text`, a `prompt` with its `completion`,
-    or the `messages` of a chat; `.gz` and `.zst` files are unpacked. Hidden files are passed over. Raises `ConfigError`
-    for a path that does not exist, `DataError` for text that cannot be used.
+    A `.jsonl` file holds one document per line, a `.parquet` file one per row: a `text`, a `prompt` with its
+    `completion`, or the `messages` of a chat; `.gz` and `.zst` files are unpacked. Hidden files are passed over. Raises
+    `ConfigError` for a path that does not exist, `DataError` for text that cannot be used.
     """
     if not paths:
         return _standard_library()

@@ -42,7 +42,7 @@ def check_shares(job: TrainJob, world_size: int) -> None:
     if world_size > 1 and job.variant.rlvr is not None:
         raise ConfigError(
             f"workers per variant: got {world_size}, but {job.variant.name} reinforces, which one trainer does",
-            hint="give rlvr.rollout_workers for more samples a second",
+            hint="give rlvr.rollout_workers for more samples per second",
         )
     if train.batch_size % (world_size * train.gradient_accumulation_steps):
         raise ConfigError(

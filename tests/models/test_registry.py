@@ -16,7 +16,7 @@ from ryot.models.registry import Family, family_names, find_family
 ROOT = Path(ryot.__file__).parent
 #: GGUF has names of its own for families and tokenizers, some of them equal, which its reader and writer translate.
 GGUF = re.compile(r"models/sources/(\w*gguf\w*|pretokenizers)\.py")
-#: "llama" is also onnxruntime-genai's word for the kind of its engine; the last two go when the graph reads the spec.
+#: "llama" is also onnxruntime-genai's word for the kind of its engine.
 ALLOWED = {("deploy/bundle.py", "llama")}
 
 

@@ -94,6 +94,24 @@ def test_a_line_of_a_file_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     assert [task.prompt for task in load_tasks(str(path))] == list(prompts.values())
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "\\ud800", "verifier": "json", "split": "train"}', "line 2: prompt: holds half of a surrogate"),
+        (b'{"prompt": "\xff"}', "line 2: byte 82 of the file is not UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 2: is nested too deep"),
+    ],
+)
+def test_text_that_cannot_be_is_refused_with_its_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    # A byte order mark in front is none of the text.
+    first = {"prompt": "a", "verifier": "json", "split": "train", "answer": "{}"}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(first).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        load_tasks(str(path))
+    assert message in str(caught.value)
+
+
 def test_a_prompt_in_both_splits_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     task = {"prompt": "a", "verifier": "json"}

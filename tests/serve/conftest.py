@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 from openai import OpenAI
@@ -93,3 +95,24 @@ def server(chat_bundle: Bundle, plain_bundle: Bundle, tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def client(server: Server) -> OpenAI:
     return server.client()
+
+
+def connect(server: Server) -> http.client.HTTPConnection:
+    address = urlsplit(server.address)
+    assert address.hostname is not None
+    return http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+
+
+def get(server: Server, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
+    connection = connect(server)
+    connection.request("GET", path, headers=headers or {})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+def metric(server: Server, name: str) -> float:
+    """The value of a line of `/metrics`, of the first model where the name has no labels."""
+    lines = get(server, "/metrics")[1].splitlines()
+    return float(next(line for line in lines if line.startswith(name)).rpartition(" ")[2])

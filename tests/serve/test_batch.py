@@ -109,6 +109,20 @@ def test_a_full_disk_leaves_answers_that_can_be_gone_on_with(chat_bundle: Bundle
     assert sorted(str(answer["custom_id"]) for answer in read(answers)) == ["r0", "r1", "r2"]
 
 
+def test_an_error_of_the_machine_is_no_answer(chat_bundle: Bundle, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    write_requests(requests, 2)
+    # A byte order mark in front is none of the first request.
+    requests.write_bytes(b"\xef\xbb\xbf" + requests.read_bytes())
+    with open_batch(requests, answers, lambda progress: None) as batch:
+        assert not batch.bad
+        batch.write(1, Answered(500, b'{"custom_id": "r0"}', 0))
+        assert (batch.progress.lost, batch.progress.done, answers.read_bytes()) == (1, 0, b"")
+    code, stderr = finish(chat_bundle, requests, answers)
+    assert code == 0, stderr
+    assert sorted(str(answer["custom_id"]) for answer in read(answers)) == ["r0", "r1"]
+
+
 def test_bad_lines_are_reported_and_the_others_answered(chat_bundle: Bundle, tmp_path: Path) -> None:
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     write_requests(requests, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 import socket
@@ -19,15 +18,9 @@ from openai import AuthenticationError, RateLimitError
 
 from ryot.edge.bundle import Bundle
 from tests.otlp import Receiver, total
-from tests.serve.conftest import Server, running
+from tests.serve.conftest import Server, connect, get, metric, running
 
 JSON = {"Content-Type": "application/json"}
-
-
-def connect(server: Server) -> http.client.HTTPConnection:
-    address = urlsplit(server.address)
-    assert address.hostname is not None
-    return http.client.HTTPConnection(address.hostname, address.port, timeout=30)
 
 
 def post(
@@ -41,21 +34,6 @@ def post(
     found = json.loads(answer.read())
     connection.close()
     return answer.status, found
-
-
-def get(server: Server, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
-    connection = connect(server)
-    connection.request("GET", path, headers=headers or {})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, text
-
-
-def metric(server: Server, name: str) -> float:
-    """The value of a line of `/metrics`, of the first model where the name has no labels."""
-    lines = get(server, "/metrics")[1].splitlines()
-    return float(next(line for line in lines if line.startswith(name)).rpartition(" ")[2])
 
 
 def wait_for(condition: object, *, timeout_s: float = 20) -> None:
@@ -80,6 +58,7 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
         ("completions", PROMPT | {"max_tokens": True}, "max_tokens", "got true, expected a whole number"),
         ("completions", PROMPT | {"n": 65}, "n", "got 65, expected a whole number from 1 to 64"),
         ("completions", PROMPT | {"stop": ["a", ""]}, "stop", 'got "", expected strings of 1 to 1000'),
+        ("completions", PROMPT | {"stop": "a", "response_format": {"type": "json_object"}}, "stop", "beside a form"),
         ("completions", PROMPT | {"logit_bias": {"384": 1}}, "logit_bias", "expected a token id below 384"),
         ("completions", PROMPT | {"logit_bias": {"1": 101}}, "logit_bias.1", "expected a number from -100 to 100"),
         ("completions", PROMPT | {"temprature": 1}, "temprature", "did you mean 'temperature'?"),
@@ -186,7 +165,13 @@ def test_a_header_beyond_the_limit_is_refused(server: Server) -> None:
     address = urlsplit(server.address)
     with socket.create_connection((address.hostname, address.port), 30) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n")
-        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+        head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ") and b"application/json" in head
+    assert json.loads(body)["error"]["code"] == "head_too_long"
+    with socket.create_connection((address.hostname, address.port), 30) as raw:
+        raw.sendall(b"what is this\r\n\r\n")
+        head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["code"] == "bad_http"
     assert get(server, "/health") == (200, '{"status":"ok"}')
 
 

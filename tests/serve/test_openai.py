@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import jsonschema
 import numpy as np
@@ -16,6 +17,7 @@ from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import load_tokenizer
 from tests.edge.reference import full_logits
+from tests.serve.conftest import Server, metric
 
 CHAT = "tiny-7"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def add(a, b):"}]
@@ -251,3 +253,81 @@ def test_without_a_limit_a_chat_may_fill_the_context(client: OpenAI) -> None:
     if answer.choices[0].finish_reason == "length":
         assert answer.usage.total_tokens == 2048
     assert math.isfinite(answer.usage.total_tokens)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sampling"),
+    [
+        ({"top_p": 0.4}, {"top_p": 0.4}),
+        ({"extra_body": {"min_p": 0.2}}, {"min_p": 0.2}),
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+        ({"frequency_penalty": 1.5}, {"frequency_penalty": 1.5}),
+    ],
+    ids=["top_p", "min_p", "presence_penalty", "frequency_penalty"],
+)
+def test_what_a_sampler_is_told_is_what_it_does_alone(
+    client: OpenAI, chat_bundle: Bundle, asked: dict[str, object], sampling: dict[str, float]
+) -> None:
+    body = {**IGNORE, **asked.pop("extra_body", {})}  # type: ignore[dict-item]
+    options = {"model": CHAT, "prompt": "def add(", "max_tokens": 40, "temperature": 1.3, "seed": 4}
+    found = client.completions.create(**options, **asked, extra_body=body)  # type: ignore[call-overload]
+    plain = client.completions.create(**options, extra_body=IGNORE)  # type: ignore[call-overload]
+    alone = generate(
+        OnnxruntimeEngine(chat_bundle),
+        load_tokenizer(chat_bundle),
+        "def add(",
+        max_new_tokens=40,
+        sampling=SamplingParams(temperature=1.3, seed=4, **sampling),  # type: ignore[arg-type]
+        ignore_eos=True,
+    )
+    assert found.choices[0].text == "".join(alone) != plain.choices[0].text
+
+
+def test_a_stream_of_several_texts_is_the_whole_answer_in_pieces(client: OpenAI) -> None:
+    asked = {"model": CHAT, "prompt": "def add(", "max_tokens": 12, "temperature": 1.2, "seed": 2}
+    asked |= {"n": 3, "echo": True, "logprobs": 2, "extra_body": IGNORE}
+    whole = client.completions.create(**asked)  # type: ignore[call-overload]
+    texts, tokens, usage = {0: "", 1: "", 2: ""}, {0: [], 1: [], 2: []}, None
+    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})  # type: ignore
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += [] if choice.logprobs is None else choice.logprobs.tokens
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert tokens[choice.index] == choice.logprobs.tokens
+        assert choice.text.startswith("def add(")
+    assert usage == whole.usage
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_answer_that_ends_is_a_json_object(client: OpenAI, seed: int) -> None:
+    found = client.chat.completions.create(
+        model=CHAT,
+        messages=MESSAGES,
+        max_tokens=400,
+        temperature=1.0,
+        seed=seed,
+        response_format={"type": "json_object"},
+    )
+    (choice,) = found.choices
+    assert choice.finish_reason in ("stop", "length")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_a_stream_that_is_closed_frees_its_row(server: Server, client: OpenAI) -> None:
+    before = metric(server, 'vllm:request_success_total{model_name="tiny-7",finished_reason="abort"}')
+    stream = client.completions.create(
+        model=CHAT, prompt="def add(", max_tokens=4000, stream=True, extra_body=IGNORE, temperature=0
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 20
+    while metric(server, 'vllm:request_success_total{model_name="tiny-7",finished_reason="abort"}') == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    while metric(server, 'vllm:num_requests_running{model_name="tiny-7"}'):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

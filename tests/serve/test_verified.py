@@ -8,7 +8,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from ryot.edge.bundle import Bundle
-from tests.serve.conftest import running
+from tests.serve.conftest import Server, metric, running
 
 CHAT = "tiny-7"
 KEPT: dict[str, object] = {"ignore_eos": True}
@@ -36,15 +36,17 @@ def test_the_answer_says_every_paths_reward_and_is_the_best_one(client: OpenAI) 
     assert (choice["text"].strip(), choice["reward"], choice["index"]) == (wanted.strip(), 1.0, 0)
 
 
-def test_candidates_share_one_prefill(client: OpenAI) -> None:
+def test_candidates_share_one_prefill(server: Server, client: OpenAI) -> None:
     prompt = "class Shared prefix of many candidates 4711:"
     body = {"verifier": {"kind": "majority"}, "ignore_eos": True}
+    names = ("vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
+    before = [metric(server, name) for name in names]
     found = client.completions.create(prompt=prompt, best_of=4, extra_body=body, **SAMPLED)  # type: ignore
-    assert found.usage is not None and found.usage.prompt_tokens_details is not None
-    cached = found.usage.prompt_tokens_details.cached_tokens
-    computed = client.completions.create(prompt=prompt, **(SAMPLED | {"max_tokens": 1}))  # type: ignore
-    assert computed.usage is not None
-    assert cached is not None and cached < computed.usage.prompt_tokens
+    prompts, known = (metric(server, name) - was for name, was in zip(names, before))
+    assert found.usage is not None
+    # Of three candidates all of the prompt is known but its last token, whose logits have to be computed.
+    assert prompts == 4 * found.usage.prompt_tokens
+    assert known == 3 * (found.usage.prompt_tokens - 1)
     assert {path["reward"] for path in found.model_dump()["verification"]["paths"]} == {0.25}
 
 

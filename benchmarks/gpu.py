@@ -42,10 +42,11 @@ from ryot.train.corpus import load_corpus
 from ryot.train.dataset import Batches, Dataset, prepare_dataset
 from ryot.train.device import place_kernels
 from ryot.train.evaluate import evaluate
+from ryot.train.model import Decoder
 from ryot.train.optimizer import schedule_factor
 from ryot.train.step import TrainStep
 
-#: Dense bf16 operations a second, as the vendor states them.
+#: Dense bf16 operations per second, as the vendor states them.
 PEAKS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 LENGTH, VOCAB_SIZE = 1024, 24_576
 STEPS_PER_ROUND = 10
@@ -92,13 +93,12 @@ def main() -> None:
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of each step of each case, by rounds, and the memory that the card held."""
+    """Milliseconds of each step of each case, by rounds."""
     measured: dict[str, Any] = {"product_tflops": _product_rate() / 1e12, "cases": {}}
     for group in (_group_124m, _group_shipped):
         cases = group(options)
         times: dict[str, list[list[float]]] = {case.name: [] for case in cases}
         losses = {case.name: [case.step() for _ in range(WARM_STEPS)] for case in cases}
-        torch.cuda.reset_peak_memory_stats()
         for _ in range(options.rounds):
             for case in cases:
                 times[case.name].append([])
@@ -135,7 +135,7 @@ def _group_124m(options: argparse.Namespace) -> list[Case]:
 
 
 def _group_shipped(options: argparse.Namespace) -> list[Case]:
-    """The presets with the batch that the recipe ships with: few tokens a step."""
+    """The presets with the batch that the recipe ships with: few tokens per step."""
     variants = {preset: resolve_variant("wide", preset) for preset in ("30m", "124m", "350m")}
     return [_ours(f"wide, {p}, its own batch", v, v.train.batch_size) for p, v in variants.items()]
 
@@ -161,8 +161,8 @@ def _plan(variant: VariantConfig) -> KernelPlan:
     return replace(place_kernels(replace(variant, tune=True), "cuda", 1), compile=True)
 
 
-def _operations(model: torch.nn.Module, length: int) -> float:
-    spec: Any = model.spec
+def _operations(model: Decoder, length: int) -> float:
+    spec = model.spec
     # A table that is looked up is no product; one that is the head too is.
     looked_up = {"positions.weight"} | (set() if spec.tie_embeddings else {"embedding.weight"})
     weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name not in looked_up)
@@ -177,7 +177,7 @@ def _random_ids(batch: int, length: int, vocab_size: int) -> Iterator[torch.Tens
 
 
 def _product_rate(size: int = 8192) -> float:
-    """Operations a second of one large product in bf16: what this card gives at best."""
+    """Operations per second of one large product in bf16: what this card gives at best."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = []
     for number in range(13):

@@ -68,7 +68,9 @@ class Service:
 
     def dead_models(self) -> list[str]:
         """Models whose thread has ended without being told to: only a new process answers for them again."""
-        return [name for name, model in self.models.items() if not model.runner.is_alive and not self.draining]
+        if self.draining:
+            return []
+        return [name for name, model in self.models.items() if not model.runner.is_alive]
 
     def find(self, fields: Fields) -> ServedModel:
         """The model that a request names; the only one where it names none. Raises `ApiError`."""
@@ -196,9 +198,10 @@ async def _health(request: Request) -> Response:
 
 async def _ready(request: Request) -> Response:
     service = _service(request)
-    status = "draining" if service.draining else "loading" if not service.models else "ready"
     if service.dead_models():
         status = "dead"
+    else:
+        status = "draining" if service.draining else "ready" if service.models else "loading"
     return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
 

@@ -16,6 +16,9 @@ from ryot.serve.errors import ApiError
 MAX_HEAD_BYTES = 65_536
 #: Seconds in which they must have come. uvicorn counts those between requests alone.
 HEAD_TIMEOUT_S = 30.0
+#: Seconds in which a client that was refused may read why. Closed at once, with something of it unread, the connection
+#: would be reset, and the answer lost.
+LINGER_S = 2.0
 
 _TOO_LONG = ApiError(
     431, f"the headers have more than {MAX_HEAD_BYTES} bytes, which is the limit", code="head_too_long"
@@ -25,7 +28,7 @@ _TOO_LONG = ApiError(
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Refuses a request whose headers are too long, do not end, or do not come."""
 
-    _in_head = True
+    _in_head, _refused = True, False
     #: What has come of headers that have not ended, and what of them was read.
     _come_bytes = _read_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
@@ -42,6 +45,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count what comes while headers have not ended; a part of the body before them may be among it."""
+        if self._refused:
+            return
         super().data_received(data)
         self._come_bytes = self._come_bytes + len(data) if self._in_head else 0
         if self._come_bytes > MAX_HEAD_BYTES:
@@ -91,9 +96,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._deadline = None
 
     def _refuse(self, error: ApiError) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The answer to the request before is under way, and nothing may be written into it.
+            self.transport.close()
             return
         body = json.dumps(error.body()).encode()
         head = f"HTTP/1.1 {error.status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._forget_deadline()
+        self._deadline = self.loop.call_later(LINGER_S, self.transport.close)

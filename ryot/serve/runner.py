@@ -165,9 +165,7 @@ class Runner:
                 scheduler.queue(sequence)
             try:
                 events = scheduler.step()
-            except (
-                BaseException
-            ) as error:  # the top of a thread: whoever waits is told, and the next ones have a chance
+            except BaseException as error:  # the top of a thread: who waits is told, the next ones have a chance
                 _log.exception("a step failed")
                 told = error if isinstance(error, RyotError) else BundleError("an error inside the server")
                 events = [TokenEvent(sequence, None, error=told) for sequence in scheduler.abandon()]

@@ -47,9 +47,10 @@ class TrainStep:
 
     def _compiled(self, function: Callable[P, T]) -> Callable[P, T]:
         # A small step is over on a GPU before its kernels are launched one by one, so they are launched as one graph.
-        # Its gradients lie where the next pass writes, which a sum over several passes does not allow.
+        # Its gradients lie where the next pass writes, which a sum over several passes does not allow, and it reads
+        # weights where they were, which rounding puts others in the place of.
         train = self.variant.train
-        once = train.gradient_accumulation_steps == 1 and not train.elastic_widths
+        once = train.gradient_accumulation_steps == 1 and not train.elastic_widths and self.variant.rounding is None
         graphs = self.plan.device == "cuda" and once and self.num_shares == 1
         compiled: Callable[P, T] = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else None)
         return compiled

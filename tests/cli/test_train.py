@@ -53,7 +53,7 @@ def test_a_breached_gate_leaves_the_last_good_checkpoint(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "SLICE_S", 0.0)
+    monkeypatch.setattr(train, "CHUNK_S", 0.0)
     recipe = tmp_path / "recipe.toml"
     # A rate that grows over the whole budget: good at first, then too much.
     wild = RECIPE.replace("warmup_fraction = 0.0", "warmup_fraction = 0.9").replace("1e-3", "30")

@@ -320,7 +320,7 @@ def test_an_answer_that_ends_is_a_json_object(client: OpenAI, seed: int) -> None
 def test_a_stream_that_is_closed_frees_its_row(server: Server, client: OpenAI) -> None:
     before = metric(server, 'vllm:request_success_total{model_name="tiny-7",finished_reason="abort"}')
     stream = client.completions.create(
-        model=CHAT, prompt="def add(", max_tokens=4000, stream=True, extra_body=IGNORE, temperature=0
+        model=CHAT, prompt="def add(", max_tokens=2000, stream=True, extra_body=IGNORE, temperature=0
     )
     next(iter(stream))
     stream.close()

@@ -278,6 +278,9 @@ class Decoder(nn.Module):
         """
         documents = None if documents_BT is None else Documents(documents_BT)
         x_BTD = self.embed(ids_BT, table_VE, 0 if past is None else past[0][0].shape[2], documents)
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            # What lies between a GPU's products is bound by its memory, and most of that is this stream.
+            x_BTD = x_BTD.bfloat16()
         presents: Cache = []
         for i, layer in enumerate(self.layers):
             args = (x_BTD, self.rotary, None if past is None else past[i], documents)

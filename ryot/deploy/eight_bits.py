@@ -43,7 +43,7 @@ class InputSizes:
 
     energy_K: Tensor
     errors: dict[int, Tensor]
-    """Of the errors that rounding leaves, by block size."""
+    """Of the errors that rounding leaves, by block size; K is a token as a whole."""
 
 
 @torch.no_grad()
@@ -57,7 +57,8 @@ def measure_inputs(
     def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         squares_TK = inputs[0].flatten(0, -2).square()
         weights_T = sensitivity.tokens[name] / len(squares_TK)
-        errors = {size: weights_T @ _rounding_errors(squares_TK, size) for size in BLOCK_SIZES}
+        block_sizes = (*BLOCK_SIZES, squares_TK.shape[1])
+        errors = {size: weights_T @ _rounding_errors(squares_TK, size) for size in block_sizes}
         sizes[name] = InputSizes(energy_K=weights_T @ squares_TK, errors=errors)
 
     for name in weights.linears:
@@ -66,6 +67,20 @@ def measure_inputs(
     x_BTD, _ = model.trunk(torch.from_numpy(windows), model.table_VE)
     see(weights.head, model, (x_BTD,))
     return sizes
+
+
+def dynamic_cost(values_NK: FloatArray, bits: int, outputs_N: Tensor, inputs: InputSizes) -> float:
+    """What a matrix is expected to cost with one scale for each token and one for each output feature.
+
+    `outputs_N` are its mean squared gradients; `bits` are those of the weights.
+    """
+    K, steps, cost = values_NK.shape[1], 2 ** (bits - 1) - 1, 0.0
+    for start in range(0, len(values_NK), ROWS):
+        rows = slice(start, start + ROWS)
+        squares_RK = torch.from_numpy(values_NK[rows]).square()
+        errors_RK = _rounding_errors(squares_RK, K) * (127 / steps) ** 2
+        cost += 0.5 * float(outputs_N[rows] @ (errors_RK @ inputs.energy_K + squares_RK @ inputs.errors[K]))
+    return cost
 
 
 def eight_bit_formats(

@@ -36,6 +36,15 @@ def table_names(weights: DecoderWeights) -> list[str]:
     return ["embedding"] if weights.spec.tie_embeddings else ["embedding", "head"]
 
 
+def matrix_block_size(weights: DecoderWeights, name: str, wanted: int) -> int:
+    """The block size of a matrix nearest to the one wanted.
+
+    Lookup and product read the same bytes of a table only if its rows have no padding.
+    """
+    width = weights.spec.dim if name in table_names(weights) else weights[f"{name}.weight"].shape[1]
+    return block_size_for(width, wanted)
+
+
 def num_bytes(matrices: Mapping[str, Matrix]) -> int:
     """Bytes of all matrices in their formats."""
     return sum(matrix.num_bytes for matrix in matrices.values())

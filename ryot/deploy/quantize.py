@@ -1,8 +1,10 @@
 """Quantizes one decoder in the precisions asked for, by what each way of rounding costs on text.
 
-`int8-dyn` is rounded to nearest (RTN), and so is `int8`, in blocks of the size that is fastest if that takes a small
-part of the loss allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as
-far as that part asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py).
+`int8` is rounded to nearest (RTN), in blocks of the size that is fastest if that takes a small part of the loss
+allowed. Otherwise in blocks of 32, or of 16 for the matrices in which they are worth their bytes, as far as that part
+asks for it: blocks also decide how finely the runtime rounds a matrix's inputs (eight_bits.py). `int8-dyn` has a scale
+for each token and output feature; where that takes more than a part of the loss allowed, or turns answers, the few
+matrices with outliers in their inputs are those of `int8` (eight_bit_choice.py).
 `int4` is the smallest mix of 4-bit matrices, rounded by GPTQ, and 8-bit ones that stays within the limit on the
 validation split and in float32's answers (selection.py).
 
@@ -14,6 +16,7 @@ Where it costs more than the whole loss allowed, or turns answers, the cache sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections import Counter
@@ -29,12 +32,19 @@ from torch import Tensor
 
 from ryot.deploy.answers import Answer, AnswerLoss, judge_answers
 from ryot.deploy.calibration import Moments, Sensitivity, capture_moments, measure_input_sizes, measure_sensitivity
-from ryot.deploy.eight_bits import eight_bit_formats, measure_inputs
+from ryot.deploy.eight_bit_choice import EightBitCosts, choose_blocks, measure_costs, outlier_mixes
 from ryot.deploy.gptq import Curvature, factorize, output_errors, round_by_gptq, round_by_search, row_slices
 from ryot.deploy.graph import KVScales, float_matrices, matrix_names
 from ryot.deploy.mapped import put_away
 from ryot.deploy.matrices import BlockMatrix, Matrix, OffsetBlockMatrix, quantize_blocks
-from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, quantize_matrices, table_names
+from ryot.deploy.precisions import (
+    ArtifactMatrices,
+    matrix_block_size,
+    num_bytes,
+    pair_matrices,
+    quantize_matrices,
+    table_names,
+)
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.selection import Ladder, Option, find_smallest
@@ -43,7 +53,6 @@ from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
-from ryot.models.block_sizes import BLOCK_SIZES, block_size_for
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)
@@ -59,13 +68,11 @@ CHOICE_TOKENS = 4_096
 #: Validation tokens that the fastest blocks of 8 bits are judged on, and the share of the loss allowed, as KL, that 8
 #: bits may take.
 INT8_CHOICE_TOKENS, INT8_LOSS_SHARE = 512, 0.04
-#: Training tokens that the blocks of 8 bits are chosen on.
-INT8_COST_TOKENS = 1_024
 #: Of the KL that is found, the share that is expected: errors that meet in one place add to more.
 INT8_EXPECTED_SHARE = 0.75
-#: Blocks of 16 save at least this many times the share of KL that they take in bytes. Where all are of 16, not 32,
-#: 11 % more bytes, decode takes 13 % more time and prefill 30 % (SmolLM2's layers, AVX-512 VNNI, 2026-11-27).
-INT8_SAVES = 4.0
+#: The same for one scale per token and output feature, beyond which outliers are looked for. On SmolLM2-135M, smoothed,
+#: KL found over 4,096 tokens (2026-11-27): 0.0110 without, 0.0083 with 3 % of the values in blocks, 0.0067 with 8 %.
+DYNAMIC_LOSS_SHARE = 0.2
 #: Share of the loss allowed that a choice may use on the validation split; the test split will say something else.
 CHOICE_SHARE = 0.85
 #: Share of the loss allowed that a cache with few scales may take; the rest is left for the weights.
@@ -163,14 +170,16 @@ class Quantizer:
         self._weights, self._data, self._settings = weights, data, settings
         self._limit, self._scratch = max_bpb_ratio, scratch
         self._length = weights.spec.max_seq_len
+        self._made: dict[str, Quantized] = {}
 
     def quantize(self, precision: str) -> Quantized:
         """The matrices of a single (not paired) precision."""
-        if precision == "int4":
-            return self._choose_int4()
-        if precision == "int8":
-            return self._choose_int8()
-        return quantize_rtn(self._weights, precision, self._settings)
+        ways = {"int4": self._choose_int4, "int8": self._choose_int8, "int8-dyn": self._choose_dynamic}
+        if precision not in ways:
+            return quantize_rtn(self._weights, precision, self._settings)
+        if precision not in self._made:
+            self._made[precision] = ways[precision]()
+        return self._made[precision]
 
     def artifact(self, precision: str, singles: Mapping[str, Quantized]) -> ArtifactMatrices:
         """The matrices of an artifact, pairs included."""
@@ -231,7 +240,8 @@ class Quantizer:
         if figures["kl"] <= allowed:
             return Quantized(matrices=fastest.matrices, record={**fastest.record, "candidates": [candidate]})
         del fastest
-        mix, expected_kl = self._choose_blocks(INT8_EXPECTED_SHARE * allowed)
+        costs = self._eight_bit_costs
+        mix, expected_kl = choose_blocks(self._weights, costs, self._settings, INT8_EXPECTED_SHARE * allowed)
         matrices = {
             name: quantize_blocks(self._weights[f"{name}.weight"], bits=8, block_size=size)
             for name, size in mix.items()
@@ -245,25 +255,38 @@ class Quantizer:
         }
         return Quantized(matrices=matrices, record=record)
 
-    def _choose_blocks(self, allowed: float) -> tuple[dict[str, int], float]:
-        """The block size of each matrix at 8 bits, and the KL that is expected of all."""
-        num_windows = max(1, INT8_COST_TOKENS // min(self._length, CALIBRATION_WINDOW))
-        windows = quality_windows(self._data, "train", self._length, tokens=INT8_COST_TOKENS, window=CALIBRATION_WINDOW)
-        cost = windows[:num_windows, :-1]
-        sensitivity = measure_sensitivity(self._weights, cost)
-        inputs = measure_inputs(self._weights, cost, sensitivity)
-        formats = {}
-        for name in matrix_names(self._weights):
-            wanted = (size for size in BLOCK_SIZES if size <= min(SMALLEST_BLOCK, self._settings.int8_block_size))
-            sizes = list(dict.fromkeys(self._block_size(name, size) for size in wanted))
-            values = self._weights[f"{name}.weight"]
-            formats[name] = dict(zip(sizes, eight_bit_formats(name, values, sizes, sensitivity, inputs.get(name))))
-        ladder = Ladder({name: list(of_matrix.values()) for name, of_matrix in formats.items()})
-        rung = min(ladder.rung_for(allowed), ladder.rung_that_pays(INT8_SAVES))
-        mix = ladder.mix(rung)
-        chosen = {name: next(size for size, f in formats[name].items() if f == mix[name]) for name in formats}
-        log.info("int8: blocks %s", dict(Counter(chosen.values())))
-        return chosen, ladder.expected_kl(rung)
+    def _choose_dynamic(self) -> Quantized:
+        whole = quantize_rtn(self._weights, "int8-dyn", self._settings)
+        graph = self.graph(whole.matrices)
+        figures, said = self._measure(graph, tokens=INT8_CHOICE_TOKENS), judge_answers(self._answers, graph)
+        del graph
+        candidate = {"bytes": whole.record["bytes"], **figures, **self._told(said)}
+        log.info("int8-dyn candidate: %s", candidate)
+        allowed = DYNAMIC_LOSS_SHARE * (self._limit - 1) * figures["reference_loss"]
+        if figures["kl"] <= allowed and not said.reason(allowed):
+            return Quantized(matrices=whole.matrices, record={**whole.record, "candidates": [candidate]})
+        # The blocks of int8, which a pair of both has only once.
+        blocks = self.quantize("int8").matrices
+        bits = self._settings.dynamic_bits
+        for outliers, expected_kl in outlier_mixes(self._weights, self._eight_bit_costs, bits, blocks):
+            matrices = {**whole.matrices, **{name: blocks[name] for name in ("embedding", *outliers)}}
+            said = judge_answers(self._answers, self.graph(matrices))
+            record = {
+                "method": "rtn",
+                "bytes": num_bytes(matrices),
+                "in_blocks": outliers,
+                "expected_kl": round(expected_kl, 6),
+                **self._told(said),
+                "candidates": [candidate],
+            }
+            log.info("int8-dyn candidate: %s", record)
+            if not said.reason((self._limit - 1) * figures["reference_loss"]):
+                break
+        return Quantized(matrices=matrices, record=record)
+
+    @functools.cached_property
+    def _eight_bit_costs(self) -> EightBitCosts:
+        return measure_costs(self._weights, self._data)
 
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())
@@ -361,15 +384,13 @@ class Quantizer:
                 matrix=dataclasses.replace(matrix, codes_NCE=put_away(matrix.codes_NCE, self._scratch)),
             )
 
-        sizes = dict.fromkeys(self._block_size(name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK))
-        formats = [(4, size) for size in sizes] + [(8, self._block_size(name, self._settings.int8_block_size))]
+        sizes = dict.fromkeys(
+            matrix_block_size(self._weights, name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK)
+        )
+        formats = [(4, size) for size in sizes] + [
+            (8, matrix_block_size(self._weights, name, self._settings.int8_block_size))
+        ]
         return [option(_round(values, curvature, bits, block_size)) for bits, block_size in formats]
-
-    def _block_size(self, name: str, wanted: int) -> int:
-        # Lookup and product read the same bytes of a table only if its rows have no padding.
-        cfg = self._weights.spec
-        width = cfg.dim if name in table_names(self._weights) else self._weights[f"{name}.weight"].shape[1]
-        return block_size_for(width, wanted)
 
     def _told(self, said: AnswerLoss) -> dict[str, Any]:
         """What a record says of answers, where any were asked for."""

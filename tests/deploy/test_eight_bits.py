@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ryot.deploy.calibration import measure_sensitivity
-from ryot.deploy.eight_bits import eight_bit_formats, measure_inputs
-from ryot.deploy.matrices import quantize_blocks
+from ryot.deploy.eight_bits import dynamic_cost, eight_bit_formats, measure_inputs
+from ryot.deploy.matrices import quantize_blocks, quantize_dynamic
 from ryot.deploy.selection import Format, Ladder
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.blocks import split_blocks
@@ -59,6 +59,14 @@ def test_the_expected_cost_is_that_of_the_errors_of_inputs_and_weights(weights, 
             assert found.expected_kl == pytest.approx(0.5 * by_output_N @ sensitivity.outputs[name].numpy(), rel=0.2)
             assert (found.label, found.num_bytes) == (f"8 bits/{size}", matrix.num_bytes)
         assert formats[0].expected_kl < formats[1].expected_kl
+        for bits in (8, 7):
+            dynamic = quantize_dynamic(values, bits=bits)
+            found_NK = dynamic.codes_NK * dynamic.scales_N[:, None]
+            error_TN = rounded(x_TK, values.shape[1]) @ found_NK.T - x_TK @ values.T
+            by_output_N = (sensitivity.tokens[name].numpy()[:, None] * error_TN**2).mean(axis=0)
+            outputs_N = sensitivity.outputs[name]
+            expected = dynamic_cost(values, bits, outputs_N, inputs[name])
+            assert expected == pytest.approx(0.5 * by_output_N @ outputs_N.numpy(), rel=0.25)
 
 
 def test_a_table_that_is_only_looked_up_costs_what_its_rows_lose(weights, data):

@@ -19,9 +19,9 @@ from ryot.deploy.answers import Answer
 from ryot.deploy.artifact import ExportOptions
 from ryot.deploy.bundle import finish_bundle
 from ryot.deploy.export import export_variant
-from ryot.deploy.matrices import quantize_blocks
+from ryot.deploy.matrices import BlockMatrix, quantize_blocks
 from ryot.deploy.precisions import num_bytes
-from ryot.deploy.quality import LOOKS, evaluate_bundle, quality_windows, worst
+from ryot.deploy.quality import LOOKS, evaluate_artifacts, evaluate_bundle, quality_windows, worst
 from ryot.deploy.quantize import INT8_LOSS_SHARE, Quantizer
 from ryot.deploy.runtime import runtime_modules
 from ryot.deploy.settings import ExportSettings
@@ -129,6 +129,35 @@ def test_eight_bits_take_the_fastest_blocks_where_they_cost_little_and_small_one
     assert set(some.values()) | set(most.values()) <= {16, 32}
     assert fastest["bytes"] < sum(matrix_bytes(weights, some)) <= sum(matrix_bytes(weights, most))
     assert tight["expected_kl"] <= record["expected_kl"]
+
+
+@only("llama")
+def test_a_matrix_with_outliers_in_its_inputs_is_in_blocks_in_int8_dyn(trained, data, tmp_path):
+    weights = load_decoder_weights(open_folder(trained))
+    up, down = (weights[f"layers.1.{name}.weight"].copy() for name in ("gate_up", "down"))
+    # What the decoder computes stays: one input of `down` is as large as all of a token's others are small beside it.
+    up[-1] *= 3000
+    down[:, -1] /= 3000
+    uneven = dataclasses.replace(
+        weights, arrays={**weights.arrays, "layers.1.gate_up.weight": up, "layers.1.down.weight": down}
+    )
+
+    def quantize(weights, limit):
+        quantizer = Quantizer(weights, data, ExportSettings(dynamic_bits=8), limit, tmp_path)
+        found = quantizer.quantize("int8-dyn")
+        assert found.record["bytes"] == num_bytes(found.matrices)
+        windows = quality_windows(data, "val", CONTEXT, tokens=512)
+        graph = quantizer.graph(found.matrices)
+        return found, evaluate_artifacts(quantizer.reference, {"mix": graph}, windows, data.byte_lengths)["mix"].kl
+
+    even, _ = quantize(weights, 1.5)
+    assert "in_blocks" not in even.record
+    found, kl = quantize(uneven, 1.0001)
+    assert "layers.1.down" in found.record["in_blocks"]
+    assert len(found.record["in_blocks"]) < len(weights.linears) - 1
+    in_blocks = {name for name, matrix in found.matrices.items() if isinstance(matrix, BlockMatrix)}
+    assert in_blocks == {"embedding", *found.record["in_blocks"]}
+    assert kl < 0.2 * found.record["candidates"][0]["kl"]
 
 
 def matrix_bytes(weights, sizes):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.machine import isa_names, sums_int8_exactly
+from ryot.edge.machine import isa_names, overflows_on
 from ryot.errors import FleetError
 
 MACHINES = ("x86_64", "aarch64")
@@ -149,12 +149,9 @@ def check_device(facts: Facts, bundle: Bundle, peak_rss_bytes: int | None, root:
     `peak_rss_bytes` is what the bundle's own record says that it takes; it is estimated where there is none.
     """
     _check_system(facts)
-    exact = sums_int8_exactly(facts.isa)
-    settings = bundle.manifest.get("quantization") or {}
-    if settings.get("dynamic_bits") == 8 and "int8-dyn" in bundle.precision and not exact:
+    if overflows_on(bundle, facts.isa):
         raise FleetError(
-            f"its CPU has neither VNNI nor dot products, and sums of this bundle's 8-bit weights ({bundle.precision}) "
-            "overflow without",
+            f"its CPU has AVX2 without VNNI, where sums of this bundle's 8-bit weights ({bundle.precision}) overflow",
             hint="export with a target whose device is like it, which takes 7 bits",
         )
     if not facts.writable:

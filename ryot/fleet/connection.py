@@ -12,10 +12,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ryot.errors import ConfigError, FleetError
-from ryot.fleet.device.wire import CHUNK, Wire, WireError
+from ryot.fleet.answers import read_answer
+from ryot.fleet.device.wire import CHUNK, Wire, WireError, WireNonsenseError
 from ryot.fleet.facts import Facts, FactsReader, remote_command
 from ryot.fleet.inventory import Host
 from ryot.fleet.program import build_program
@@ -27,6 +28,8 @@ ALIVE_S = 5
 #: A device that measures for long says nothing meanwhile; ssh itself notices when the link is gone.
 SILENCE_S = 3600.0
 _LINES_BEFORE_FACTS = 200
+
+A = TypeVar("A")
 
 
 class ConnectionLost(FleetError):
@@ -92,17 +95,20 @@ class Connection:
         self._wire, self._process = wire, process
         self.facts, self._tell = facts, tell
 
-    def start(self, **request: Any) -> dict[str, Any]:
+    def start(self, shape: type[A], **request: Any) -> A:
         """Send the program along and its first request. Raises `FleetError`."""
         with self._watched():
             self._wire.write(build_program())
-        return self.ask(**request)
+        return self.ask(shape, **request)
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The device's answer to a request. Raises `FleetError` when it refuses."""
+    def ask(self, shape: type[A], **request: Any) -> A:
+        """The device's answer to a request, of a shape of `ryot.fleet.answers`.
+
+        Raises `FleetError` when it refuses, or answers something else.
+        """
         with self._watched():
             self._wire.send(request)
-            return self._answer()
+            return read_answer(shape, self._answer())
 
     def send_files(self, pieces: list[tuple[Piece, int]]) -> None:
         """Send files, each from an offset on; answers are read at the end, so that no file waits for another's."""
@@ -127,13 +133,16 @@ class Connection:
                 raise _refusal(values)
             if "progress" not in values:
                 return values
-            self._tell(values["progress"])
+            self._tell(str(values["progress"]))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Raise what the device said last instead of the broken pipe that came of it."""
         try:
             yield
+        except WireNonsenseError as error:
+            self._process.kill()
+            raise FleetError(f"it says something else than ryot's program: {error}") from error
         except WireError as error:
             with contextlib.suppress(WireError):
                 while True:
@@ -206,7 +215,8 @@ def explain(complaint: str, otherwise: str) -> FleetError:
 
 def _refusal(values: dict[str, Any]) -> FleetError:
     kind = ConnectionLost if values.get("retry") else FleetError
-    return kind(values["error"], hint=values.get("hint"))
+    hint = values.get("hint")
+    return kind(str(values["error"]), hint=hint if isinstance(hint, str) else None)
 
 
 def _complaint(process: subprocess.Popen[bytes]) -> str:

@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ryot.edge.bundle import Bundle
 from ryot.edge.machine import isa_names, overflows_on
@@ -20,6 +19,8 @@ PYTHON_MIN = (3, 11)
 PROCESS_BYTES = 50_000_000
 #: A clock that is off by more makes TLS, and so pip, refuse.
 CLOCK_LIMIT_S = 86_400
+#: Of a number of a device: its bytes of memory have fewer.
+_MAX_DIGITS = 15
 #: Marks the first and the last line of the facts among whatever a login shell may print.
 _FIRST, _LAST = "ryot_facts=1", "ryot_python="
 
@@ -187,13 +188,13 @@ def _check_system(facts: Facts) -> None:
             f"it is {size}{facts.machine}, expected a 64-bit system on {' or '.join(MACHINES)}",
             hint="onnxruntime has no build for it; many 32-bit systems run on hardware that takes a 64-bit one",
         )
-    if not facts.glibc or facts.glibc < GLIBC_MIN:
+    if len(facts.glibc) < 2 or facts.glibc < GLIBC_MIN:
         wanted = ".".join(map(str, GLIBC_MIN))
         raise FleetError(
             f"it has {facts.libc or 'an unknown libc'}, expected glibc {wanted} or later",
             hint="onnxruntime's wheels are for glibc; a container of Debian on it would do",
         )
-    if not facts.python:
+    if not facts.python or len(facts.python_version) < 2 or facts.python_version < PYTHON_MIN:
         wanted = ".".join(map(str, PYTHON_MIN))
         found = f"Python {'.'.join(map(str, facts.python_version))}" if facts.python_version else "no Python"
         raise FleetError(
@@ -205,9 +206,10 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB"
 
 
-def _int(text: Any) -> int:
-    return int(text) if str(text or "").isdigit() else 0
+def _int(text: str | None) -> int:
+    """The number, where it is one that a device can have."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    return tuple(_int(part) for part in text.split(".")) if text else ()

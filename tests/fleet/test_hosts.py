@@ -17,7 +17,7 @@ import pytest
 
 from ryot.edge.bundle import load_bundle
 from ryot.errors import FleetError
-from ryot.fleet.facts import Facts, check_device, check_disk
+from ryot.fleet.facts import Facts, FactsReader, check_device, check_disk
 from ryot.fleet.inventory import Host, load_hosts
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from ryot.fleet.wheels import platform_tags
@@ -130,6 +130,30 @@ def test_what_a_device_lacks_is_found_in_its_facts(version_1: Path) -> None:
         assert check_device(dataclasses.replace(GOOD, machine=machine, isa=isa), eight, None, "/r") == []
     with pytest.raises(FleetError, match="has AVX2 without VNNI"):
         check_device(dataclasses.replace(GOOD, machine="x86_64", isa=("avx2",)), eight, None, "/r")
+
+
+def test_facts_that_no_device_has_are_refused_in_one_line(version_1: Path) -> None:
+    bundle = load_bundle(version_1)
+    for line, reason in (
+        ("libc=glibc 3", "it has glibc 3, expected glibc 2.28"),
+        ("python=3 64", "it has Python 3, expected 3.11"),
+        ("memory_kib=²", ""),
+        ("now=" + "9" * 5000, ""),
+        ("cores=" + "9" * 5000, ""),
+    ):
+        reader = FactsReader()
+        facts = None
+        for said in (
+            "ryot_facts=1", "system=Linux", "machine=x86_64", "bits=64", "libc=glibc 2.36", "python=3.11.2 64",
+            "writable=yes", line, "ryot_python=/usr/bin/python3",
+        ):  # fmt: skip
+            facts = reader.add(said)
+        assert facts is not None
+        if not reason:
+            check_device(facts, bundle, None, "/r")
+            continue
+        with pytest.raises(FleetError, match=reason):
+            check_device(facts, bundle, None, "/r")
 
 
 def test_wheels_are_asked_for_by_the_devices_own_tags() -> None:

@@ -19,6 +19,7 @@ from ryot.deploy.signing import load_key, make_key, sign_bundle
 from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, prepare, push_all
+from ryot.fleet.status import ask_status
 from ryot.report.rows import load_report, load_schema
 from tests.fleet.conftest import Push, rewrite_manifest, run_current, ryot
 from tests.fleet.sshd import Sshd
@@ -210,6 +211,44 @@ def test_a_host_that_is_down_stops_no_other(version_1: Path, sshd: Sshd, tmp_pat
     assert "cannot be reached: " in results[1].reason and "refused" in results[1].reason
     for name in ("one", "two"):
         assert run_current(tmp_path / name).returncode == 0
+
+
+#: What a device may answer that is no device of ours, and what is said of it.
+ODD = {
+    b'{"other": 1}': "its answer makes no sense: proved is missing",
+    b'{"proved": 3}': "its answer makes no sense: proved: got '3', expected a text",
+    b"[]": "it says something else than ryot's program: got [], expected an object",
+    b"\xff\xfe{": "it says something else than ryot's program: got b'\\xff\\xfe{', expected a line of JSON",
+    b"[" * 100_000: "it says something else than ryot's program: got b'[[[[",
+    b'{"error": {"a": 1}, "hint": 7}': "{'a': 1}",
+    b'{"proved": null}\n{"missing": {"00": 5}, "disk_free_bytes": 9}': "its answer makes no sense: it lacks '00' from",
+    b'{"proved": null}\n{"missing": [], "disk_free_bytes": 9}': "its answer makes no sense: missing: got '[]'",
+}
+
+
+def test_odd_devices_stop_no_other(version_1: Path, sshd: Sshd, tmp_path: Path) -> None:
+    """Each odd one says that it has a Python, which then answers something else than the program that it was sent."""
+    hosts = [Host(name="good", ssh="host", root=str(tmp_path / "device"), python=sys.executable)]
+    for number, answer in enumerate(ODD):
+        (tmp_path / f"answer{number}").write_bytes(answer + b"\n")
+        python = tmp_path / f"python{number}"
+        program = f"cat {tmp_path}/answer{number}; exec cat > /dev/null"
+        python.write_text(f'#!/bin/sh\ncase "$*" in *calcsize*) echo 3.12.1 64;; *) {program};; esac\n')
+        python.chmod(0o755)
+        hosts.append(Host(name=f"odd{number}", ssh="host", root=str(tmp_path / f"odd{number}"), python=str(python)))
+    options = PushOptions(rounds=0, ssh_config=sshd.config)
+    good, *odd = push_all(
+        prepare(version_1, None), hosts[1:] + hosts[:1], options, jobs=4, scratch=tmp_path, tell=lambda host, what: None
+    )[::-1]
+    assert good.outcome == "switched", good.reason
+    for result, reason in zip(reversed(odd), ODD.values(), strict=True):
+        assert result.outcome == "failed" and result.reason.startswith(reason), result.reason
+    # The first two begin with what a status begins with, and wait for more.
+    *odd_status, status = ask_status(
+        hosts[3:] + hosts[:1], sshd.config, check=False, jobs=4, tell=lambda host, what: None
+    )
+    assert status.answer["current"]["name"] == "tiny-0"
+    assert all(one.error and not one.answer for one in odd_status)
 
 
 def test_host_keys_are_never_accepted_unseen(version_1: Path, sshd: Sshd, push: Push, root: Path) -> None:

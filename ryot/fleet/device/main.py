@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import secrets
 import sys
 import time
@@ -15,6 +14,7 @@ from ryot.edge.bundle import hash_file
 from ryot.edge.trust import UNLISTED, check_whole
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device.agent import Agent, describe_error, open_root
+from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import Root, identify
 
 #: A measurement that only says whether a version works.
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> Iterator[str]:
         yield from _describe(agent.status({"check": True}))
         return
     owner: dict[str, Any] = {"restart": options.restart, "health": options.health, "health_wait_s": 30.0}
-    with open_root(root, secrets.token_hex(16), getpass.getuser()):
+    with open_root(root, secrets.token_hex(16), user_name()):
         agent.recover()
         if options.command == "rollback":
             agent.rollback(owner)

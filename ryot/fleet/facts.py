@@ -26,8 +26,14 @@ _FIRST, _LAST = "ryot_facts=1", "ryot_python="
 
 _SCRIPT = r"""
 say() { printf '%s=%s\n' "$1" "$2"; }
-root=$1; python=$2; length=$3
-case $root in '~/'*) root=$HOME/${root#'~/'};; esac
+home() {
+    name=${1#'~'}; name=${name%%/*}
+    case $1 in '~'*)
+        case $name in *[!A-Za-z0-9._-]*) ;; *) eval "printf %s ~$name"; set -- "${1#"~$name"}";; esac;;
+    esac
+    printf %s "$1"
+}
+root=$(home "$1"); python=$(home "$2"); length=$3
 echo ryot_facts=1
 say system "$(uname -s)"
 say machine "$(uname -m)"
@@ -53,6 +59,7 @@ print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8)' 2>/dev/null)
     case $found in 3.1[1-9].*|3.[2-9][0-9].*) chosen=$(command -v "$each"); break;; esac
     [ -z "$python" ] || break
 done
+case $chosen in /*|'') ;; *) chosen=$PWD/$chosen;; esac
 say ryot_python "$chosen"
 [ -n "$chosen" ] || exit 0
 exec "$chosen" -I -c 'import os, sys
@@ -170,11 +177,13 @@ def check_device(facts: Facts, bundle: Bundle, peak_rss_bytes: int | None, root:
     return notes
 
 
-def check_disk(free_bytes: int, needed_bytes: int) -> None:
-    """Raise `FleetError` when what is to be copied does not fit."""
-    if needed_bytes > free_bytes:
+def check_disk(free_bytes: int, copied_bytes: int, environment_bytes: int = 0) -> None:
+    """Raise `FleetError` when what is to be copied, and the environment to be made, do not fit."""
+    needed = copied_bytes + environment_bytes
+    if needed > free_bytes:
+        whose = f" (an environment with onnxruntime takes {_mb(environment_bytes)})" if environment_bytes else ""
         raise FleetError(
-            f"its disk has {_mb(free_bytes)} free, {_mb(needed_bytes)} are needed",
+            f"its disk has {_mb(free_bytes)} free, {_mb(needed)} are needed{whose}",
             hint="make room, or choose a folder elsewhere with --root",
         )
 

@@ -19,6 +19,7 @@ from ryot.edge.trust import UNLISTED, TrustedKeys, check_whole
 from ryot.errors import EXIT_FAILED, EXIT_OK, EXIT_TARGET_MISSED, FleetError, RyotError
 from ryot.fleet.answers import Activated, Built, FoundPython, Measured, Missing, Opened, Trusted, read_results
 from ryot.fleet.connection import Connection, ConnectionLost, Links, Piece, connect
+from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
 from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import identify
 from ryot.fleet.facts import check_device, check_disk
@@ -31,8 +32,6 @@ from ryot.report.targets import load_targets
 
 #: Pauses before a lost connection is tried again; what came already is not sent again.
 RETRY_AFTER_S = (1.0, 3.0, 9.0, 27.0)
-#: Unpacked wheels take some four times their own size.
-_UNPACKED = 5
 #: The measurement that only says whether a version works: one process, a moment.
 _BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
@@ -235,11 +234,11 @@ def _send_missing(
 ) -> None:
     """Send what the device lacks of a bundle, and wheels unless an environment is made from them already."""
     pieces = list(parcel.files.values())
-    if wheels:
-        requirements = parcel.files["requirements.txt"].path.read_text(encoding="utf-8")
-        python, names = device.facts.python, _named(wheels)
-        if device.ask(FoundPython, op="python", requirements=requirements, python=python, wheels=names)["python"]:
-            wheels = ()
+    requirements = parcel.files["requirements.txt"].path.read_text(encoding="utf-8")
+    python, names = device.facts.python, _named(wheels)
+    environment_bytes = UNPACKED * sum(wheel.bytes for _, wheel in wheels) if wheels else PIP_ENVIRONMENT_BYTES
+    if device.ask(FoundPython, op="python", requirements=requirements, python=python, wheels=names)["python"]:
+        wheels, environment_bytes = (), 0
     pieces += [wheel for _, wheel in wheels]
     found = device.ask(Missing, op="missing", files={piece.sha256: piece.bytes for piece in pieces})
     have = found["missing"]
@@ -248,7 +247,7 @@ def _send_missing(
         raise FleetError(f"its answer makes no sense: it lacks {strange[0]!r} from byte {have[strange[0]]} on")
     lacking = {piece.sha256: piece for piece in pieces if piece.sha256 in have}
     to_send = sum(piece.bytes - have[digest] for digest, piece in lacking.items())
-    check_disk(found["disk_free_bytes"], to_send + sum(wheel.bytes for _, wheel in wheels) * _UNPACKED)
+    check_disk(found["disk_free_bytes"], to_send, environment_bytes)
     resumed = sum(have.values())
     tell(f"sending {to_send / 1e6:,.2f} MB" + (f", {resumed / 1e6:,.2f} MB came before" if resumed else ""))
     device.send_files([(piece, have[digest]) for digest, piece in lacking.items()])

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ryot.edge.trust import check_signatures, parse_trusted_keys
 from ryot.errors import BundleError, FleetError, RyotError
 from ryot.fleet.device import checks, processes
-from ryot.fleet.device.environment import existing_python, find_python
+from ryot.fleet.device.environment import check_can_make, existing_python, find_python
 from ryot.fleet.device.store import DamagedFile, Release, Root, State, identify, write_whole
 from ryot.fleet.device.wire import Wire, WireError
 
@@ -82,9 +82,11 @@ class Agent:
         return {"missing": missing, "disk_free_bytes": free}
 
     def python(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The Python that is there for a bundle already, so that wheels need not be sent."""
+        """The Python that is there for a bundle already, so that wheels need not be sent; or that one can be made."""
         wheels = [(name, digest) for name, digest in request["wheels"]]
         found = existing_python(self._root, request["requirements"], python=request["python"], wheels=wheels)
+        if found is None:
+            check_can_make(request["python"], with_pip=not wheels)
         return {"python": found}
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from ryot.edge.bundle import hash_file
 from ryot.edge.trust import UNLISTED, check_whole
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device.agent import Agent, describe_error, open_root
+from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
 from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import Root, identify
 
@@ -68,19 +70,31 @@ def _install(root: Root, agent: Agent, options: argparse.Namespace, owner: dict[
     if options.trusted_keys is not None:
         agent.trust({"keys": options.trusted_keys.read_text(encoding="utf-8")})
     bundle, _ = check_whole(options.bundle, root.load_keys())
+    named = options.python
+    python = shutil.which(str(Path(named).expanduser()) if named.startswith("~") else named)
+    if python is None:
+        raise FleetError(f"--python: got {options.python!r}, expected a Python that can be run")
+    python = str(Path(python).absolute())
     unlisted = {name: hash_file(bundle.path / name) for name in UNLISTED if (bundle.path / name).exists()}
     files = {name: entry.sha256 for name, entry in bundle.files.items()} | unlisted
+    paths = sorted(options.wheels.glob("*.whl")) if options.wheels else []
+    wheels = [(path.name, hash_file(path)) for path in paths]
+    requirements = (bundle.path / "requirements.txt").read_text(encoding="utf-8")
+    there = agent.python({"requirements": requirements, "python": python, "wheels": wheels})["python"]
+    needed = sum((bundle.path / name).stat().st_size for name in files)
+    if there is None:
+        needed += (1 + UNPACKED) * sum(path.stat().st_size for path in paths) if paths else PIP_ENVIRONMENT_BYTES
+    if needed > (free := shutil.disk_usage(root.path).free):
+        raise FleetError(f"the disk has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed")
     for name, digest in files.items():
         root.adopt(bundle.path / name, digest)
-    wheels = []
-    for wheel in sorted(options.wheels.glob("*.whl")) if options.wheels else ():
-        wheels.append((wheel.name, hash_file(wheel)))
-        root.adopt(wheel, wheels[-1][1])
+    for path, (_, digest) in zip(paths, wheels) if there is None else ():
+        root.adopt(path, digest)
     built = agent.build(
         {
             "bundle": identify(*(unlisted.get(name, "-") for name in UNLISTED)),
             "files": files,
-            "python": options.python,
+            "python": python,
             "wheels": wheels,
         }
     )

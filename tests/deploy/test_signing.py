@@ -289,7 +289,7 @@ def test_what_an_attacker_may_put_into_an_archive_is_refused(plain: Path, tmp_pa
 def test_who_signed_and_whether_there_is_room_is_known_before_files_are_written(
     plain: Path, signed: Path, keys: TrustedKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An archive of the manifest and one listed file: whoever looks at more than the first says that it lacks others."""
+    """Of an archive that holds one listed file, whoever looks at that first says that it lacks others."""
     own = own_entries(plain)
     first = next(n for n, (info, _) in enumerate(own) if info.name not in (MANIFEST_NAME, RECORD_NAME))
     begin = write_archive(tmp_path / "begin.tar.zst", own[: first + 1])
@@ -325,9 +325,9 @@ def test_an_archive_that_unpacks_to_more_than_weights_would_is_refused_at_its_ma
         with pytest.raises(BundleError, match=f"says nothing sensible of '{name}'"):
             unpack_archive(write_archive(tmp_path / "a.tar.zst", [head]), tmp_path / "out")
         del values["files"][name]
-    for name, deep in ((MANIFEST_NAME, [entry(MANIFEST_NAME, b"[" * 100_000)]),):
-        with pytest.raises(BundleError, match=f"{name}: not valid JSON"):
-            unpack_archive(write_archive(tmp_path / "a.tar.zst", deep), tmp_path / "out")
+    deep = write_archive(tmp_path / "a.tar.zst", [entry(MANIFEST_NAME, b"[" * 100_000)])
+    with pytest.raises(BundleError, match="not valid JSON"):
+        unpack_archive(deep, tmp_path / "out")
 
 
 def test_bombs_end_before_they_grow(plain: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from ryot.atomic import atomic_folder
+from ryot.atomic import atomic_folder, open_to_all
 from ryot.edge.bundle import MANIFEST_NAME, RECORD_NAME, Bundle, FileEntry, check_inside, load_bundle, read_manifest
 from ryot.edge.trust import SIGNATURE_NAME, UNLISTED, Signer, TrustedKeys, check_listed, check_signatures, check_whole
 from ryot.errors import BundleError, ConfigError
@@ -88,8 +88,7 @@ def unpack_archive(archive: Path, target: Path, keys: TrustedKeys | None = None)
             length = _check_trailer(archive, file)
             with atomic_folder(target) as stage:
                 _unpack(archive, file, length, stage, keys)
-                for path in stage.rglob("*"):
-                    path.chmod(0o755 if path.is_dir() else 0o644)
+                open_to_all(stage)
                 check_whole(stage, keys)
     except zstandard.ZstdError as error:
         raise _refused(archive, f"cannot be decompressed ({error})") from error

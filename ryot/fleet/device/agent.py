@@ -191,6 +191,7 @@ class Agent:
 
 def serve() -> None:
     """Serve the desk at the other end of stdin and stdout. The first request says which root, and who asks."""
+    os.umask(0o022)  # whoever runs the bundle may be another user, and so need the environment that is made
     wire = Wire(0, 1, SILENCE_S)
     try:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import shutil
 import sys
@@ -16,6 +17,7 @@ from ryot.edge.trust import UNLISTED, check_whole
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device.agent import Agent, describe_error, open_root
 from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
+from ryot.fleet.device.kit_hashes import hash_wheels
 from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import Root, identify
 
@@ -25,6 +27,7 @@ _BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks; returns the exit code."""
+    os.umask(0o022)  # whoever runs the bundle may be another user, and so need the environment that is made
     parser = argparse.ArgumentParser(prog="ryot-device.pyz", description="Install a bundle on this device, or go back.")
     parser.add_argument("--root", type=Path, default=Path("~/.local/share/ryot"), help="default: %(default)s")
     parser.add_argument("--restart", default="", metavar="COMMAND", help="what makes a service take up a new version")
@@ -77,18 +80,18 @@ def _install(root: Root, agent: Agent, options: argparse.Namespace, owner: dict[
     python = str(Path(python).absolute())
     unlisted = {name: hash_file(bundle.path / name) for name in UNLISTED if (bundle.path / name).exists()}
     files = {name: entry.sha256 for name, entry in bundle.files.items()} | unlisted
-    paths = sorted(options.wheels.glob("*.whl")) if options.wheels else []
-    wheels = [(path.name, hash_file(path)) for path in paths]
+    hashed = hash_wheels(options.wheels, root.load_keys()) if options.wheels else []
+    wheels = [(path.name, digest) for path, digest in hashed]
     requirements = (bundle.path / "requirements.txt").read_text(encoding="utf-8")
     there = agent.python({"requirements": requirements, "python": python, "wheels": wheels})["python"]
     needed = sum((bundle.path / name).stat().st_size for name in files)
     if there is None:
-        needed += (1 + UNPACKED) * sum(path.stat().st_size for path in paths) if paths else PIP_ENVIRONMENT_BYTES
+        needed += (1 + UNPACKED) * sum(path.stat().st_size for path, _ in hashed) if hashed else PIP_ENVIRONMENT_BYTES
     if needed > (free := shutil.disk_usage(root.path).free):
         raise FleetError(f"the disk has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed")
     for name, digest in files.items():
         root.adopt(bundle.path / name, digest)
-    for path, (_, digest) in zip(paths, wheels) if there is None else ():
+    for path, digest in hashed if there is None else ():
         root.adopt(path, digest)
     built = agent.build(
         {

@@ -213,6 +213,7 @@ def test_a_host_that_is_down_stops_no_other(version_1: Path, sshd: Sshd, tmp_pat
         assert run_current(tmp_path / name).returncode == 0
 
 
+_FOUND = b'{"proved": null}\n{"python": "/usr/bin/python3"}\n'
 #: What a device may answer that is no device of ours, and what is said of it.
 ODD = {
     b'{"other": 1}': "its answer makes no sense: proved is missing",
@@ -221,8 +222,8 @@ ODD = {
     b"\xff\xfe{": "it says something else than ryot's program: got b'\\xff\\xfe{', expected a line of JSON",
     b"[" * 100_000: "it says something else than ryot's program: got b'[[[[",
     b'{"error": {"a": 1}, "hint": 7}': "{'a': 1}",
-    b'{"proved": null}\n{"missing": {"00": 5}, "disk_free_bytes": 9}': "its answer makes no sense: it lacks '00' from",
-    b'{"proved": null}\n{"missing": [], "disk_free_bytes": 9}': "its answer makes no sense: missing: got '[]'",
+    _FOUND + b'{"missing": {"00": 5}, "disk_free_bytes": 9}': "its answer makes no sense: it lacks '00' from byte 5",
+    _FOUND + b'{"missing": [], "disk_free_bytes": 9}': "its answer makes no sense: missing: got '[]'",
 }
 
 
@@ -270,6 +271,28 @@ def test_host_keys_are_never_accepted_unseen(version_1: Path, sshd: Sshd, push: 
         assert not root.exists()
     finally:
         sshd.trust_host()
+
+
+def test_a_jump_host_is_named_and_its_key_never_accepted_unseen(
+    version_1: Path, sshd: Sshd, push: Push, tmp_path: Path
+) -> None:
+    jump, behind = sshd.client_settings().replace("Host host", "Host jump"), sshd.client_settings()
+    config, known = tmp_path / "config", tmp_path / "known"
+    other = (sshd.folder / "user_key.pub").read_text().split()
+    for settings, keys, reason in (
+        # As a user may have it who wants no questions; ssh hands no options to the jump host's own ssh.
+        (jump + "  StrictHostKeyChecking no\n", "", "the host key of its jump host {} is not known, and none is"),
+        (jump, f"[127.0.0.1]:{sshd.port} {other[0]} {other[1]}\n", "the host key of its jump host {} is another one"),
+        (jump.replace("user_key", "host_key"), sshd.known_hosts.read_text(), "its jump host {} accepts none of your"),
+        (jump.replace(f"Port {sshd.port}", "Port 1"), "", "cannot be reached: ssh: connect to host 127.0.0.1 port 1: "),
+    ):
+        known.write_text(keys)
+        own = settings.replace(str(sshd.known_hosts), str(known))
+        config.write_text(own + behind + "  ProxyJump jump\n")
+        result = push(version_1, ssh_config=config)
+        name = "\\S+@127.0.0.1" if "accepts" in reason else re.escape(f"[127.0.0.1]:{sshd.port}")
+        assert re.match(reason.format(name), result.reason), result.reason
+        assert known.read_text() == keys
 
 
 def test_a_host_that_takes_no_key_is_not_asked_for_a_password(version_1: Path, sshd: Sshd, push: Push) -> None:

@@ -62,6 +62,8 @@ class Measured(TypedDict):
     environment: dict[str, Any]
     results: list[dict[str, Any]]
     figures: dict[str, float]
+    slower: str
+    """How it is slower than the version that runs; empty when it is not, or nobody asked."""
 
 
 class Activated(TypedDict):

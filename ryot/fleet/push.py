@@ -19,6 +19,7 @@ from ryot.edge.trust import UNLISTED, TrustedKeys, check_whole
 from ryot.errors import EXIT_FAILED, EXIT_OK, EXIT_TARGET_MISSED, FleetError, RyotError
 from ryot.fleet.answers import Activated, Built, FoundPython, Measured, Missing, Opened, Trusted, read_results
 from ryot.fleet.connection import Connection, ConnectionLost, Links, Piece, connect
+from ryot.fleet.device.checks import BRIEF, MAX_SLOWDOWN
 from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
 from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import identify
@@ -32,8 +33,6 @@ from ryot.report.targets import load_targets
 
 #: Pauses before a lost connection is tried again; what came already is not sent again.
 RETRY_AFTER_S = (1.0, 3.0, 9.0, 27.0)
-#: The measurement that only says whether a version works: one process, a moment.
-_BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -48,7 +47,9 @@ class PushOptions:
     rounds: int = 3
     """Fresh processes that measure on the device; 0: one, for a moment, and no record."""
     even_if_missed: bool = False
-    """Whether a version that misses a target's limit is switched to all the same."""
+    """Whether a version that misses a target's limit, or is slower, is switched to all the same."""
+    max_slowdown: float = MAX_SLOWDOWN
+    """A version that takes more than this times as long as the one that runs there is not switched to."""
     trusted_keys: Path | None = None
     """Keys that the device is to trust from now on."""
     wheels: Path | None = None
@@ -64,7 +65,8 @@ class PushResult:
 
     host: str
     outcome: str = "failed"
-    """`switched`, `unchanged` (it ran already), `kept` (a limit was missed: the version before runs on), `failed`."""
+    """`switched`, `unchanged` (it ran already), `failed`, `kept`: the version before runs on, since a
+    limit was missed or this one is slower."""
     reason: str = ""
     hint: str | None = None
     sent_bytes: int = 0
@@ -201,9 +203,16 @@ def _push_once(
         wheels=_named(taken),
     )
     limits = limits_under(targets, facts.cores or 1)
-    brief = _BRIEF if options.rounds == 0 else effort([parcel.bundle], quick=False)
+    brief = BRIEF if options.rounds == 0 else effort([parcel.bundle], quick=False)
     rounds = max(1, options.rounds)
-    measured = device.ask(Measured, op="measure", release=built["release"], spec={**limits, **brief}, rounds=rounds)
+    measured = device.ask(
+        Measured,
+        op="measure",
+        release=built["release"],
+        spec={**limits, **brief},
+        rounds=rounds,
+        max_slowdown=None if options.even_if_missed else options.max_slowdown,
+    )
     results = read_results(measured, rounds)
     if options.rounds:
         result.report = judge_device(
@@ -211,10 +220,11 @@ def _push_once(
         )
     elif dead := [r for r in results if not r.ok]:
         raise FleetError(f"the new version cannot be measured: {dead[0].reason}")
-    if result.report is not None and not options.even_if_missed and (miss := _missed(result.report)):
-        result.outcome, result.reason = "kept", miss
+    miss = "" if result.report is None or options.even_if_missed else _missed(result.report)
+    if reason := miss or measured["slower"]:
+        result.outcome, result.reason = "kept", reason
         result.hint = "the version before runs on; --even-if-missed switches all the same"
-        tell(f"not switched to: {miss}")
+        tell(f"not switched to: {reason}")
         return
     release: dict[str, Any] = {**built["release"], "figures": measured["figures"]}
     done = device.ask(Activated, op="activate", release=release, **host.owner_commands)

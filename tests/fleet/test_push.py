@@ -122,6 +122,32 @@ def test_a_missed_target_leaves_the_version_before(
 
 
 @pytest.mark.slow
+def test_a_version_that_is_far_slower_leaves_the_one_before(
+    version_1: Path, push: Push, root: Path, tmp_path: Path
+) -> None:
+    assert push(version_1).outcome == "switched"
+    slow = Path(shutil.copytree(version_1, tmp_path / "slow"))
+    engine = slow / "runtime" / "ryot" / "edge" / "capi.py"
+    head = "    def step(self) -> None:\n"
+    assert engine.read_text().count(head) == 1
+    engine.write_text(engine.read_text().replace(head, f'{head}        __import__("time").sleep(0.002)\n'))
+    rewrite_manifest(slow, name="slow")
+    kept = push(slow)
+    assert (kept.outcome, kept.exit_code) == ("kept", 3)
+    assert re.match(r"more than 2 times slower: decode \S+ tok/s, \S+ of the version that runs$", kept.reason)
+    assert run_current(root).stdout.startswith("tiny-0: ")
+    # A record of a better day is no reason: the version that runs is measured now, too.
+    state = Root(root).read_state()
+    [release] = state.releases.values()
+    release.figures["decode_tok_s"] *= 1000
+    Root(root).write_state(state)
+    assert (
+        push(rewrite_manifest(Path(shutil.copytree(version_1, tmp_path / "same")), name="same")).outcome == "switched"
+    )
+    assert push(slow, max_slowdown=1e6).outcome == "switched"
+
+
+@pytest.mark.slow
 def test_a_half_copied_attempt_is_gone_on_with(version_1: Path, push: Push, root: Path) -> None:
     data = (version_1 / "model.onnx.data").read_bytes()
     digest = json.loads((version_1 / "ryot_manifest.json").read_text())["files"]["model.onnx.data"]["sha256"]

@@ -118,7 +118,37 @@ class Agent:
         release = Release(**request["release"])
         self.tell(f"measuring, {request['rounds']} round{'s' * (request['rounds'] != 1)}")
         found = checks.measure(release.python, self._root.bundle(release.bundle), request["spec"], request["rounds"])
-        return found | {"figures": checks.summarize(found["results"])}
+        figures = checks.summarize(found["results"])
+        factor = request["max_slowdown"]
+        slower = "" if factor is None else self._find_slowdown(release, figures, request["spec"], factor)
+        return found | {"figures": figures, "slower": slower}
+
+    def _find_slowdown(self, release: Release, figures: dict[str, float], spec: dict[str, Any], factor: float) -> str:
+        """How a release is slower, by more than `factor`, than the one that runs; empty when it is not.
+
+        Where its record says so the two are measured again by turns: the record may be of other limits, or the device
+        may have been busy just now.
+        """
+        state, current = self._root.read_state(), self._root.current_id()
+        if current is None or current == release.id or current not in state.releases:
+            return ""
+        before = state.releases[current]
+        if not checks.describe_slowdown(before.figures, figures, factor):
+            return ""
+        self.tell(f"it seems slower than {before.name}; measuring both")
+        results = []
+        for one in (before, release):
+            try:
+                found = checks.measure(one.python, self._root.bundle(one.bundle), {**spec, **checks.BRIEF}, 1)
+            except FleetError as error:
+                self.tell(f"cannot tell whether it is slower: {error}")
+                return ""
+            results.append(found["results"])
+        lengths = {r.get("prompt_tokens") for one in results for r in one}
+        old, new = map(checks.summarize, results)
+        if len(lengths) > 1:  # each is measured with prompts of its own context
+            old.pop("ttft_ms", None)
+        return checks.describe_slowdown(old, new, factor)
 
     def activate(self, request: dict[str, Any]) -> dict[str, Any]:
         release = Release(**request["release"])

@@ -16,13 +16,11 @@ from ryot.edge.bundle import hash_file
 from ryot.edge.trust import UNLISTED, check_whole
 from ryot.errors import FleetError, RyotError
 from ryot.fleet.device.agent import Agent, describe_error, open_root
+from ryot.fleet.device.checks import BRIEF, MAX_SLOWDOWN
 from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
 from ryot.fleet.device.kit_hashes import hash_wheels
 from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import Root, identify
-
-#: A measurement that only says whether a version works.
-_BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--health", default="", metavar="COMMAND", help="what has to succeed for a new version to stay")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to make an environment from")
     parser.add_argument("--trusted-keys", type=Path, help="take only what these keys signed, from now on")
+    parser.add_argument(
+        "--max-slowdown", type=float, default=MAX_SLOWDOWN, metavar="X",
+        help="keep the version before when the new one takes more than X times as long, default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
     commands = parser.add_subparsers(dest="command", required=True)
     install = commands.add_parser("install", help="install a bundle from a folder, and switch to it when it works")
@@ -101,9 +103,12 @@ def _install(root: Root, agent: Agent, options: argparse.Namespace, owner: dict[
             "wheels": wheels,
         }
     )
-    measured = agent.measure({"release": built["release"], "spec": _BRIEF, "rounds": 1})
+    asked = {"spec": BRIEF, "rounds": 1, "max_slowdown": options.max_slowdown}
+    measured = agent.measure({"release": built["release"], **asked})
     if dead := [r for r in measured["results"] if not r["ok"]]:
         raise FleetError(f"the new version cannot be measured: {dead[0]['reason']}")
+    if measured["slower"]:
+        raise FleetError(f"not switched to: {measured['slower']}", hint="--max-slowdown N takes slower ones")
     agent.activate({"release": {**built["release"], "figures": measured["figures"]}, **owner})
 
 

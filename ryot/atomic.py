@@ -47,6 +47,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def open_to_all(folder: Path) -> None:
+    """Make what is in a folder readable by all, whatever the umask: whoever runs it on a device may be another user."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+
+
 def fsync(path: Path) -> None:
     """Put the content of a file, or the names in a folder, on disk; folders where the file system can."""
     try:

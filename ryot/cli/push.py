@@ -39,7 +39,15 @@ from ryot.cli.options import HELP, format_option, host_options, verbose_option
 )
 @click.option("--restart", metavar="COMMAND", help="What makes a service there take up the new version")
 @click.option("--health", metavar="COMMAND", help="What has to succeed there within 30 s for it to stay")
-@click.option("--even-if-missed", is_flag=True, help="Switch although a limit is missed")
+@click.option(
+    "--max-slowdown",
+    metavar="X",
+    type=click.FloatRange(min=1),
+    default=2.0,
+    show_default=True,
+    help="Keep the version before when the new one takes more than X times as long there",
+)
+@click.option("--even-if-missed", is_flag=True, help="Switch although a limit is missed, or it is slower")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Keep the report as JSON")
 @format_option("table", "md", "csv", "json")
 @verbose_option
@@ -53,6 +61,7 @@ def command(
     rounds: int,
     wheels: Path | None,
     trusted_keys: Path | None,
+    max_slowdown: float,
     even_if_missed: bool,
     output: Path | None,
     fmt: Any,
@@ -84,6 +93,7 @@ def command(
     parcel = prepare(bundle, None if trusted_keys is None else load_trusted_keys(trusted_keys))
     options = PushOptions(
         rounds=rounds,
+        max_slowdown=max_slowdown,
         even_if_missed=even_if_missed,
         trusted_keys=trusted_keys,
         wheels=wheels,

@@ -1,7 +1,8 @@
 """A bundle as one file: `.tar.zst`, the same bytes for the same bundle, and unpacked with nothing taken on trust.
 
 The manifest comes first, so that unpacking knows every other file's name, size and hash before it meets it: what is not
-listed, comes twice, is longer or shorter, or is no plain file ends it, whatever the archive says of itself. Headers
+listed, comes twice, is longer or shorter, or is no plain file ends it, whatever the archive says of itself. Signatures
+and record come next: who signed, and whether the disk has room, is known before any other file is written. Headers
 must be the very bytes that packing writes. A skippable frame at the end, which other programs pass over, holds the
 sha256 of all before it. Reproducible for one version of libzstd.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,9 @@ from typing import BinaryIO
 
 import zstandard
 
-from ryot.atomic import atomic_folder
+from ryot.atomic import atomic_folder, open_to_all
 from ryot.edge.bundle import MANIFEST_NAME, RECORD_NAME, Bundle, FileEntry, check_inside, load_bundle, read_manifest
-from ryot.edge.trust import SIGNATURE_NAME, Signer, TrustedKeys, check_listed, check_whole
+from ryot.edge.trust import SIGNATURE_NAME, UNLISTED, Signer, TrustedKeys, check_listed, check_signatures, check_whole
 from ryot.errors import BundleError, ConfigError
 
 LEVEL = 12
@@ -29,6 +31,9 @@ TRAILER_BYTES = len(_TRAILER_HEAD) + 32
 #: What the manifest may have at most, and the record and the signatures: nothing lists their size.
 MAX_MANIFEST_BYTES, MAX_UNLISTED_BYTES = 16_000_000, 64_000_000
 MAX_FILES = 10_000
+#: Unpacked bytes per byte of an archive, beside the first `MAX_UNLISTED_BYTES`: far more than weights come to, and far
+#: less than zeros.
+MAX_RATIO = 100
 _BLOCK = 512
 _CHUNK = 1 << 20
 #: Memory that an archive may ask for to be unpacked: 128 MiB, twice what level 19 does.
@@ -82,9 +87,8 @@ def unpack_archive(archive: Path, target: Path, keys: TrustedKeys | None = None)
         with archive.open("rb") as file:
             length = _check_trailer(archive, file)
             with atomic_folder(target) as stage:
-                _unpack(archive, file, length, stage)
-                for path in stage.rglob("*"):
-                    path.chmod(0o755 if path.is_dir() else 0o644)
+                _unpack(archive, file, length, stage, keys)
+                open_to_all(stage)
                 check_whole(stage, keys)
     except zstandard.ZstdError as error:
         raise _refused(archive, f"cannot be decompressed ({error})") from error
@@ -117,7 +121,7 @@ def _digest(path: Path, length: int) -> bytes:
     return found.digest()
 
 
-def _unpack(archive: Path, file: BinaryIO, length: int, stage: Path) -> None:
+def _unpack(archive: Path, file: BinaryIO, length: int, stage: Path, keys: TrustedKeys | None) -> None:
     def compressed() -> Iterator[bytes]:
         while chunk := file.read(min(_CHUNK, length - file.tell())):
             yield chunk
@@ -131,6 +135,8 @@ def _unpack(archive: Path, file: BinaryIO, length: int, stage: Path) -> None:
             raise _refused(archive, f"does not begin with {MANIFEST_NAME}")
         reader.write(header[1], stage / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
         listed = _listed(archive, stage)
+        _check_room(archive, length, sum(entry.bytes for entry in listed.values()), stage)
+        checked = False
         left: dict[str, FileEntry | None] = {SIGNATURE_NAME: None, RECORD_NAME: None, **listed}
         while (header := reader.next_header()) is not None:
             name, size = header
@@ -139,6 +145,11 @@ def _unpack(archive: Path, file: BinaryIO, length: int, stage: Path) -> None:
             entry = left.pop(name)
             if entry is not None and size != entry.bytes:
                 raise _refused(archive, f"{name!r} has {size} bytes there, the manifest says {entry.bytes}")
+            if entry is not None and not checked:
+                check_signatures(stage, keys)
+                checked = True
+            elif entry is None and checked:
+                raise _refused(archive, f"{name!r} comes behind other files, so that it could not be checked first")
             path = stage / name
             path.parent.mkdir(parents=True, exist_ok=True)
             reader.write(size, path, limit=MAX_UNLISTED_BYTES if entry is None else entry.bytes)
@@ -147,16 +158,31 @@ def _unpack(archive: Path, file: BinaryIO, length: int, stage: Path) -> None:
         reader.check_end()
 
 
-def _listed(archive: Path, stage: Path) -> dict[str, FileEntry | None]:
+def _check_room(archive: Path, length: int, unpacked: int, stage: Path) -> None:
+    """Raise for files that no archive of `length` bytes holds (`BundleError`), or no room for them (`ConfigError`)."""
+    if unpacked > MAX_RATIO * length + MAX_UNLISTED_BYTES:
+        raise _refused(
+            archive, f"has {length} bytes and would unpack to {unpacked}, expected at most {MAX_RATIO} for each"
+        )
+    if unpacked > (free := shutil.disk_usage(stage).free):
+        raise ConfigError(
+            f"archive {archive}: unpacks to {unpacked / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there",
+            hint="make room, or unpack it elsewhere",
+        )
+
+
+def _listed(archive: Path, stage: Path) -> dict[str, FileEntry]:
     """The files of the manifest that came first; whether it is a good one is seen when the bundle is loaded."""
     files = read_manifest(stage).get("files")
     if not isinstance(files, dict) or len(files) > MAX_FILES:
         raise _refused(archive, f"its manifest lists {len(files or ())} files, at most {MAX_FILES} are unpacked")
-    found: dict[str, FileEntry | None] = {}
+    found: dict[str, FileEntry] = {}
     for name, values in files.items():
         try:
             check_inside(name)
             found[name] = FileEntry(str(values["sha256"]), int(values["bytes"]))
+            if found[name].bytes < 0 or name in UNLISTED:
+                raise ValueError(name)
         except (KeyError, TypeError, ValueError) as error:
             raise _refused(archive, f"its manifest says nothing sensible of {name!r}") from error
     return found

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ryot.atomic import atomic_folder
+from ryot.atomic import atomic_folder, open_to_all
 from ryot.deploy.precisions import STANDARD_GRAPH, graph_files
 from ryot.edge import bundle as edge_bundle
 from ryot.edge.bundle import TOKENIZER_NAME
@@ -47,6 +47,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         with atomic_folder(target, replace=True) as draft:
             yield draft
+            open_to_all(draft)
             _check_replaceable(target)  # again: making it may have taken minutes
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error

@@ -84,6 +84,7 @@ def sign_bundle(folder: Path, key: Ed25519PrivateKey, serial: int | None = None)
     mine = Signature(own, key.sign(signed_message(folder, serial)), serial)
     signatures = sorted([*others, mine], key=lambda s: s.key.data)
     (folder / SIGNATURE_NAME).write_bytes(write_signatures(signatures))
+    (folder / SIGNATURE_NAME).chmod(0o644)  # as the rest of a bundle, whatever the umask
     check_signatures(folder, None)
     return own
 

@@ -215,7 +215,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise BundleError(f"{root}: not a bundle, it is a file; give the folder that holds {MANIFEST_NAME}") from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON, perhaps cut short ({error})", hint=REBUILD_HINT) from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
         raise BundleError(f"{path}: has no schema number", hint=REBUILD_HINT)

@@ -332,17 +332,10 @@ def _verify(bundle_path: Path, options: argparse.Namespace) -> int:
 
 
 def _check_int8(bundle: Bundle) -> None:
-    """Raise `BundleError` where sums of this bundle's int8 products overflow on this CPU.
+    """Raise `BundleError` where sums of this bundle's int8 products overflow on this CPU."""
+    from ryot.edge.machine import describe_cpu, overflows_on
 
-    Its golden tokens may come out all the same: few activations are so large, and which they are no export can tell
-    without such a kernel.
-    """
-    settings = bundle.manifest.get("quantization") or {}
-    if settings.get("dynamic_bits") != 8 or "int8-dyn" not in bundle.precision:
-        return
-    from ryot.edge.machine import describe_cpu, overflows_int8
-
-    if overflows_int8(describe_cpu()["isa"]):
+    if overflows_on(bundle, describe_cpu()["isa"]):
         raise BundleError(
             f"bundle {bundle.path}: its weights have 8 bits, whose sums overflow on this CPU, which has no VNNI",
             hint="export it with a target whose device is like this one, which takes 7 bits",

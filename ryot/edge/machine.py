@@ -6,7 +6,10 @@ import os
 import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ryot.edge.bundle import Bundle
 
 #: Instruction sets that decide which kernels exist, by the kernel's own flag names (x86 `flags`, Arm `Features`).
 _ISA = {
@@ -57,6 +60,16 @@ def overflows_int8(isa: Collection[str]) -> bool:
     x86 with AVX2 and nothing newer for it does; SSE4.2 alone and Arm without dot products do not (seen in qemu).
     """
     return "avx2" in isa and not sums_int8_exactly(isa)
+
+
+def overflows_on(bundle: Bundle, isa: Collection[str]) -> bool:
+    """Whether sums of a bundle's int8 products overflow on such a CPU: those of dynamic int8 with 8-bit weights.
+
+    Golden tokens may come out all the same: few activations are so large, and which they are no export can tell without
+    such a kernel.
+    """
+    settings = bundle.manifest.get("quantization") or {}
+    return settings.get("dynamic_bits") == 8 and "int8-dyn" in bundle.precision and overflows_int8(isa)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -145,7 +145,7 @@ def read_signatures(folder: Path) -> list[Signature]:
             )
             for entry in values["signatures"]
         ]
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise BundleError(f"{path}: is no signature file ({error})", hint=SIGN_HINT) from error
     # Nothing signs this file itself, so there is one way to write it: a changed byte of it, too, is a change.
     if content != write_signatures(found):

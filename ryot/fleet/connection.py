@@ -7,15 +7,19 @@ keys must be known, and a password cannot be given.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ryot.errors import ConfigError, FleetError
-from ryot.fleet.device.wire import CHUNK, Wire, WireError
+from ryot.fleet.answers import read_answer
+from ryot.fleet.device.wire import CHUNK, Wire, WireError, WireNonsenseError
 from ryot.fleet.facts import Facts, FactsReader, remote_command
 from ryot.fleet.inventory import Host
 from ryot.fleet.program import build_program
@@ -27,6 +31,12 @@ ALIVE_S = 5
 #: A device that measures for long says nothing meanwhile; ssh itself notices when the link is gone.
 SILENCE_S = 3600.0
 _LINES_BEFORE_FACTS = 200
+
+#: What the ssh to a host says when the one to its jump host has ended, and lines that follow from the one before.
+_JUMP_FAILED = "UNKNOWN port 65535"
+_CONSEQUENCES = ("kex_exchange_identification:", "ssh_exchange_identification:", "stdio forwarding failed")
+
+A = TypeVar("A")
 
 
 class ConnectionLost(FleetError):
@@ -92,17 +102,20 @@ class Connection:
         self._wire, self._process = wire, process
         self.facts, self._tell = facts, tell
 
-    def start(self, **request: Any) -> dict[str, Any]:
+    def start(self, shape: type[A], **request: Any) -> A:
         """Send the program along and its first request. Raises `FleetError`."""
         with self._watched():
             self._wire.write(build_program())
-        return self.ask(**request)
+        return self.ask(shape, **request)
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The device's answer to a request. Raises `FleetError` when it refuses."""
+    def ask(self, shape: type[A], **request: Any) -> A:
+        """The device's answer to a request, of a shape of `ryot.fleet.answers`.
+
+        Raises `FleetError` when it refuses, or answers something else.
+        """
         with self._watched():
             self._wire.send(request)
-            return self._answer()
+            return read_answer(shape, self._answer())
 
     def send_files(self, pieces: list[tuple[Piece, int]]) -> None:
         """Send files, each from an offset on; answers are read at the end, so that no file waits for another's."""
@@ -127,13 +140,16 @@ class Connection:
                 raise _refusal(values)
             if "progress" not in values:
                 return values
-            self._tell(values["progress"])
+            self._tell(str(values["progress"]))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Raise what the device said last instead of the broken pipe that came of it."""
         try:
             yield
+        except WireNonsenseError as error:
+            self._process.kill()
+            raise FleetError(f"it says something else than ryot's program: {error}") from error
         except WireError as error:
             with contextlib.suppress(WireError):
                 while True:
@@ -147,28 +163,42 @@ class Connection:
 @contextlib.contextmanager
 def connect(host: Host, ssh_config: Path | None, links: Links, tell: Callable[[str], None]) -> Iterator[Connection]:
     """A connection whose device has said what it is. Raises `FleetError` when it cannot be reached."""
-    command = ["ssh", *_ssh_options(ssh_config), "-T", "--", host.destination]
-    command.append(remote_command(host.root, host.python, len(build_program())))
-    process = links.start(command)
-    assert process.stdin is not None and process.stdout is not None
-    try:
+    with contextlib.ExitStack() as stack:
+        config = stack.enter_context(_strict_config(ssh_config))
+        command = ["ssh", "-F", str(config), "-T", "--", host.destination]
+        command.append(remote_command(host.root, host.python, len(build_program())))
+        process = links.start(command)
+        stack.callback(_end, links, process)
+        assert process.stdin is not None and process.stdout is not None
         wire = Wire(process.stdout.fileno(), process.stdin.fileno(), SILENCE_S)
         yield Connection(wire, process, _read_facts(wire, process), tell)
-    finally:
-        with contextlib.suppress(OSError):
+
+
+def _end(links: Links, process: subprocess.Popen[bytes]) -> None:
+    pipes = process.stdin, process.stdout, process.stderr
+    with contextlib.suppress(OSError):
+        if process.stdin is not None:
             process.stdin.close()
-        links.end(process)
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
+    links.end(process)
+    for pipe in pipes[1:]:
+        if pipe is not None:
             pipe.close()
 
 
-def _ssh_options(ssh_config: Path | None) -> list[str]:
-    """Nobody is there to answer a question, and an unknown host key is refused whatever the configuration says."""
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={CONNECT_S}"]
-    options += [f"ServerAliveInterval={ALIVE_S}", "ServerAliveCountMax=3"]
-    config = [] if ssh_config is None else ["-F", str(ssh_config)]
-    return [*config, *(word for option in options for word in ("-o", option))]
+@contextlib.contextmanager
+def _strict_config(ssh_config: Path | None) -> Iterator[Path]:
+    """The user's configuration, but that nobody is asked anything and no unknown host key is taken.
+
+    A file, because ssh gives a jump host no options of its command line; of two values the first one counts.
+    """
+    lines = ["StrictHostKeyChecking yes", "BatchMode yes", f"ConnectTimeout {CONNECT_S}"]
+    lines += [f"ServerAliveInterval {ALIVE_S}", "ServerAliveCountMax 3"]
+    own = ["~/.ssh/config", "/etc/ssh/ssh_config"] if ssh_config is None else [glob.escape(str(ssh_config.absolute()))]
+    lines += [f'Include "{path}"' for path in own]
+    with tempfile.NamedTemporaryFile("w", prefix="ryot-ssh-", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        yield Path(file.name)
 
 
 def _read_facts(wire: Wire, process: subprocess.Popen[bytes]) -> Facts:
@@ -186,27 +216,43 @@ def _read_facts(wire: Wire, process: subprocess.Popen[bytes]) -> Facts:
 
 def explain(complaint: str, otherwise: str) -> FleetError:
     """The error for what ssh said when no connection came about."""
+    jump = _JUMP_FAILED in complaint
     if "IDENTIFICATION HAS CHANGED" in complaint:
+        name = _found(r"Host key for (\S+) has changed", complaint)
+        whose = f"the host key of its jump host {name}" if jump else "its host key"
         return FleetError(
-            "its host key is another one than the known one; nothing was sent",
-            hint="it may be another machine; if it was set up anew: ssh-keygen -R HOST, then ssh HOST",
+            f"{whose} is another one than the known one; nothing was sent",
+            hint=f"it may be another machine; if it was set up anew: ssh-keygen -R '{name}', then ssh HOST",
         )
     if "Host key verification failed" in complaint:
+        whose = "its host key"
+        if jump:
+            whose = f"the host key of its jump host {_found(r'host key is known for (.+) and you have', complaint)}"
         return FleetError(
-            "its host key is not known, and none is accepted unseen",
+            f"{whose} is not known, and none is accepted unseen",
             hint="connect once with 'ssh HOST' and compare the fingerprint",
         )
     if "Permission denied" in complaint or "Too many authentication failures" in complaint:
+        name = _found(r"(\S+): Permission denied", complaint)
+        who = f"its jump host {name}" if jump else "it"
         return FleetError(
-            "it accepts none of your keys; passwords are not asked for", hint="put a key there: ssh-copy-id HOST"
+            f"{who} accepts none of your keys; passwords are not asked for", hint="put a key there: ssh-copy-id HOST"
         )
-    lines = [line for line in complaint.splitlines() if line.strip()]
-    return ConnectionLost(f"cannot be reached: {lines[-1].strip() if lines else otherwise}")
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    causes = [line for line in lines if _JUMP_FAILED not in line and not line.startswith(_CONSEQUENCES)] or lines
+    return ConnectionLost(f"cannot be reached: {causes[-1] if causes else otherwise}")
+
+
+def _found(pattern: str, text: str) -> str:
+    """What ssh calls a host."""
+    match = re.search(pattern, text)
+    return match[1] if match else "HOST"
 
 
 def _refusal(values: dict[str, Any]) -> FleetError:
     kind = ConnectionLost if values.get("retry") else FleetError
-    return kind(values["error"], hint=values.get("hint"))
+    hint = values.get("hint")
+    return kind(str(values["error"]), hint=hint if isinstance(hint, str) else None)
 
 
 def _complaint(process: subprocess.Popen[bytes]) -> str:

@@ -6,10 +6,9 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ryot.edge.bundle import Bundle
-from ryot.edge.machine import isa_names, sums_int8_exactly
+from ryot.edge.machine import isa_names, overflows_on
 from ryot.errors import FleetError
 
 MACHINES = ("x86_64", "aarch64")
@@ -20,13 +19,21 @@ PYTHON_MIN = (3, 11)
 PROCESS_BYTES = 50_000_000
 #: A clock that is off by more makes TLS, and so pip, refuse.
 CLOCK_LIMIT_S = 86_400
+#: Of a number of a device: its bytes of memory have fewer.
+_MAX_DIGITS = 15
 #: Marks the first and the last line of the facts among whatever a login shell may print.
 _FIRST, _LAST = "ryot_facts=1", "ryot_python="
 
 _SCRIPT = r"""
 say() { printf '%s=%s\n' "$1" "$2"; }
-root=$1; python=$2; length=$3
-case $root in '~/'*) root=$HOME/${root#'~/'};; esac
+home() {
+    name=${1#'~'}; name=${name%%/*}
+    case $1 in '~'*)
+        case $name in *[!A-Za-z0-9._-]*) ;; *) eval "printf %s ~$name"; set -- "${1#"~$name"}";; esac;;
+    esac
+    printf %s "$1"
+}
+root=$(home "$1"); python=$(home "$2"); length=$3
 echo ryot_facts=1
 say system "$(uname -s)"
 say machine "$(uname -m)"
@@ -52,6 +59,7 @@ print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8)' 2>/dev/null)
     case $found in 3.1[1-9].*|3.[2-9][0-9].*) chosen=$(command -v "$each"); break;; esac
     [ -z "$python" ] || break
 done
+case $chosen in /*|'') ;; *) chosen=$PWD/$chosen;; esac
 say ryot_python "$chosen"
 [ -n "$chosen" ] || exit 0
 exec "$chosen" -I -c 'import os, sys
@@ -149,12 +157,9 @@ def check_device(facts: Facts, bundle: Bundle, peak_rss_bytes: int | None, root:
     `peak_rss_bytes` is what the bundle's own record says that it takes; it is estimated where there is none.
     """
     _check_system(facts)
-    exact = sums_int8_exactly(facts.isa)
-    settings = bundle.manifest.get("quantization") or {}
-    if settings.get("dynamic_bits") == 8 and "int8-dyn" in bundle.precision and not exact:
+    if overflows_on(bundle, facts.isa):
         raise FleetError(
-            f"its CPU has neither VNNI nor dot products, and sums of this bundle's 8-bit weights ({bundle.precision}) "
-            "overflow without",
+            f"its CPU has AVX2 without VNNI, where sums of this bundle's 8-bit weights ({bundle.precision}) overflow",
             hint="export with a target whose device is like it, which takes 7 bits",
         )
     if not facts.writable:
@@ -172,11 +177,13 @@ def check_device(facts: Facts, bundle: Bundle, peak_rss_bytes: int | None, root:
     return notes
 
 
-def check_disk(free_bytes: int, needed_bytes: int) -> None:
-    """Raise `FleetError` when what is to be copied does not fit."""
-    if needed_bytes > free_bytes:
+def check_disk(free_bytes: int, copied_bytes: int, environment_bytes: int = 0) -> None:
+    """Raise `FleetError` when what is to be copied, and the environment to be made, do not fit."""
+    needed = copied_bytes + environment_bytes
+    if needed > free_bytes:
+        whose = f" (an environment with onnxruntime takes {_mb(environment_bytes)})" if environment_bytes else ""
         raise FleetError(
-            f"its disk has {_mb(free_bytes)} free, {_mb(needed_bytes)} are needed",
+            f"its disk has {_mb(free_bytes)} free, {_mb(needed)} are needed{whose}",
             hint="make room, or choose a folder elsewhere with --root",
         )
 
@@ -190,13 +197,13 @@ def _check_system(facts: Facts) -> None:
             f"it is {size}{facts.machine}, expected a 64-bit system on {' or '.join(MACHINES)}",
             hint="onnxruntime has no build for it; many 32-bit systems run on hardware that takes a 64-bit one",
         )
-    if not facts.glibc or facts.glibc < GLIBC_MIN:
+    if len(facts.glibc) < 2 or facts.glibc < GLIBC_MIN:
         wanted = ".".join(map(str, GLIBC_MIN))
         raise FleetError(
             f"it has {facts.libc or 'an unknown libc'}, expected glibc {wanted} or later",
             hint="onnxruntime's wheels are for glibc; a container of Debian on it would do",
         )
-    if not facts.python:
+    if not facts.python or len(facts.python_version) < 2 or facts.python_version < PYTHON_MIN:
         wanted = ".".join(map(str, PYTHON_MIN))
         found = f"Python {'.'.join(map(str, facts.python_version))}" if facts.python_version else "no Python"
         raise FleetError(
@@ -208,9 +215,10 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB"
 
 
-def _int(text: Any) -> int:
-    return int(text) if str(text or "").isdigit() else 0
+def _int(text: str | None) -> int:
+    """The number, where it is one that a device can have."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    return tuple(_int(part) for part in text.split(".")) if text else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import getpass
+import logging
 import secrets
 import socket
 import threading
@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 
 from ryot.deploy.remeasure import effort, limits_under
 from ryot.edge.bundle import Bundle, hash_file
-from ryot.edge.protocol import MeasureResult
 from ryot.edge.trust import UNLISTED, TrustedKeys, check_whole
 from ryot.errors import EXIT_FAILED, EXIT_OK, EXIT_TARGET_MISSED, FleetError, RyotError
+from ryot.fleet.answers import Activated, Built, FoundPython, Measured, Missing, Opened, Trusted, read_results
 from ryot.fleet.connection import Connection, ConnectionLost, Links, Piece, connect
+from ryot.fleet.device.checks import BRIEF, MAX_SLOWDOWN
+from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES, UNPACKED
+from ryot.fleet.device.processes import user_name
 from ryot.fleet.device.store import identify
 from ryot.fleet.facts import check_device, check_disk
 from ryot.fleet.inventory import Host
@@ -30,11 +33,8 @@ from ryot.report.targets import load_targets
 
 #: Pauses before a lost connection is tried again; what came already is not sent again.
 RETRY_AFTER_S = (1.0, 3.0, 9.0, 27.0)
-#: Unpacked wheels take some four times their own size.
-_UNPACKED = 5
-#: The measurement that only says whether a version works: one process, a moment.
-_BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 
+log = logging.getLogger(__name__)
 R = TypeVar("R")
 Tell = Callable[[str, str], None]
 """Hears a host's name and what happens there."""
@@ -47,7 +47,9 @@ class PushOptions:
     rounds: int = 3
     """Fresh processes that measure on the device; 0: one, for a moment, and no record."""
     even_if_missed: bool = False
-    """Whether a version that misses a target's limit is switched to all the same."""
+    """Whether a version that misses a target's limit, or is slower, is switched to all the same."""
+    max_slowdown: float = MAX_SLOWDOWN
+    """A version that takes more than this times as long as the one that runs there is not switched to."""
     trusted_keys: Path | None = None
     """Keys that the device is to trust from now on."""
     wheels: Path | None = None
@@ -63,7 +65,8 @@ class PushResult:
 
     host: str
     outcome: str = "failed"
-    """`switched`, `unchanged` (it ran already), `kept` (a limit was missed: the version before runs on), `failed`."""
+    """`switched`, `unchanged` (it ran already), `failed`, `kept`: the version before runs on, since a
+    limit was missed or this one is slower."""
     reason: str = ""
     hint: str | None = None
     sent_bytes: int = 0
@@ -130,11 +133,19 @@ def _push_safely(
     result, begin = PushResult(host=host.name), time.monotonic()
     try:
         _push(parcel, host, options, wheels, links, result, lambda what: tell(host.name, what))
-    except (RyotError, OSError) as error:
-        result.outcome, result.reason, result.hint = "failed", str(error), getattr(error, "hint", None)
-        tell(host.name, f"failed: {error}")
+    except Exception as error:  # a host's top loop: what is known of the others is not to be lost, whatever this is
+        result.outcome, (result.reason, result.hint) = "failed", describe_failure(host, error)
+        tell(host.name, f"failed: {result.reason}")
     result.wall_s = time.monotonic() - begin
     return result
+
+
+def describe_failure(host: Host, error: Exception) -> tuple[str, str | None]:
+    """The line about what went wrong on a host, and a hint. A fault of ours is logged with its traceback."""
+    if isinstance(error, (RyotError, OSError)):
+        return str(error), getattr(error, "hint", None)
+    log.info("%s: a fault of ryot's own", host.name, exc_info=error)
+    return f"{type(error).__name__}: {error}", "a fault of ryot's own; -v shows where"
 
 
 def _push(
@@ -176,14 +187,15 @@ def _push_once(
     for note in result.notes:
         tell(f"note: {note}")
     taken = wheels.get(parcel, device) if host.offline else []
-    opened = device.start(op="push", root=host.root, session=session, who=whoami())
+    opened = device.start(Opened, op="push", root=host.root, session=session, who=whoami())
     result.proved.append(opened["proved"])
     if options.trusted_keys is not None:
-        answer = device.ask(op="trust", keys=options.trusted_keys.read_text(encoding="utf-8"))
+        answer = device.ask(Trusted, op="trust", keys=options.trusted_keys.read_text(encoding="utf-8"))
         if answer["changed"]:
             tell("its trusted keys were replaced")
     _send_missing(parcel, taken, device, result, tell)
     built = device.ask(
+        Built,
         op="build",
         bundle=parcel.id,
         files={name: piece.sha256 for name, piece in parcel.files.items()},
@@ -191,24 +203,31 @@ def _push_once(
         wheels=_named(taken),
     )
     limits = limits_under(targets, facts.cores or 1)
-    brief = _BRIEF if options.rounds == 0 else effort([parcel.bundle], quick=False)
+    brief = BRIEF if options.rounds == 0 else effort([parcel.bundle], quick=False)
+    rounds = max(1, options.rounds)
     measured = device.ask(
-        op="measure", release=built["release"], spec={**limits, **brief}, rounds=max(1, options.rounds)
+        Measured,
+        op="measure",
+        release=built["release"],
+        spec={**limits, **brief},
+        rounds=rounds,
+        max_slowdown=None if options.even_if_missed else options.max_slowdown,
     )
-    results = [MeasureResult.from_mapping(values) for values in measured["results"]]
+    results = read_results(measured, rounds)
     if options.rounds:
         result.report = judge_device(
             parcel.bundle, host.name, results, targets, measured["environment"], options.command
         )
     elif dead := [r for r in results if not r.ok]:
         raise FleetError(f"the new version cannot be measured: {dead[0].reason}")
-    if result.report is not None and not options.even_if_missed and (miss := _missed(result.report)):
-        result.outcome, result.reason = "kept", miss
+    miss = "" if result.report is None or options.even_if_missed else _missed(result.report)
+    if reason := miss or measured["slower"]:
+        result.outcome, result.reason = "kept", reason
         result.hint = "the version before runs on; --even-if-missed switches all the same"
-        tell(f"not switched to: {miss}")
+        tell(f"not switched to: {reason}")
         return
     release: dict[str, Any] = {**built["release"], "figures": measured["figures"]}
-    done = device.ask(op="activate", release=release, **host.owner_commands)
+    done = device.ask(Activated, op="activate", release=release, **host.owner_commands)
     result.outcome = "unchanged" if result.proved[0] == release["id"] else "switched"
     if result.outcome == "switched" and not done["switched"]:
         result.notes.append("the link was lost behind the switch; the device proved it all the same, health and all")
@@ -225,17 +244,20 @@ def _send_missing(
 ) -> None:
     """Send what the device lacks of a bundle, and wheels unless an environment is made from them already."""
     pieces = list(parcel.files.values())
-    if wheels:
-        requirements = parcel.files["requirements.txt"].path.read_text(encoding="utf-8")
-        python, names = device.facts.python, _named(wheels)
-        if device.ask(op="python", requirements=requirements, python=python, wheels=names)["python"]:
-            wheels = ()
+    requirements = parcel.files["requirements.txt"].path.read_text(encoding="utf-8")
+    python, names = device.facts.python, _named(wheels)
+    environment_bytes = UNPACKED * sum(wheel.bytes for _, wheel in wheels) if wheels else PIP_ENVIRONMENT_BYTES
+    if device.ask(FoundPython, op="python", requirements=requirements, python=python, wheels=names)["python"]:
+        wheels, environment_bytes = (), 0
     pieces += [wheel for _, wheel in wheels]
-    found = device.ask(op="missing", files={piece.sha256: piece.bytes for piece in pieces})
-    have: dict[str, int] = found["missing"]
+    found = device.ask(Missing, op="missing", files={piece.sha256: piece.bytes for piece in pieces})
+    have = found["missing"]
+    sizes = {piece.sha256: piece.bytes for piece in pieces}
+    if strange := [digest for digest, count in have.items() if not 0 <= count <= sizes.get(digest, -1)]:
+        raise FleetError(f"its answer makes no sense: it lacks {strange[0]!r} from byte {have[strange[0]]} on")
     lacking = {piece.sha256: piece for piece in pieces if piece.sha256 in have}
     to_send = sum(piece.bytes - have[digest] for digest, piece in lacking.items())
-    check_disk(found["disk_free_bytes"], to_send + sum(wheel.bytes for _, wheel in wheels) * _UNPACKED)
+    check_disk(found["disk_free_bytes"], to_send, environment_bytes)
     resumed = sum(have.values())
     tell(f"sending {to_send / 1e6:,.2f} MB" + (f", {resumed / 1e6:,.2f} MB came before" if resumed else ""))
     device.send_files([(piece, have[digest]) for digest, piece in lacking.items()])
@@ -276,4 +298,4 @@ class _WheelShelf:
 
 def whoami() -> str:
     """Who pushes, as a device tells others that push at the same time."""
-    return f"{getpass.getuser()} on {socket.gethostname()}"
+    return f"{user_name()} on {socket.gethostname()}"

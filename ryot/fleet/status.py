@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ryot.errors import FleetError, RyotError
+from ryot.errors import FleetError
+from ryot.fleet.answers import Nothing, Opened, RolledBack, Status
 from ryot.fleet.connection import Connection, ConnectionLost, Links, connect
 from ryot.fleet.inventory import Host
-from ryot.fleet.push import for_each, whoami
+from ryot.fleet.push import describe_failure, for_each, whoami
 
 
 class HostStatus(NamedTuple):
@@ -31,8 +32,8 @@ def ask_status(
     """What each device runs; with `check` its golden tokens are compared now."""
 
     def ask(host: Host, device: Connection) -> dict[str, Any]:
-        device.start(op="look", root=host.root)
-        return device.ask(op="status", check=check)
+        device.start(Nothing, op="look", root=host.root)
+        return {**device.ask(Status, op="status", check=check)}
 
     return _each(hosts, ssh_config, ask, jobs, tell)
 
@@ -41,9 +42,9 @@ def roll_back(hosts: Sequence[Host], ssh_config: Path | None, *, jobs: int, tell
     """Return each device to the last good version before the current one."""
 
     def ask(host: Host, device: Connection) -> dict[str, Any]:
-        device.start(op="push", root=host.root, session=secrets.token_hex(16), who=whoami())
+        device.start(Opened, op="push", root=host.root, session=secrets.token_hex(16), who=whoami())
         try:
-            return device.ask(op="rollback", **host.owner_commands)
+            return {**device.ask(RolledBack, op="rollback", **host.owner_commands)}
         except ConnectionLost as error:
             # It may have switched, and proves that without the desk; a second one would go back further.
             raise FleetError(
@@ -66,7 +67,7 @@ def _each(
                 if not device.facts.python:
                     return HostStatus(host.name, {}, "it has no Python 3.11 or later")
                 return HostStatus(host.name, ask(host, device))
-        except (RyotError, OSError) as error:
-            return HostStatus(host.name, {}, str(error), getattr(error, "hint", None))
+        except Exception as error:  # a host's top loop, as that of a push
+            return HostStatus(host.name, {}, *describe_failure(host, error))
 
     return for_each(hosts, jobs, one)

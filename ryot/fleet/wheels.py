@@ -34,9 +34,13 @@ def collect_wheels(requirements: Path, facts: Facts, folder: Path, source: Path 
     if source is not None:
         options += ["--no-index", f"--find-links={source}"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", f"--dest={folder}"]
-    done = subprocess.run(
-        [*command, *options, "-r", str(requirements)], capture_output=True, text=True, timeout=1800, check=False
-    )
+    command += [*options, "-r", str(requirements)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=1800, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise FleetError(
+            "pip has not collected its wheels in half an hour", hint="give a folder that has them with --wheels DIR"
+        ) from error
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.startswith("ERROR")]
         reason = said[-1].removeprefix("ERROR: ") if said else done.stderr.strip()[-200:]

@@ -254,7 +254,8 @@ def write_archive(path: Path, entries: list[tuple[tarfile.TarInfo, bytes]], tail
 
 
 def own_entries(folder: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
-    names = [MANIFEST_NAME, *sorted(contents(folder).keys() - {MANIFEST_NAME})]
+    first = [name for name in (MANIFEST_NAME, SIGNATURE_NAME, RECORD_NAME) if (folder / name).exists()]
+    names = [*first, *sorted(contents(folder).keys() - set(first))]
     return [entry(name, (folder / name).read_bytes()) for name in names]
 
 
@@ -283,6 +284,50 @@ def test_what_an_attacker_may_put_into_an_archive_is_refused(plain: Path, tmp_pa
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.tar.zst"], what
     with pytest.raises(BundleError, match="goes on behind its end"):
         unpack_archive(write_archive(tmp_path / "bad.tar.zst", own, b"more"), tmp_path / "out")
+
+
+def test_who_signed_and_whether_there_is_room_is_known_before_files_are_written(
+    plain: Path, signed: Path, keys: TrustedKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an archive that holds one listed file, whoever looks at that first says that it lacks others."""
+    own = own_entries(plain)
+    first = next(n for n, (info, _) in enumerate(own) if info.name not in (MANIFEST_NAME, RECORD_NAME))
+    begin = write_archive(tmp_path / "begin.tar.zst", own[: first + 1])
+    with pytest.raises(BundleError, match="lacks"):
+        unpack_archive(begin, tmp_path / "out")
+    with pytest.raises(BundleError, match="is not signed"):
+        unpack_archive(begin, tmp_path / "out", keys)
+    late = own_entries(signed)
+    late.append(late.pop(1))
+    assert late[-1][0].name == SIGNATURE_NAME
+    with pytest.raises(BundleError, match="comes behind other files"):
+        unpack_archive(write_archive(tmp_path / "late.tar.zst", late), tmp_path / "out")
+    # No disk here can be filled for a test, so what is free is not asked of the system.
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("ryot.deploy.archive.shutil.disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(ConfigError, match=r"unpacks to \d+ MB, and 0 MB are free there"):
+        unpack_archive(begin, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_unpacks_to_more_than_weights_would_is_refused_at_its_manifest(
+    plain: Path, tmp_path: Path
+) -> None:
+    values = json.loads((plain / MANIFEST_NAME).read_text())
+    values["files"]["model.onnx.data"]["bytes"] = 1 << 30
+    head = entry(MANIFEST_NAME, json.dumps(values).encode())
+    with pytest.raises(BundleError, match=r"has \d+ bytes and would unpack to \d{10}, expected at most 100 for each"):
+        unpack_archive(write_archive(tmp_path / "a.tar.zst", [head]), tmp_path / "out")
+    # A negative size, which others would hide behind, and a name that the archive may hold anyway.
+    for name, size in (("run.py", -(1 << 40)), (RECORD_NAME, 1)):
+        values["files"][name] = {"sha256": "0" * 64, "bytes": size}
+        head = entry(MANIFEST_NAME, json.dumps(values).encode())
+        with pytest.raises(BundleError, match=f"says nothing sensible of '{name}'"):
+            unpack_archive(write_archive(tmp_path / "a.tar.zst", [head]), tmp_path / "out")
+        del values["files"][name]
+    deep = write_archive(tmp_path / "a.tar.zst", [entry(MANIFEST_NAME, b"[" * 100_000)])
+    with pytest.raises(BundleError, match="not valid JSON"):
+        unpack_archive(deep, tmp_path / "out")
 
 
 def test_bombs_end_before_they_grow(plain: Path, tmp_path: Path) -> None:

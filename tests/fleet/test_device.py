@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -19,11 +21,14 @@ from ryot.edge.trust import check_whole
 from ryot.errors import BundleError, FleetError
 from ryot.fleet.device.agent import Agent, open_root
 from ryot.fleet.device.environment import unpack_wheel
+from ryot.fleet.device.kit_hashes import HASHES_NAME, SIGNATURE_NAME
 from ryot.fleet.device.store import Release, Root
 from ryot.fleet.kit import INSTALL_NAME, PROGRAM_NAME, write_kit
 from ryot.fleet.program import build_program, write_program
+from ryot.fleet.wheels import collect_wheels
 from tests.edge.test_telemetry import trace_calls
 from tests.fleet.conftest import Push, plain_environment, run_current, ryot
+from tests.fleet.test_hosts import GOOD
 
 #: This Python without the packages of its environment.
 BARE_PYTHON = getattr(sys, "_base_executable", sys.executable)
@@ -194,6 +199,124 @@ os.execv(sys.executable, [sys.executable, "-B", *sys.argv[1:]])
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_kit_is_taken_where_the_bundle_and_the_rest_of_it_are_signed(
+    signed_1: Path, owner_key: Path, tmp_path: Path
+) -> None:
+    """The wheels hold nothing: the Python that installs has the packages, and wheels are checked all the same."""
+    for name, version in (("onnxruntime", "1.30"), ("numpy", "2.1"), ("tokenizers", "0.22")):
+        make_wheel(tmp_path / "source", f"{name}-{version}-py3-none-any")
+    old = os.umask(0o077)
+    try:
+        kit = write_kit(
+            signed_1, tmp_path / "kit", machine="aarch64", python="3.11", wheels=tmp_path / "source",
+            sign=load_key(owner_key).sign,
+        )  # fmt: skip
+    finally:
+        os.umask(old)
+    for path in kit.rglob("*"):
+        assert path.stat().st_mode & 0o044 == 0o044, f"{path} is its owner's alone"
+    trusted = owner_key.parent / "trusted"
+
+    def install(*command: object) -> subprocess.CompletedProcess[str]:
+        words = [*map(str, command), "--root", str(tmp_path / "device"), "--trusted-keys", str(trusted)]
+        words += [] if command[0] == "sh" else ["--wheels", str(kit / "wheels"), "install", str(kit / "bundle")]
+        environment = plain_environment() | {"PYTHON": sys.executable}
+        return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+    done = install("sh", kit / INSTALL_NAME)
+    assert done.returncode == 0 and "runs: tiny-0 fp32" in done.stdout, done.stderr
+    if shutil.which("openssl"):  # the command of deploy/README.md
+        key = tmp_path / "owner.pub"
+        subprocess.run(["openssl", "pkey", "-in", owner_key, "-pubout", "-out", key], check=True)
+        words = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(key), "-rawin", "-in", HASHES_NAME]
+        subprocess.run([*words, "-sigfile", SIGNATURE_NAME], check=True, capture_output=True, cwd=kit)
+    [wheel] = kit.glob("wheels/numpy-*")
+    whole, hashes = wheel.read_bytes(), (kit / HASHES_NAME).read_text()
+    wheel.write_bytes(whole + b"x")
+    program = (sys.executable, "-I", kit / PROGRAM_NAME)
+    for command, reason in ((("sh", kit / INSTALL_NAME), "is damaged or missing"), (program, "is not the one that")):
+        assert (done := install(*command)).returncode == 1 and reason in done.stderr, done.stderr
+    # Whoever changes a wheel may change the list, too.
+    before, after = (hashlib.sha256(content).hexdigest() for content in (whole, wheel.read_bytes()))
+    (kit / HASHES_NAME).write_text(hashes.replace(before, after))
+    for command in (("sh", kit / INSTALL_NAME), program):
+        assert (done := install(*command)).returncode == 1 and "signed by none of its keys" in done.stderr, done.stderr
+    (kit / SIGNATURE_NAME).unlink()
+    assert (done := install(*program)).returncode == 1 and "its wheels are not signed" in done.stderr
+
+
+def make_wheel(folder: Path, name: str, *requires: str) -> Path:
+    """An empty wheel of a name such as `numpy-2.1-py3-none-any`."""
+    project, version, tag = name.split("-", 2)
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}.whl", "w") as wheel:
+        lines = ["Metadata-Version: 2.1", f"Name: {project}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {other}" for other in requires]
+        wheel.writestr(f"{project}-{version}.dist-info/METADATA", "\n".join(lines) + "\n")
+        wheel.writestr(f"{project}-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        wheel.writestr(f"{project}-{version}.dist-info/RECORD", "")
+    return folder / f"{name}.whl"
+
+
+def test_wheels_are_those_for_the_devices_processor_python_and_glibc(tmp_path: Path) -> None:
+    """Chosen by pip itself from a folder, whatever the processor is here."""
+    offered = (
+        "native-2.0-cp311-cp311-manylinux_2_39_aarch64",  # a newer glibc
+        "native-2.0-cp311-cp311-manylinux_2_28_x86_64",
+        "native-2.0-cp312-cp312-manylinux_2_28_aarch64",
+        "native-2.0-cp311-cp311-musllinux_1_2_aarch64",
+        "native-1.0-cp311-cp311-manylinux_2_28_aarch64",
+        "native-1.0-cp311-cp311-manylinux_2_28_x86_64",
+        "old-1.0-cp311-cp311-manylinux2014_aarch64",
+        "stable-1.0-cp39-abi3-manylinux_2_17_aarch64",
+        "stable-1.0-cp39-abi3-manylinux_2_17_x86_64",
+        "pure-1.0-py3-none-any",
+    )
+    for name in offered:
+        make_wheel(tmp_path / "source", name, *(["pure"] if name.startswith("native") else []))
+    (tmp_path / "requirements.txt").write_text("native>=1\nold\nstable<2\n")
+    collected = {}
+    for machine in ("aarch64", "x86_64"):
+        facts = dataclasses.replace(GOOD, machine=machine)
+        try:
+            paths = collect_wheels(tmp_path / "requirements.txt", facts, tmp_path / machine, tmp_path / "source")
+        except FleetError as error:
+            collected[machine] = [str(error)]
+        else:
+            collected[machine] = [path.stem for path in paths]
+    assert collected["aarch64"] == [offered[4], offered[6], offered[9], offered[7]]
+    [refused] = collected["x86_64"]
+    assert refused.startswith("no wheels for x86_64 and Python 3.11: ") and "old" in refused
+
+
+def test_an_environment_is_open_to_all_whatever_the_umask(tmp_path: Path) -> None:
+    """By the device's own program, whose first command finds nothing, under umask 077."""
+    wheel = make_wheel(tmp_path / "wheels", "nobodyhasthis-1.0-py3-none-any")
+    (tmp_path / "device.pyz").write_bytes(build_program())
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+os.umask(0o077)
+from pathlib import Path
+from ryot.edge.bundle import hash_file
+from ryot.fleet.device.environment import find_python
+from ryot.fleet.device.main import main
+from ryot.fleet.device.store import Root
+main(["--root", sys.argv[2], "status"])
+root, wheel = Root(Path(sys.argv[2])), Path(sys.argv[3])
+root.make()
+root.adopt(wheel, hash_file(wheel))
+find_python(root, "nobodyhasthis>=1", python=sys.executable, wheels=[(wheel.name, hash_file(wheel))], tell=print)
+"""
+    words = [BARE_PYTHON, "-I", "-c", code, tmp_path / "device.pyz", tmp_path / "device", wheel]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = list((tmp_path / "device" / "environments").rglob("*"))
+    assert any(path.name.startswith("nobodyhasthis") for path in made)
+    for path in made:
+        assert path.is_symlink() or path.stat().st_mode & 0o044 == 0o044, f"{path} is its owner's alone"
+
+
 @pytest.fixture(scope="session")
 def wheels(version_1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a bundle needs, as wheels for this machine; skips where there is no index."""
@@ -215,7 +338,7 @@ def test_a_kit_installs_on_a_device_without_network_and_goes_back(
         write_kit(bundle, tmp_path / f"kit{number}", machine=os.uname().machine, python=python, wheels=wheels)
         for number, bundle in enumerate((version_1, version_2))
     ]
-    assert {path.name for path in kits[0].iterdir()} == {"bundle", "wheels", PROGRAM_NAME, INSTALL_NAME}
+    assert {path.name for path in kits[0].iterdir()} == {"bundle", "wheels", PROGRAM_NAME, INSTALL_NAME, HASHES_NAME}
     root = tmp_path / "device"
     # A network namespace of its own has no network; where none can be made, an index is named that is not there.
     alone = ["unshare", "--net"] if os.geteuid() == 0 and shutil.which("unshare") else []

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,10 +19,13 @@ import pytest
 
 from ryot.edge.bundle import load_bundle
 from ryot.errors import FleetError
-from ryot.fleet.facts import Facts, check_device, check_disk
+from ryot.fleet.connection import Links, connect
+from ryot.fleet.device.environment import PIP_ENVIRONMENT_BYTES
+from ryot.fleet.facts import Facts, FactsReader, check_device, check_disk
 from ryot.fleet.inventory import Host, load_hosts
 from ryot.fleet.push import PushOptions, PushResult, prepare, push_all
 from ryot.fleet.wheels import platform_tags
+from tests.fleet.conftest import Push
 from tests.fleet.sshd import Sshd, is_sshd_there
 
 PushAs = Callable[[dict[str, str]], PushResult]
@@ -80,6 +85,42 @@ def test_hosts_that_cannot_run_it_are_told_why(push_as: PushAs, tmp_path: Path) 
     assert not (tmp_path / "device").exists()
 
 
+def test_a_python_is_named_from_any_home(sshd: Sshd, tmp_path: Path) -> None:
+    own = sshd.folder / "own python"  # in what the session there takes for its home
+    own.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    own.chmod(0o755)
+    user = pwd.getpwuid(os.getuid())
+    from_home = os.path.relpath(own, user.pw_dir)  # where a session begins
+    for name, path in (
+        ("~/own python", own),
+        (f"~{user.pw_name}/{from_home}", Path(user.pw_dir, from_home)),
+        (from_home, Path(user.pw_dir, from_home)),
+        ("~nobody-of-this-name/python", None),
+        ("~$(touch evil)/python", None),
+    ):
+        host = Host(name="host", root=str(tmp_path / "device"), python=name)
+        with connect(host, sshd.config, Links(), lambda what: None) as device:
+            assert device.facts.python == ("" if path is None else str(path))
+
+
+def test_a_python_that_makes_no_environment_is_refused_before_anything_is_copied(
+    sshd: Sshd, push: Push, version_1: Path, root: Path, tmp_path: Path
+) -> None:
+    """As Debian's own without python3-venv: the same Python, whose library has all but ensurepip."""
+    base, inside = Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
+    bare = tmp_path / "bare"
+    (bare / "bin").mkdir(parents=True)
+    (bare / "lib" / inside).mkdir(parents=True)
+    shutil.copy(Path(sys.executable).resolve(), bare / "bin" / "python3")
+    for path in (*(base / "lib").glob("libpython*"), *(base / "lib" / inside).iterdir()):
+        if path.name not in ("ensurepip", "site-packages", "dist-packages"):
+            (bare / path.relative_to(base)).symlink_to(path)
+    result = push(version_1, host={"python": str(bare / "bin" / "python3")})
+    assert result.reason == f"{bare}/bin/python3 cannot make an environment: it lacks venv or ensurepip"
+    assert result.hint is not None and "install python3-venv" in result.hint
+    assert result.sent_bytes == 0 and not list((root / "incoming").iterdir())
+
+
 def test_a_clock_that_is_years_off_is_said_and_stops_nothing(push_as: PushAs) -> None:
     result = push_as({"date": "echo 1000000000", "python3": f'exec {sys.executable} "$@"'})
     assert result.outcome == "switched", result.reason
@@ -124,10 +165,38 @@ def test_what_a_device_lacks_is_found_in_its_facts(version_1: Path) -> None:
         check_device(dataclasses.replace(GOOD, writable=False), bundle, None, "/r")
     with pytest.raises(FleetError, match="its disk has 1,000 MB free, 2,000 MB are needed"):
         check_disk(10**9, 2 * 10**9)
+    with pytest.raises(FleetError, match=r"260 MB are needed \(an environment with onnxruntime takes 250 MB\)"):
+        check_disk(255_000_000, 10_000_000, PIP_ENVIRONMENT_BYTES)
     eight = bundle._replace(precision="int8-dyn+int4", manifest={"quantization": {"dynamic_bits": 8}})
-    assert check_device(GOOD, eight, None, "/r") == []
-    with pytest.raises(FleetError, match="neither VNNI nor dot products"):
+    # Kernels of Arm without dot products, and of x86 with SSE alone, sum in 32 bits (seen in qemu).
+    for machine, isa in (("aarch64", ("dotprod", "neon")), ("aarch64", ("neon",)), ("x86_64", ())):
+        assert check_device(dataclasses.replace(GOOD, machine=machine, isa=isa), eight, None, "/r") == []
+    with pytest.raises(FleetError, match="has AVX2 without VNNI"):
         check_device(dataclasses.replace(GOOD, machine="x86_64", isa=("avx2",)), eight, None, "/r")
+
+
+def test_facts_that_no_device_has_are_refused_in_one_line(version_1: Path) -> None:
+    bundle = load_bundle(version_1)
+    for line, reason in (
+        ("libc=glibc 3", "it has glibc 3, expected glibc 2.28"),
+        ("python=3 64", "it has Python 3, expected 3.11"),
+        ("memory_kib=²", ""),
+        ("now=" + "9" * 5000, ""),
+        ("cores=" + "9" * 5000, ""),
+    ):
+        reader = FactsReader()
+        facts = None
+        for said in (
+            "ryot_facts=1", "system=Linux", "machine=x86_64", "bits=64", "libc=glibc 2.36", "python=3.11.2 64",
+            "writable=yes", line, "ryot_python=/usr/bin/python3",
+        ):  # fmt: skip
+            facts = reader.add(said)
+        assert facts is not None
+        if not reason:
+            check_device(facts, bundle, None, "/r")
+            continue
+        with pytest.raises(FleetError, match=reason):
+            check_device(facts, bundle, None, "/r")
 
 
 def test_wheels_are_asked_for_by_the_devices_own_tags() -> None:

@@ -19,6 +19,7 @@ from ryot.deploy.signing import load_key, make_key, sign_bundle
 from ryot.fleet.device.store import Root
 from ryot.fleet.inventory import Host
 from ryot.fleet.push import PushOptions, prepare, push_all
+from ryot.fleet.status import ask_status
 from ryot.report.rows import load_report, load_schema
 from tests.fleet.conftest import Push, rewrite_manifest, run_current, ryot
 from tests.fleet.sshd import Sshd
@@ -121,6 +122,32 @@ def test_a_missed_target_leaves_the_version_before(
 
 
 @pytest.mark.slow
+def test_a_version_that_is_far_slower_leaves_the_one_before(
+    version_1: Path, push: Push, root: Path, tmp_path: Path
+) -> None:
+    assert push(version_1).outcome == "switched"
+    slow = Path(shutil.copytree(version_1, tmp_path / "slow"))
+    engine = slow / "runtime" / "ryot" / "edge" / "capi.py"
+    head = "    def step(self) -> None:\n"
+    assert engine.read_text().count(head) == 1
+    engine.write_text(engine.read_text().replace(head, f'{head}        __import__("time").sleep(0.002)\n'))
+    rewrite_manifest(slow, name="slow")
+    kept = push(slow)
+    assert (kept.outcome, kept.exit_code) == ("kept", 3)
+    assert re.match(r"more than 2 times slower: decode \S+ tok/s, \S+ of the version that runs$", kept.reason)
+    assert run_current(root).stdout.startswith("tiny-0: ")
+    # A record of a better day is no reason: the version that runs is measured now, too.
+    state = Root(root).read_state()
+    [release] = state.releases.values()
+    release.figures["decode_tok_s"] *= 1000
+    Root(root).write_state(state)
+    assert (
+        push(rewrite_manifest(Path(shutil.copytree(version_1, tmp_path / "same")), name="same")).outcome == "switched"
+    )
+    assert push(slow, max_slowdown=1e6).outcome == "switched"
+
+
+@pytest.mark.slow
 def test_a_half_copied_attempt_is_gone_on_with(version_1: Path, push: Push, root: Path) -> None:
     data = (version_1 / "model.onnx.data").read_bytes()
     digest = json.loads((version_1 / "ryot_manifest.json").read_text())["files"]["model.onnx.data"]["sha256"]
@@ -212,6 +239,45 @@ def test_a_host_that_is_down_stops_no_other(version_1: Path, sshd: Sshd, tmp_pat
         assert run_current(tmp_path / name).returncode == 0
 
 
+_FOUND = b'{"proved": null}\n{"python": "/usr/bin/python3"}\n'
+#: What a device may answer that is no device of ours, and what is said of it.
+ODD = {
+    b'{"other": 1}': "its answer makes no sense: proved is missing",
+    b'{"proved": 3}': "its answer makes no sense: proved: got '3', expected a text",
+    b"[]": "it says something else than ryot's program: got [], expected an object",
+    b"\xff\xfe{": "it says something else than ryot's program: got b'\\xff\\xfe{', expected a line of JSON",
+    b"[" * 100_000: "it says something else than ryot's program: got b'[[[[",
+    b'{"error": {"a": 1}, "hint": 7}': "{'a': 1}",
+    _FOUND + b'{"missing": {"00": 5}, "disk_free_bytes": 9}': "its answer makes no sense: it lacks '00' from byte 5",
+    _FOUND + b'{"missing": [], "disk_free_bytes": 9}': "its answer makes no sense: missing: got '[]'",
+}
+
+
+def test_odd_devices_stop_no_other(version_1: Path, sshd: Sshd, tmp_path: Path) -> None:
+    """Each odd one says that it has a Python, which then answers something else than the program that it was sent."""
+    hosts = [Host(name="good", ssh="host", root=str(tmp_path / "device"), python=sys.executable)]
+    for number, answer in enumerate(ODD):
+        (tmp_path / f"answer{number}").write_bytes(answer + b"\n")
+        python = tmp_path / f"python{number}"
+        program = f"cat {tmp_path}/answer{number}; exec cat > /dev/null"
+        python.write_text(f'#!/bin/sh\ncase "$*" in *calcsize*) echo 3.12.1 64;; *) {program};; esac\n')
+        python.chmod(0o755)
+        hosts.append(Host(name=f"odd{number}", ssh="host", root=str(tmp_path / f"odd{number}"), python=str(python)))
+    options = PushOptions(rounds=0, ssh_config=sshd.config)
+    good, *odd = push_all(
+        prepare(version_1, None), hosts[1:] + hosts[:1], options, jobs=4, scratch=tmp_path, tell=lambda host, what: None
+    )[::-1]
+    assert good.outcome == "switched", good.reason
+    for result, reason in zip(reversed(odd), ODD.values(), strict=True):
+        assert result.outcome == "failed" and result.reason.startswith(reason), result.reason
+    # The first two begin with what a status begins with, and wait for more.
+    *odd_status, status = ask_status(
+        hosts[3:] + hosts[:1], sshd.config, check=False, jobs=4, tell=lambda host, what: None
+    )
+    assert status.answer["current"]["name"] == "tiny-0"
+    assert all(one.error and not one.answer for one in odd_status)
+
+
 def test_host_keys_are_never_accepted_unseen(version_1: Path, sshd: Sshd, push: Push, root: Path) -> None:
     sshd.known_hosts.write_text("")
     try:
@@ -231,6 +297,28 @@ def test_host_keys_are_never_accepted_unseen(version_1: Path, sshd: Sshd, push: 
         assert not root.exists()
     finally:
         sshd.trust_host()
+
+
+def test_a_jump_host_is_named_and_its_key_never_accepted_unseen(
+    version_1: Path, sshd: Sshd, push: Push, tmp_path: Path
+) -> None:
+    jump, behind = sshd.client_settings().replace("Host host", "Host jump"), sshd.client_settings()
+    config, known = tmp_path / "config", tmp_path / "known"
+    other = (sshd.folder / "user_key.pub").read_text().split()
+    for settings, keys, reason in (
+        # As a user may have it who wants no questions; ssh hands no options to the jump host's own ssh.
+        (jump + "  StrictHostKeyChecking no\n", "", "the host key of its jump host {} is not known, and none is"),
+        (jump, f"[127.0.0.1]:{sshd.port} {other[0]} {other[1]}\n", "the host key of its jump host {} is another one"),
+        (jump.replace("user_key", "host_key"), sshd.known_hosts.read_text(), "its jump host {} accepts none of your"),
+        (jump.replace(f"Port {sshd.port}", "Port 1"), "", "cannot be reached: ssh: connect to host 127.0.0.1 port 1: "),
+    ):
+        known.write_text(keys)
+        own = settings.replace(str(sshd.known_hosts), str(known))
+        config.write_text(own + behind + "  ProxyJump jump\n")
+        result = push(version_1, ssh_config=config)
+        name = "\\S+@127.0.0.1" if "accepts" in reason else re.escape(f"[127.0.0.1]:{sshd.port}")
+        assert re.match(reason.format(name), result.reason), result.reason
+        assert known.read_text() == keys
 
 
 def test_a_host_that_takes_no_key_is_not_asked_for_a_password(version_1: Path, sshd: Sshd, push: Push) -> None:

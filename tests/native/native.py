@@ -16,6 +16,50 @@ class Error(ctypes.Structure):
     _fields_ = [("exit_code", ctypes.c_int), ("message", ctypes.c_char * 512), ("hint", ctypes.c_char * 160)]
 
 
+class Sampling(ctypes.Structure):
+    _fields_ = [
+        ("temperature", ctypes.c_double),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("repetition_penalty", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+class Answer(ctypes.Structure):
+    _fields_ = [
+        ("whole", ctypes.c_bool),
+        ("prompt_tokens", ctypes.c_size_t),
+        ("generated_tokens", ctypes.c_size_t),
+        ("first_token_ns", ctypes.c_int64),
+        ("whole_ns", ctypes.c_int64),
+    ]
+
+
+Write = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Request(ctypes.Structure):
+    _fields_ = [
+        ("prompt", ctypes.c_char_p),
+        ("prompt_bytes", ctypes.c_size_t),
+        ("max_new_tokens", ctypes.c_int64),
+        ("ignore_eos", ctypes.c_bool),
+        ("split_special_tokens", ctypes.c_bool),
+        ("stop", ctypes.POINTER(ctypes.c_char_p)),
+        ("num_stop", ctypes.c_size_t),
+        ("sampling", Sampling),
+        ("write", Write),
+        ("context", ctypes.c_void_p),
+        ("answer", ctypes.POINTER(Answer)),
+    ]
+
+
+class Checked(ctypes.Structure):
+    _fields_ = [("files", ctypes.c_size_t), ("golden_tokens", ctypes.c_size_t), ("compared", ctypes.c_size_t)]
+
+
 class Native:
     """A build of deploy/native."""
 
@@ -39,17 +83,18 @@ class Native:
         assert (done.returncode, done.stderr) == (0, b"")
         return done.stdout.decode()
 
-    def open(self, bundle: Path) -> Encoder:
-        return Encoder(ctypes.CDLL(str(self._library)), bundle)
+    def open(self, bundle: Path) -> Library:
+        return Library(ctypes.CDLL(str(self._library)), bundle)
 
 
-class Encoder:
-    """A bundle's tokenizer in the C library."""
+class Library:
+    """A bundle in the C library, as a program that links it has it; `ryot.h` says what the fields of structures are."""
 
     def __init__(self, library: ctypes.CDLL, bundle: Path):
         self._library = library
         library.ryot_open.restype = ctypes.c_void_p
         library.ryot_encode.restype = ctypes.c_int64
+        library.ryot_generate.restype = library.ryot_verify.restype = ctypes.c_bool
         self._error = Error()
         self._ryot = library.ryot_open(os.fsencode(bundle), None, 1, ctypes.byref(self._error))
         if not self._ryot:
@@ -70,6 +115,37 @@ class Encoder:
         if count < 0:
             raise ValueError(self._error.message.decode())
         return ids[:count]
+
+    def generate(
+        self, prompt: bytes, max_new_tokens: int, *, pieces: int | None = None, **sampling: float
+    ) -> tuple[str, Answer]:
+        """The text that it writes, of which it is told to end after so many pieces."""
+        parts: list[bytes] = []
+
+        def write(_context: int, text: int, count: int) -> bool:
+            parts.append(ctypes.string_at(text, count))
+            return pieces is None or len(parts) < pieces
+
+        answer = Answer()
+        request = Request(
+            prompt=prompt,
+            prompt_bytes=len(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling),
+            write=Write(write),
+            answer=ctypes.pointer(answer),
+        )
+        if not self._library.ryot_generate(
+            ctypes.c_void_p(self._ryot), ctypes.byref(request), ctypes.byref(self._error)
+        ):
+            raise ValueError(self._error.message.decode())
+        return b"".join(parts).decode(), answer
+
+    def verify(self) -> Checked:
+        checked = Checked()
+        if not self._library.ryot_verify(ctypes.c_void_p(self._ryot), ctypes.byref(checked), ctypes.byref(self._error)):
+            raise ValueError(self._error.message.decode())
+        return checked
 
     def close(self) -> None:
         self._library.ryot_close(ctypes.c_void_p(self._ryot))

@@ -96,6 +96,42 @@ def test_golden_tokens_and_greedy_text_are_those_of_python(kind: str, native: Na
     assert native.text(bundle, prompt, "--max-new-tokens", 20) == python_text(bundle, prompt, 20)
 
 
+@pytest.mark.parametrize("kind", ["one graph", "a pair with an int8 cache"])
+def test_the_library_generates_and_verifies_as_python_does(
+    kind: str, native: Native, make_bundle: Callable[..., Path]
+) -> None:
+    """Several texts from one model in one process, which is what a program that links it does."""
+    bundle = make_bundle(**BUNDLES[kind])
+    loaded = load_bundle(bundle)
+    library = native.open(bundle)
+    try:
+        checked = library.verify()
+        assert (checked.files, checked.golden_tokens) == (len(loaded.files), sum(len(g.tokens) for g in loaded.golden))
+        assert checked.compared == check_golden(CApiEngine(loaded)) > 0
+        for sampling in ({}, SAMPLINGS["all cuts"], {}):
+            text, answer = library.generate(b"def f(x):", 12, **sampling)
+            assert text == python_text(bundle, "def f(x):", 12, **sampling).removesuffix("\n")
+            assert answer.whole and 0 < answer.first_token_ns <= answer.whole_ns
+            assert answer.prompt_tokens == len(library.encode("def f(x):"))
+            assert 0 < answer.generated_tokens <= 12
+        begun, answer = library.generate(b"def f(x):", 12, pieces=1)
+        assert text.startswith(begun) and not answer.whole
+        with pytest.raises(ValueError, match="UTF-8"):
+            library.generate(b"\xff", 4)
+    finally:
+        library.close()
+    copy = Path(shutil.copytree(bundle, bundle.parent / "wrong"))
+    golden = json.loads((copy / "ryot_manifest.json").read_text())["golden"]
+    golden[0]["tokens"][0] = (golden[0]["tokens"][0] + 1) % loaded.model.vocab_size
+    write_manifest(copy, golden=golden)
+    library = native.open(copy)
+    try:
+        with pytest.raises(ValueError, match="golden"):
+            library.verify()
+    finally:
+        library.close()
+
+
 def test_a_long_text_grows_the_cache_and_is_that_of_python(native: Native, make_bundle: Callable[..., Path]):
     bundle = make_bundle(context=1100, seed=4)
     prompt = "def add(a, b): " * 40  # more than one piece of 256 tokens

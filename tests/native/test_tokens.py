@@ -15,7 +15,7 @@ from ryot.edge.tokenizer import Tokenizer as PythonTokenizer
 from tests.edge.tiny_bundle import write_manifest
 from tests.edge.tokenizer_kinds import KINDS, SPECIALS, TRAINING_TEXT, write_tokenizer_folder
 
-from .native import Encoder, Native
+from .native import Library, Native
 
 # Llama 3's, Qwen 2's and GPT-4o's expressions, GPT-4's kind with possessive parts, and what else can be written.
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -144,7 +144,7 @@ def write_tokenizer_bundle(bundle: Path, folder: Path, tokenizer: Tokenizer, **c
     return folder
 
 
-def assert_same(native: Encoder, python: PythonTokenizer, texts: list[str]) -> None:
+def assert_same(native: Library, python: PythonTokenizer, texts: list[str]) -> None:
     for text in texts:
         for split in (False, True):
             got = native.encode(text, split_special_tokens=split)

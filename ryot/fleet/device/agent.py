@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ryot.edge.trust import check_signatures, parse_trusted_keys
 from ryot.errors import BundleError, FleetError, RyotError
 from ryot.fleet.device import checks, processes
-from ryot.fleet.device.environment import existing_python, find_python
+from ryot.fleet.device.environment import check_can_make, existing_python, find_python
 from ryot.fleet.device.store import DamagedFile, Release, Root, State, identify, write_whole
 from ryot.fleet.device.wire import Wire, WireError
 
@@ -82,9 +82,11 @@ class Agent:
         return {"missing": missing, "disk_free_bytes": free}
 
     def python(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The Python that is there for a bundle already, so that wheels need not be sent."""
+        """The Python that is there for a bundle already, so that wheels need not be sent; or that one can be made."""
         wheels = [(name, digest) for name, digest in request["wheels"]]
         found = existing_python(self._root, request["requirements"], python=request["python"], wheels=wheels)
+        if found is None:
+            check_can_make(request["python"], with_pip=not wheels)
         return {"python": found}
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +118,37 @@ class Agent:
         release = Release(**request["release"])
         self.tell(f"measuring, {request['rounds']} round{'s' * (request['rounds'] != 1)}")
         found = checks.measure(release.python, self._root.bundle(release.bundle), request["spec"], request["rounds"])
-        return found | {"figures": checks.summarize(found["results"])}
+        figures = checks.summarize(found["results"])
+        factor = request["max_slowdown"]
+        slower = "" if factor is None else self._find_slowdown(release, figures, request["spec"], factor)
+        return found | {"figures": figures, "slower": slower}
+
+    def _find_slowdown(self, release: Release, figures: dict[str, float], spec: dict[str, Any], factor: float) -> str:
+        """How a release is slower, by more than `factor`, than the one that runs; empty when it is not.
+
+        Where its record says so the two are measured again by turns: the record may be of other limits, or the device
+        may have been busy just now.
+        """
+        state, current = self._root.read_state(), self._root.current_id()
+        if current is None or current == release.id or current not in state.releases:
+            return ""
+        before = state.releases[current]
+        if not checks.describe_slowdown(before.figures, figures, factor):
+            return ""
+        self.tell(f"it seems slower than {before.name}; measuring both")
+        results = []
+        for one in (before, release):
+            try:
+                found = checks.measure(one.python, self._root.bundle(one.bundle), {**spec, **checks.BRIEF}, 1)
+            except FleetError as error:
+                self.tell(f"cannot tell whether it is slower: {error}")
+                return ""
+            results.append(found["results"])
+        lengths = {r.get("prompt_tokens") for one in results for r in one}
+        old, new = map(checks.summarize, results)
+        if len(lengths) > 1:  # each is measured with prompts of its own context
+            old.pop("ttft_ms", None)
+        return checks.describe_slowdown(old, new, factor)
 
     def activate(self, request: dict[str, Any]) -> dict[str, Any]:
         release = Release(**request["release"])
@@ -189,6 +221,7 @@ class Agent:
 
 def serve() -> None:
     """Serve the desk at the other end of stdin and stdout. The first request says which root, and who asks."""
+    os.umask(0o022)  # whoever runs the bundle may be another user, and so need the environment that is made
     wire = Wire(0, 1, SILENCE_S)
     try:
         try:

@@ -14,6 +14,10 @@ from ryot.fleet.device.processes import error_of, run
 
 #: Loading a gigabyte from an SD card takes a minute.
 CHECK_TIMEOUT_S = 900
+#: A measurement that only says whether a version works: one process, a moment.
+BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
+#: A version that is slower than the one before by more than this is not switched to.
+MAX_SLOWDOWN = 2.0
 #: Runs with the bundle's own runtime; the spec comes on stdin as plain numbers.
 _MEASURE = """
 import json, sys
@@ -63,6 +67,16 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, float]:
             figures[name] = statistics.median(middles)
     peaks = [r["peak_rss_bytes"] for r in good if r.get("peak_rss_bytes")]
     return figures | ({"peak_rss_bytes": float(max(peaks))} if peaks else {})
+
+
+def describe_slowdown(before: Mapping[str, float], now: Mapping[str, float], factor: float) -> str:
+    """Which figures of `summarize` are worse by more than `factor`; empty for none."""
+    found = []
+    for name, what, unit in (("ttft_ms", "TTFT", "ms"), ("decode_tok_s", "decode", "tok/s")):
+        old, new = before.get(name), now.get(name)
+        if old and new and (new / old if unit == "ms" else old / new) > factor:
+            found.append(f"{what} {new:.3g} {unit}, {old:.3g} of the version that runs")
+    return f"more than {factor:g} times slower: {'; '.join(found)}" if found else ""
 
 
 def run_owner_command(command: str, what: str, wait_s: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
@@ -53,3 +54,11 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
         if lines:
             return lines[-1].removeprefix("Error: ").removeprefix("ERROR: ")
     return f"killed by signal {-done.returncode}" if done.returncode < 0 else f"it ended with code {done.returncode}"
+
+
+def user_name() -> str:
+    """Who runs this program; the number of a user without a name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # the latter since Python 3.13
+        return f"user {os.getuid()}"

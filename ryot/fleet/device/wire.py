@@ -11,10 +11,15 @@ from typing import Any
 CHUNK = 1 << 18
 #: A line that is longer is no line of this program's: an answer holds some raw samples at most.
 _MAX_LINE = 256_000_000
+_MAX_TEXT_LINE = 1_000_000
 
 
 class WireError(Exception):
     """The other end is gone, silent for too long, or says something else."""
+
+
+class WireNonsenseError(WireError):
+    """What came is nothing that this program's other end says."""
 
 
 class Wire:
@@ -45,13 +50,13 @@ class Wire:
                 self._rest = rest
                 break
             if sum(map(len, parts)) > _MAX_LINE:
-                raise WireError("a line that does not end")
+                raise WireNonsenseError("a line that does not end")
         try:
             values = json.loads(b"".join(parts))
-        except ValueError as error:
-            raise WireError(f"got {b''.join(parts)[:200]!r}, expected a line of JSON") from error
+        except (ValueError, RecursionError) as error:
+            raise WireNonsenseError(f"got {b''.join(parts)[:200]!r}, expected a line of JSON") from error
         if not isinstance(values, dict):
-            raise WireError(f"got {values!r}, expected an object")
+            raise WireNonsenseError(f"got {repr(values)[:200]}, expected an object")
         return values
 
     def receive_bytes(self, count: int) -> Iterator[bytes]:
@@ -71,6 +76,8 @@ class Wire:
             if newline:
                 self._rest = rest
                 return b"".join(parts).decode("utf-8", "replace")
+            if sum(map(len, parts)) > _MAX_TEXT_LINE:
+                raise WireNonsenseError("a line that does not end")
 
     def _next(self) -> bytes:
         if self._rest:

@@ -12,7 +12,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from ryot.errors import ConfigError, require
 
@@ -32,7 +32,13 @@ def also_called(name: str) -> dict[str, Any]:
     return formerly(name)
 
 
-def to_mapping(config: Any, *, keep_none: bool = False) -> dict[str, Any]:
+class Dataclass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+def to_mapping(config: Dataclass, *, keep_none: bool = False) -> dict[str, Any]:
     """The dataclass as nested plain values; fields that are None are left out unless kept (TOML has no null)."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from ryot.cli.options import HELP, CommaList, format_option, verbose_option
+from ryot.mapping import to_mapping
 
 _SCHEMA = 1
 
@@ -75,7 +76,7 @@ def command(
         values = {
             "schema": _SCHEMA,
             "environment": record_environment(),
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": [to_mapping(row, keep_none=True) for row in rows],
         }
         click.echo(json.dumps(values, indent=1))
     elif fmt == "csv":
@@ -83,7 +84,7 @@ def command(
         names = [f.name for f in dataclasses.fields(rows[0]) if f.name != "samples_ms"]
         writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(to_mapping(row, keep_none=True) for row in rows)
         click.echo(text.getvalue(), nl=False)
     else:
         from tabulate import tabulate

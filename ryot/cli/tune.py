@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from ryot.cli.options import (
     preset_option,
     verbose_option,
 )
+from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
     from ryot.config import DeviceChoice
@@ -84,7 +84,7 @@ def command(
             with Progress() as show:
                 dataset, _ = prepare_variant(recipe, load_corpus(data), cache, on_progress=show.tell_data)
             training = choose_kernels(recipe, dataset, found, threads=threads)
-            decisions["training"] = dataclasses.asdict(training)
+            decisions["training"] = to_mapping(training, keep_none=True)
             if fmt == "table":
                 click.echo(format_training(recipe.name, training))
         if what != "training":
@@ -92,7 +92,7 @@ def command(
             from ryot.deploy.tune import format_decision as format_inference
 
             inference = choose_inference(recipe.model.spec, found, threads=threads)
-            decisions["inference"] = dataclasses.asdict(inference)
+            decisions["inference"] = to_mapping(inference, keep_none=True)
             if fmt == "table":
                 click.echo(format_inference(inference))
     if fmt == "json":
@@ -109,7 +109,7 @@ def _show_widths(path: Path, threads: int, fmt: str) -> None:
     widths = measure_widths(load_bundle(path), threads=threads)
     chosen = choose_width(widths)
     if fmt == "json":
-        shown = [dataclasses.asdict(width) for width in widths]
+        shown = [to_mapping(width, keep_none=True) for width in widths]
         click.echo(json.dumps({"schema": 1, "bundle": str(path), "widths": shown, "rows": chosen.rows}, indent=1))
         return
     table = [(width.rows, f"{width.step_ms:.3f}", f"{width.tok_s:.0f}") for width in widths]

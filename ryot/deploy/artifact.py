@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.mapping import to_mapping
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
 
@@ -166,13 +166,13 @@ def _manifest_values(
         "tolerance": 0.0,
         "prompts": origin.prompts.tolist(),
         "quantization": {
-            **dataclasses.asdict(options.settings),
+            **to_mapping(options.settings, keep_none=True),
             "kv_cache": dict(cache.record),
             **{half: dict(singles[half].record) for half in split_pair(precision)},
         },
-        "quality": {} if scores.quality is None else scores.quality.as_dict(),
-        "parity": {} if scores.parity is None else scores.parity.as_dict(),
-        "oracle": scores.oracle.as_dict(),
+        "quality": {} if scores.quality is None else to_mapping(scores.quality, keep_none=True),
+        "parity": {} if scores.parity is None else to_mapping(scores.parity, keep_none=True),
+        "oracle": to_mapping(scores.oracle, keep_none=True),
         "provenance": {
             "source": origin.checkpoint.kind,
             "checkpoint_sha256": origin.checkpoint.sha256,

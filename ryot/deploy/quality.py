@@ -89,9 +89,6 @@ class Quality:
     answers_lost: int = 0
     """Tokens among them that float32 is sure of and the artifact replaces."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def decides(self, limit: float) -> bool:
         """Whether the whole interval of the ratio lies on one side of `limit`."""
         if self.bpb_ratio_interval is None:

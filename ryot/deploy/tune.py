@@ -20,7 +20,7 @@ import numpy as np
 import numpy.random  # loaded when first used otherwise, and a Ctrl-C in the middle of that is swallowed
 import onnxruntime as ort
 
-from ryot.config import GraphAttention, build_from_mapping, digest
+from ryot.config import GraphAttention, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
@@ -112,7 +112,7 @@ def choose_inference(spec: DecoderSpec, cache_dir: Path, *, threads: int = 1) ->
     cpu = describe_cpu()
     key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, spec, threads)
     path = cache_dir / "inference" / f"{key[:16]}.json"
-    decision, cached = recall(path, _build, lambda: measure_inference(spec, threads=threads))
+    decision, cached = recall(path, InferenceDecision, lambda: measure_inference(spec, threads=threads))
     return dataclasses.replace(decision, cached=cached)
 
 
@@ -316,9 +316,3 @@ _MANIFEST: dict[str, Any] = {
     "tolerance": 0.0,
     "prompts": [],
 }
-
-
-def _build(values: Mapping[str, Any]) -> InferenceDecision:
-    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
-    settings = build_from_mapping(ExportSettings, values["settings"], "settings")
-    return InferenceDecision(**{**values, "candidates": candidates, "settings": settings})

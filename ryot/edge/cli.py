@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
 from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, BundleError, ConfigError, RyotError
+from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -359,7 +360,7 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
     results = measure_rounds({bundle.name: spec}, rounds=options.rounds)[bundle.name]
     if options.json:
         environment = record_environment()
-        json.dump({"environment": environment, "results": [r.to_mapping() for r in results]}, sys.stdout)
+        json.dump({"environment": environment, "results": [to_mapping(r, keep_none=True) for r in results]}, sys.stdout)
         sys.stdout.write("\n")
     else:
         for line in describe_results(results):

@@ -37,6 +37,7 @@ from ryot.edge.limits import MemoryCgroup, open_memory_cgroup
 from ryot.edge.machine import describe_cpu
 from ryot.edge.probe import SPAWNED_VARIABLE, main, read_peak_rss_bytes
 from ryot.edge.protocol import MeasureResult, MeasureSpec, MemoryLimit
+from ryot.mapping import read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class _Child:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         if line.endswith(b"\n"):
-            result = MeasureResult.from_mapping(json.loads(line))
+            result = read_mapping(MeasureResult, json.loads(line))
             if not result.ok:
                 return _failure(spec, result.reason)
             return dataclasses.replace(result, peak_rss_outside_bytes=outside)

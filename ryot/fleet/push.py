@@ -24,6 +24,7 @@ from ryot.fleet.facts import check_device, check_disk
 from ryot.fleet.inventory import Host
 from ryot.fleet.records import judge_device, own_peak_bytes
 from ryot.fleet.wheels import collect_wheels
+from ryot.mapping import read_mapping
 from ryot.report.choice import describe_miss
 from ryot.report.rows import Report
 from ryot.report.targets import load_targets
@@ -195,7 +196,7 @@ def _push_once(
     measured = device.ask(
         op="measure", release=built["release"], spec={**limits, **brief}, rounds=max(1, options.rounds)
     )
-    results = [MeasureResult.from_mapping(values) for values in measured["results"]]
+    results = [read_mapping(MeasureResult, values) for values in measured["results"]]
     if options.rounds:
         result.report = judge_device(
             parcel.bundle, host.name, results, targets, measured["environment"], options.command

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, replace, to_mapping
+from ryot.config import KernelPlan, VariantConfig, digest, replace, to_mapping
 from ryot.decisions import recall
 from ryot.edge.machine import describe_cpu
 from ryot.train.batch import Batch
@@ -93,7 +93,7 @@ def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *,
         cpu = {**cpu, "model": f"{torch.cuda.get_device_name()}, {cpu['model']}"}
     key = digest(SCHEMA, cpu["model"], cpu["isa"], torch.__version__, variant.model, variant.train, start, malloc)
     path = cache_dir / "kernels" / f"{key[:16]}.json"
-    decision, cached = recall(path, _build, lambda: _measure(variant, start, dataset, cpu))
+    decision, cached = recall(path, KernelDecision, lambda: _measure(variant, start, dataset, cpu))
     return dataclasses.replace(decision, cached=cached)
 
 
@@ -231,9 +231,3 @@ def _compile_refusal(variant: VariantConfig, tried: Sequence[Candidate], best: K
     if saving < COLD_COMPILE_S:
         return f"it can save at most {saving:.0f} s of this run and costs at least {COLD_COMPILE_S:.0f} s"
     return None
-
-
-def _build(values: Mapping[str, Any]) -> KernelDecision:
-    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
-    plan = build_from_mapping(KernelPlan, values["plan"], "plan")
-    return KernelDecision(plan=plan, candidates=candidates, cpu=values["cpu"])

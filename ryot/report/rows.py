@@ -20,7 +20,7 @@ from ryot.artifact import ArtifactId
 from ryot.atomic import write_atomically
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import ConfigError
-from ryot.mapping import read_mapping
+from ryot.mapping import read_mapping, to_mapping
 
 #: Schema 1 called a sample's `case` `arm`, and a verdict had no `cause`.
 SCHEMA = 2
@@ -280,7 +280,7 @@ class Report:
 
 def report_to_dict(report: Report) -> dict[str, Any]:
     """The report as plain JSON values; numbers that are not finite become null."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(report))
+    plain: dict[str, Any] = _plain(to_mapping(report, keep_none=True))
     return plain
 
 

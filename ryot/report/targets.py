@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ryot.config import build_from_mapping, check_known, find_named, list_named, load_toml, to_mapping, unknown
+from ryot.config import build_from_mapping, check_known, find_named, list_named, load_toml, unknown
 from ryot.errors import ConfigError
 
 
@@ -180,11 +180,6 @@ def build_target(name: str, values: Mapping[str, Any], where: str) -> Target:
         device=device,
         sources=dict(sources),
     )
-
-
-def target_to_mapping(target: Target) -> dict[str, Any]:
-    """The target as plain values, as a report keeps it; `build_target` reads it back."""
-    return to_mapping(target)
 
 
 def _check_limits(limits: Mapping[str, Any], where: str) -> dict[str, float]:

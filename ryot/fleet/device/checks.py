@@ -16,7 +16,7 @@ from ryot.fleet.device.processes import error_of, run
 CHECK_TIMEOUT_S = 900
 #: Runs with the bundle's own runtime; the spec comes on stdin as plain numbers.
 _MEASURE = """
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, sys.argv[1] + "/runtime")
 from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import build_spec, measure_rounds, record_environment
@@ -29,7 +29,7 @@ try:
     results = measure_rounds({bundle.name: spec}, rounds=asked["rounds"])[bundle.name]
 except RyotError as error:
     sys.exit(f"Error: {error}")
-json.dump({"environment": environment, "results": [r.to_mapping() for r in results]}, sys.stdout)
+json.dump({"environment": environment, "results": [dataclasses.asdict(r) for r in results]}, sys.stdout)
 """
 
 

@@ -29,7 +29,7 @@ from ryot.cluster.worker_group import Call, WorkerFailed, WorkerGroup, WorkerLos
 from ryot.cluster.workplace import Workplace, find_workplace
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
 from ryot.events import Event
-from ryot.run.folder import WORKER_LOG, RunFolder
+from ryot.run.folder import RunFolder, worker_log
 from ryot.run.journal import Journal
 from ryot.run.ledger import Ledger, TrainingState
 from ryot.run.signals import StopSignals
@@ -255,7 +255,7 @@ class Driver:
             self._lose(work, cause)
             return
         training = work.state.training
-        where = self.ledger.store.attempt_folder(training, work.state.attempt) / WORKER_LOG
+        where = worker_log(self.ledger.store.attempt_folder(training, work.state.attempt))
         reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
         self.ledger.fail(
             work.state, TrainingError(f"{training.key}: {reason}", hint=f"its worker's log: {where}"), final=False

@@ -74,13 +74,19 @@ class Plot:
     columns: tuple[Column, ...]
 
 
-def draw_plots(report: Report) -> list[Plot]:
-    """Every figure that the report has numbers for. Raises `RyotError` when matplotlib is not installed."""
+def check_plots() -> None:
+    """Raise `RyotError` where figures cannot be drawn."""
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure as _  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise RyotError("report.html needs matplotlib", hint="pip install 'ryot[report]'") from error
+
+
+def draw_plots(report: Report) -> list[Plot]:
+    """Every figure that the report has numbers for. Raises `RyotError` when matplotlib is not installed."""
+    check_plots()
+    import matplotlib as mpl
+
     found = []
     with mpl.rc_context(_STYLE):
         if any(v.curve for v in report.variants):

@@ -208,11 +208,8 @@ def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray], attention
     return model.eval().requires_grad_(False)
 
 
-def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save_checkpoint` got as `training` and `training_tensors`.
-
-    Raises `CheckpointError` when it is missing, cut short or of a newer schema.
-    """
+def load_training_values(directory: Path) -> dict[str, Any]:
+    """What `save_checkpoint` got as `training`, read in no time. Raises as `load_training_state`."""
     if not (directory / _STATE).exists():
         raise CheckpointError(f"checkpoint {directory}: {_STATE} is missing, so training cannot go on from it")
     training = _read_json(directory / _STATE)
@@ -220,6 +217,15 @@ def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tens
         raise CheckpointError(
             f"checkpoint {directory}: schema {training['schema']}, expected at most {SCHEMA}", hint="use a newer ryot"
         )
+    return training
+
+
+def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save_checkpoint` got as `training` and `training_tensors`.
+
+    Raises `CheckpointError` when it is missing, cut short or of a newer schema.
+    """
+    training = load_training_values(directory)
     try:
         return training, safetensors.torch.load_file(directory / _STATE_TENSORS)
     except (OSError, SafetensorError) as error:

@@ -23,7 +23,7 @@ from ryot.config import KernelPlan, VariantConfig, to_mapping
 from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
 from ryot.train.batch import Batch
-from ryot.train.checkpoint import load_training_state
+from ryot.train.checkpoint import load_training_state, load_training_values
 from ryot.train.dataset import Batches, Dataset, load_dataset
 from ryot.train.evaluate import evaluate, window_counts
 from ryot.train.gates import check_step
@@ -96,13 +96,7 @@ class Trainer:
         """
         state, tensors = load_training_state(checkpoint)
         trainer = cls(job, plan, teacher)
-        was, now = _flatten(state["identity"]), _flatten(trainer._identity())
-        for name in now | was:
-            if was.get(name) != now.get(name):
-                raise CheckpointError(
-                    f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
-                    hint="resume with the options of the first run, or start a new run",
-                )
+        check_resumable(checkpoint, **trainer._identity())
         load_trained(trainer.model, job.variant, checkpoint, tensors)
         trainer._load_optimizer(tensors)
         trainer.step = state["step"]
@@ -218,8 +212,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be gone on from."""
         return {
-            "variant": to_mapping(self.job.variant),
-            "seed": self.job.seed,
+            **job_identity(self.job.variant, self.job.seed),
             "corpus_sha256": self.dataset.corpus_sha256,
             "plan": to_mapping(self.plan),
         }
@@ -308,6 +301,23 @@ def _is_out_of_memory(error: Exception) -> bool:
         return error.errno == errno.ENOMEM
     # torch's allocator on the CPU says it in words alone.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def job_identity(variant: VariantConfig, seed: int) -> dict[str, object]:
+    """What a checkpoint must have in common with a training before data and kernels are looked at."""
+    return {"variant": to_mapping(variant), "seed": seed}
+
+
+def check_resumable(checkpoint: Path, **identity: object) -> None:
+    """Raise `CheckpointError` with the first part of a training's identity that `checkpoint` has otherwise."""
+    kept = load_training_values(checkpoint)["identity"]
+    was, now = _flatten({name: kept.get(name) for name in identity}), _flatten(identity)
+    for name in now | was:
+        if was.get(name) != now.get(name):
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
+                hint="resume with the options of the first run, or start a new run",
+            )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,15 +6,18 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ryot.atomic import write_atomically
 from ryot.errors import ConfigError
-from ryot.mapping import Dataclass, build_from_mapping, to_mapping
+from ryot.mapping import build_from_mapping, to_mapping
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T", bound=Dataclass)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def recall(path: Path, cls: type[T], measure: Callable[[], T]) -> tuple[T, bool]:

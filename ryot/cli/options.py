@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
@@ -18,20 +18,20 @@ from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class CommaList(click.ParamType[Any]):
+class CommaList(click.ParamType[tuple[object, ...]]):
     """`a,b,c` as a tuple; each part is converted by `item`, and messages call the parts `what`."""
 
     name = "LIST"
 
-    def __init__(self, item: Callable[[str], Any] = str, what: str = "names"):
+    def __init__(self, item: Callable[[str], object] = str, what: str = "names"):
         self.item, self.what = item, what
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[object, ...]:
         if isinstance(value, tuple):
             return value
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ryot.cli.options import HELP, format_option, host_options, verbose_option
+
+if TYPE_CHECKING:
+    from ryot.report.table import Format
 
 
 @click.command("push", context_settings=HELP)
@@ -55,8 +58,8 @@ def command(
     trusted_keys: Path | None,
     even_if_missed: bool,
     output: Path | None,
-    fmt: Any,
-    **flags: Any,
+    fmt: Format,
+    **flags: object,
 ) -> int:
     """Copy a bundle to hosts over ssh, verify and measure it there, and switch to it when it works.
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ryot.artifact import ArtifactId
 from ryot.cluster.folders import pack_folder, unpack_folder
@@ -18,6 +18,9 @@ from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ClusterError
 from ryot.run.executor import Measured
 from ryot.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +124,12 @@ def measure_on_cluster(
 
 
 def _measure(
-    specs: dict[ArtifactId, MeasureSpec], artifacts: list[ArtifactId], packed: list[Any], rounds: int, seed: int
-) -> tuple[dict[ArtifactId, list[MeasureResult]], dict[str, Any], int]:
+    specs: dict[ArtifactId, MeasureSpec],
+    artifacts: list[ArtifactId],
+    packed: list[ObjectRef[bytes]],
+    rounds: int,
+    seed: int,
+) -> tuple[dict[ArtifactId, list[MeasureResult]], dict[str, object], int]:
     """Runs on the node; the last is the niceness of what measured: above 0 it yields to all else there."""
     import ray
 

@@ -13,10 +13,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ryot.cluster.runtime import Cluster, Node
 from ryot.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float =
 
     nodes = cluster.nodes()
     with _marks(folders) as marks:
-        asked: dict[Any, Node] = {}
+        asked: dict[ObjectRef[NodeFacts], Node] = {}
         for node in nodes:
             options: dict[str, Any] = {
                 "num_cpus": 0,

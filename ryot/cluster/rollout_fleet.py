@@ -11,7 +11,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ryot.adaptation import RlvrConfig, RolloutPrecision
 from ryot.config import KernelPlan
@@ -19,6 +19,9 @@ from ryot.errors import ClusterError
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.rollouts import Fleet, Group, LocalFleet, Policy, Sample
 from ryot.reinforce.trainer import make_local_fleet
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +60,8 @@ class RayFleet:
     def __init__(self, policy: Policy, *, workers: int, rows: int, precision: RolloutPrecision = "fp32"):
         self._policy, self._rows, self._precision = policy, rows, precision
         self._version = -1
-        self._arrays: Any = None
-        self._policy_ref: Any = None
+        self._arrays: ObjectRef[object] | None = None
+        self._policy_ref: ObjectRef[object] | None = None
         self._actors: list[Any] = [self._make_actor() for _ in range(workers)]
         #: Workers that were replaced, and groups that were sampled again because of that.
         self.deaths = self.sampled_again = 0
@@ -79,7 +82,7 @@ class RayFleet:
         numbers = range(len(groups))
         waiting = deque(numbers[at : at + GROUPS_AT_ONCE] for at in range(0, len(groups), GROUPS_AT_ONCE))
         idle = list(range(len(self._actors)))
-        at_work: dict[Any, tuple[int, range]] = {}
+        at_work: dict[ObjectRef[object], tuple[int, range]] = {}
         deaths_in_a_row = 0
         while waiting or at_work:
             while waiting and idle:

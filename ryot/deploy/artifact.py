@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +59,7 @@ class ExportOptions:
     """Bits per byte over those of fp32, above which an artifact is no candidate."""
     split: str = "test"
     """The split that quality is reported on."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     """The resolved recipe, kept in the manifest."""
 
 
@@ -143,7 +142,7 @@ def build_artifact(
 
 def _manifest_values(
     origin: Origin, precision: str, singles: Mapping[str, Quantized], cache: CacheFormat, scores: Scores
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The manifest without its list of files and its golden prompts."""
     options, token_ids = origin.options, origin.text.token_ids
     return {

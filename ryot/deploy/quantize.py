@@ -84,7 +84,7 @@ class Quantized:
     """The matrices of an artifact and how they came about."""
 
     matrices: Matrices
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
     """For the manifest: method, bytes; of int4 the format of each matrix and the candidates with their figures."""
 
 
@@ -94,7 +94,7 @@ class CacheFormat:
 
     scales: KVScales | None = None
     """Of an int8 cache; None keeps them in float32."""
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, object] = field(default_factory=dict)
     """For the manifest, where an int8 cache was asked for: method, candidates with their figures, why there is none."""
 
     @property
@@ -215,7 +215,7 @@ class Quantizer:
             candidates[method]["refused"] = reason
             if lost <= KV_LOSS_SHARE * allowed and not reason:
                 break
-        record: dict[str, Any] = {"candidates": list(candidates.values())}
+        record: dict[str, object] = {"candidates": list(candidates.values())}
         method = min(candidates, key=lambda m: (bool(candidates[m]["refused"]), candidates[m]["kl"]))
         if reason := candidates[method]["refused"]:
             log.warning("an int8 cache is not used, keys and values stay in float32: %s", reason)
@@ -267,7 +267,7 @@ class Quantizer:
 
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())
-        candidates: list[dict[str, Any]] = []
+        candidates: list[dict[str, object]] = []
 
         def measure(rung: int) -> float:
             mix = ladder.mix(rung)
@@ -371,7 +371,7 @@ class Quantizer:
         width = cfg.dim if name in table_names(self._weights) else self._weights[f"{name}.weight"].shape[1]
         return block_size_for(width, wanted)
 
-    def _told(self, said: AnswerLoss) -> dict[str, Any]:
+    def _told(self, said: AnswerLoss) -> dict[str, object]:
         """What a record says of answers, where any were asked for."""
         return {"answer_kl": round(said.kl, 6), "answers_lost": said.lost} if self._answers else {}
 

@@ -11,10 +11,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.random  # loaded when first used otherwise, and a Ctrl-C in the middle of that is swallowed
@@ -35,7 +33,7 @@ from ryot.deploy.precisions import serialize
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
-from ryot.edge.machine import describe_cpu
+from ryot.edge.machine import CpuFacts, describe_cpu
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.block_sizes import block_size_for
 from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
@@ -166,9 +164,7 @@ def format_decision(decision: InferenceDecision) -> str:
     return "\n".join(lines)
 
 
-def decide(
-    spec: DecoderSpec, candidates: list[Candidate], cpu: Mapping[str, Any], *, num_layers: int
-) -> InferenceDecision:
+def decide(spec: DecoderSpec, candidates: list[Candidate], cpu: CpuFacts, *, num_layers: int) -> InferenceDecision:
     """The decision that these times lead to.
 
     A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
@@ -305,7 +301,7 @@ def _take_turns(decoders: list[OnnxruntimeEngine]) -> list[tuple[float, float]]:
 #: The one graph of a bundle that is only timed.
 _GRAPH = "fast.onnx"
 #: Fields of a manifest that say nothing about how a graph is run.
-_MANIFEST: dict[str, Any] = {
+_MANIFEST: dict[str, object] = {
     "name": "tune",
     "variant": "",
     "seed": 0,

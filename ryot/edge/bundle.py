@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsInt
 
 from ryot.errors import BundleError
+from ryot.mapping import Unchecked
 
 #: The newest manifest layout that this code reads, and the one that is written.
 SCHEMA = 1
@@ -99,7 +100,7 @@ class Bundle(NamedTuple):
     """Margin below which the reference's own choice of token may differ on another CPU."""
     prompts: tuple[tuple[int, ...], ...]
     """Held-out prompts of the context's length, for measuring."""
-    manifest: Mapping[str, Any]
+    manifest: Unchecked
     """The whole manifest: quantization, quality, provenance, config, opset."""
     verified: bool
 
@@ -204,7 +205,7 @@ def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> Unchecked:
     """The manifest in a folder, of which nothing but the schema is checked. Raises `BundleError`."""
     path = root / MANIFEST_NAME
     try:
@@ -227,14 +228,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _writer(manifest: Mapping[str, Any]) -> str:
+def _writer(manifest: Unchecked) -> str:
     """` to 1.2.3 or later`, the version that wrote a manifest, where it says so."""
     provenance = manifest.get("provenance")
     version = provenance.get("ryot_version") if isinstance(provenance, dict) else None
     return f" to {version} or later" if isinstance(version, str) else ""
 
 
-def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle:
+def _build(root: Path, manifest: Unchecked, *, verified: bool) -> Bundle:
     shape = manifest["model"]
     kinds = dict.fromkeys(ModelShape._fields, "int") | {"architecture": "str", "tie_embeddings": "bool"}
     model = ModelShape(**{name: _typed(shape[name], kind, f"model.{name}") for name, kind in kinds.items()})
@@ -283,14 +284,14 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
     )
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
+def _typed(value: object, kind: str, where: str) -> Any:
     expected = {"int": int, "str": str, "bool": bool}[kind]
     if type(value) is not expected:
         raise ValueError(f"{where}: got {value!r}, expected {kind}")
     return value
 
 
-def _ids(values: Iterable[Any]) -> tuple[int, ...]:
+def _ids(values: Iterable[SupportsInt]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 

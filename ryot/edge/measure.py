@@ -245,7 +245,7 @@ def _explain(code: int, stderr: str, cgroup: MemoryCgroup | None) -> str:
     return f"the measuring process ended with code {code}: {last[0]}"
 
 
-def record_environment() -> dict[str, Any]:
+def record_environment() -> dict[str, object]:
     """The machine and the software that figures were taken with."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {

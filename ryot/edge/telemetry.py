@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ryot.errors import ConfigError
 
@@ -157,10 +157,10 @@ def _parse_address(address: str) -> urllib.parse.SplitResult:
     return parts if parts.path.strip("/") else parts._replace(path=DEFAULT_PATH)
 
 
-def encode_metrics(metrics: Sequence[Metric], since_ns: int, now_ns: int) -> dict[str, Any]:
+def encode_metrics(metrics: Sequence[Metric], since_ns: int, now_ns: int) -> dict[str, object]:
     """OTLP's `ExportMetricsServiceRequest` in JSON, whose 64-bit numbers are texts."""
     when = {"startTimeUnixNano": str(since_ns), "timeUnixNano": str(now_ns)}
-    encoded: list[dict[str, Any]] = []
+    encoded: list[dict[str, object]] = []
     for name, unit, numbers, bounds in metrics:
         if bounds:
             *counts, total = numbers

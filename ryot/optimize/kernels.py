@@ -14,16 +14,15 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ryot.config import KernelPlan, VariantConfig, digest, replace, to_mapping
 from ryot.decisions import recall
-from ryot.edge.machine import describe_cpu
+from ryot.edge.machine import CpuFacts, describe_cpu
 from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.loop import build_batches
@@ -138,7 +137,7 @@ class _FixedRun:
         return statistics.fmean(self.losses)
 
 
-def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: Mapping[str, Any]) -> KernelDecision:
+def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: CpuFacts) -> KernelDecision:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(start.threads)
     batches = build_batches(dataset, variant, 0)
@@ -161,7 +160,7 @@ def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: M
     return KernelDecision(plan=best, candidates=tuple(tried), cpu=cpu["model"])
 
 
-def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[Any, ...]]]:
+def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[object, ...]]]:
     half = ("bf16",) if start.device == "cpu" or torch.cuda.is_bf16_supported() else ("fp16",)
     # The type comes first: which attention and which chunk are fastest depends on it.
     return (

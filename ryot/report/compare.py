@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ryot.errors import ConfigError
 from ryot.mapping import to_mapping
@@ -254,7 +254,7 @@ def _protocol(row: ArtifactRow) -> dict[str, int]:
     return next(({k: getattr(s, k) for k in _PROTOCOL} for s in row.samples if s.ok), {})
 
 
-def machine_key(report: Report) -> tuple[Any, ...]:
+def machine_key(report: Report) -> tuple[str, object]:
     """What tells two machines apart."""
     cpu = report.machine.get("cpu")
     return cpu_name(report.machine), cpu.get("cores") if isinstance(cpu, dict) else None

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ryot.config import PRECISIONS, build_from_mapping, check_known, load_toml, unknown
 from ryot.errors import ConfigError
@@ -37,12 +37,15 @@ class OptionText:
     """The option's name where it is not the field's."""
 
 
-def option(default: Any, help: str, **text: Any) -> Any:
-    """A field with this default that is an option."""
+T = TypeVar("T")
+
+
+def option(default: T, help: str, **text: Any) -> T:
+    """A field with this default that is an option; `text` are further fields of `OptionText`."""
     return dataclasses.field(default=default, metadata={_OPTION: OptionText(help=help, **text)})
 
 
-def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], OptionText]]:
+def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[object], OptionText]]:
     """The fields of a dataclass that are options, with their texts."""
     fields = dataclasses.fields(cls)
     return {f.name: (f, f.metadata[_OPTION]) for f in fields if _OPTION in f.metadata}
@@ -126,7 +129,7 @@ class RunOptions:
                 raise ConfigError(unknown("precision", precision, PRECISIONS))
 
 
-def merge_options(file: Path | None, flags: Mapping[str, Any]) -> RunOptions:
+def merge_options(file: Path | None, flags: Mapping[str, object]) -> RunOptions:
     """Options by precedence: those given as flags, then the file's, then the defaults.
 
     `flags` holds only what was given. Raises `ConfigError` for an unknown key in the file.

@@ -25,6 +25,7 @@ from torch import Tensor
 from ryot.atomic import atomic_folder
 from ryot.config import Attention
 from ryot.errors import CheckpointError
+from ryot.mapping import Unchecked
 from ryot.models.arrays import read_arrays
 from ryot.models.registry import read_spec, tensor_maps, write_config
 from ryot.models.sources.safetensors_file import write_float32
@@ -72,7 +73,7 @@ def save_checkpoint(
     spec: DecoderSpec,
     state: Mapping[str, Tensor],
     tokenizer_json: bytes,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, object] | None = None,
     training_tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a checkpoint under a tokenizer of our own, as `write_checkpoint` does; returns its digest."""
@@ -111,7 +112,7 @@ def write_checkpoint(
     directory: Path,
     files: Mapping[str, bytes],
     weights: Weights | None,
-    training: Mapping[str, Any] | None,
+    training: Mapping[str, object] | None,
     training_tensors: Mapping[str, Tensor] | None,
 ) -> str:
     """Write a checkpoint that appears under `directory` only when all of it is on disk; returns its digest.
@@ -208,7 +209,7 @@ def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray], attention
     return model.eval().requires_grad_(False)
 
 
-def load_training_values(directory: Path) -> dict[str, Any]:
+def load_training_values(directory: Path) -> Unchecked:
     """What `save_checkpoint` got as `training`, read in no time. Raises as `load_training_state`."""
     if not (directory / _STATE).exists():
         raise CheckpointError(f"checkpoint {directory}: {_STATE} is missing, so training cannot go on from it")
@@ -220,7 +221,7 @@ def load_training_values(directory: Path) -> dict[str, Any]:
     return training
 
 
-def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_training_state(directory: Path) -> tuple[Unchecked, dict[str, Tensor]]:
     """What `save_checkpoint` got as `training` and `training_tensors`.
 
     Raises `CheckpointError` when it is missing, cut short or of a newer schema.
@@ -232,7 +233,7 @@ def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tens
         raise CheckpointError(f"checkpoint {directory}: {_STATE_TENSORS} cannot be read ({error})") from error
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
+def _json(values: Mapping[str, object]) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 

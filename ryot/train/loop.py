@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from ryot.config import KernelPlan, VariantConfig, to_mapping
 from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
+from ryot.mapping import Unchecked
 from ryot.train.batch import Batch
 from ryot.train.checkpoint import load_training_state, load_training_values
 from ryot.train.dataset import Batches, Dataset, load_dataset
@@ -195,7 +195,7 @@ class Trainer:
                 training_tensors={**optimizer, "torch_rng": torch.get_rng_state(), **self._extra_tensors()},
             )
 
-    def _extra_state(self) -> dict[str, Any]:
+    def _extra_state(self) -> dict[str, object]:
         """What a kind of training keeps beside this in `training/`."""
         return {}
 
@@ -203,13 +203,13 @@ class Trainer:
         """The same of tensors."""
         return {}
 
-    def _load_extra(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _load_extra(self, state: Unchecked, tensors: dict[str, Tensor]) -> None:
         """Take back what these gave."""
 
     def close(self) -> None:
         """Give back what a kind of training holds beside memory."""
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be gone on from."""
         return {
             **job_identity(self.job.variant, self.job.seed),
@@ -320,9 +320,9 @@ def check_resumable(checkpoint: Path, **identity: object) -> None:
             )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in values.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat

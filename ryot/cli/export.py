@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, data_option, verbose_option
 from ryot.config import PRECISIONS
+
+if TYPE_CHECKING:
+    from ryot.deploy.settings import KVDtype
+    from ryot.models.sources.write_gguf import GgufKind
 
 
 @click.command("export", context_settings=HELP)
@@ -71,9 +75,9 @@ def command(
     precisions: tuple[str, ...],
     context: int | None,
     targets: tuple[str, ...],
-    kv_cache: Any,
+    kv_cache: KVDtype,
     target_format: str,
-    gguf_type: Any,
+    gguf_type: GgufKind,
     data: tuple[str, ...],
     output: Path,
 ) -> int:

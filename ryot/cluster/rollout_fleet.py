@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryot.adaptation import RlvrConfig, RolloutPrecision
+from ryot.cluster.remote import actor_on
 from ryot.config import KernelPlan
 from ryot.errors import ClusterError
 from ryot.models.tensors import FloatArray
@@ -130,20 +131,14 @@ class RayFleet:
 
     def _make_actor(self) -> Any:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if self._policy_ref is None:
             self._policy_ref = ray.put(self._policy)
         node_id = ray.get_runtime_context().get_node_id()
         # No CPUs of their own: the trainer's request has theirs too, so that the driver's book is right.
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
-        }
-        return ray.remote(**options)(RolloutWorker).remote(self._policy_ref, self._rows, self._precision)
+        one_thread = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        worker = actor_on(node_id, RolloutWorker, num_cpus=0, runtime_env=one_thread)
+        return worker.remote(self._policy_ref, self._rows, self._precision)
 
 
 def make_ray_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Fleet:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryot.cluster.placement import ResourceRequest
+from ryot.cluster.remote import actor_on
 from ryot.cluster.runtime import Node
 from ryot.cluster.worker import TrainWorker
 from ryot.errors import RyotError
@@ -123,15 +124,5 @@ def _say_why(error: Exception) -> str:
 
 
 def _make_actor(node: Node, request: ResourceRequest) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # A restarted actor would answer from a fresh constructor as if nothing had happened.
-    options: dict[str, Any] = {
-        "num_cpus": request.threads,
-        "num_gpus": request.gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-    }
-    return ray.remote(**options)(TrainWorker).remote(request.threads)
+    worker = actor_on(node.node_id, TrainWorker, num_cpus=request.threads, num_gpus=request.gpus)
+    return worker.remote(request.threads)

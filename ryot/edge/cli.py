@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from ryot.edge.bundle import load_bundle
 from ryot.edge.engines import ENGINES
 from ryot.errors import EXIT_INTERRUPTED, EXIT_OK, BundleError, ConfigError, RyotError
-from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -353,6 +352,7 @@ def _check_int8(bundle: Bundle) -> None:
 def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.measure import build_spec, measure_rounds, record_environment
     from ryot.edge.noise import find_noise
+    from ryot.mapping import to_mapping
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: got {options.rounds}, expected a whole number above 0")

@@ -65,6 +65,20 @@ _HEAD_MULTIPLE = 16
 
 #: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
 PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
+#: What is exported unless told. A pair has the weights twice, and comes on the machine's advice alone.
+USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
+
+# What commands take unless told, each said here alone.
+DEFAULT_PRESET = "reference"
+DEFAULT_RECIPE = "optimized"
+DEFAULT_TARGET = "phase1"
+DEFAULT_DEVICE: DeviceChoice = "auto"
+#: Rounds of a measurement that ends in a verdict, each in fresh processes.
+DEFAULT_ROUNDS = 5
+#: Seconds between two checkpoints of a training.
+CHECKPOINT_EVERY_S = 30.0
+#: Held-out tokens that a quality is taken over, at most where less decides and at least where it is asked for.
+QUALITY_TOKENS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

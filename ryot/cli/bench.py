@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from ryot.cli.options import HELP, CommaList, format_option, verbose_option
+from ryot.config import DEFAULT_ROUNDS
 from ryot.mapping import to_mapping
 
 _SCHEMA = 1
@@ -34,7 +35,13 @@ _INTS = CommaList(_positive, "whole numbers above 0")
 @click.option("-b", "--batch", metavar="LIST", type=_INTS, default="1", show_default=True, help="Sequences at once")
 @click.option("-t", "--threads", metavar="LIST", type=_INTS, default="1", show_default=True, help="Threads")
 @click.option(
-    "-r", "--repetitions", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Fresh processes"
+    "-r",
+    "--repetitions",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=DEFAULT_ROUNDS,
+    show_default=True,
+    help="Fresh processes",
 )
 @format_option("table", "md", "csv", "json")
 @verbose_option

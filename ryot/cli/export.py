@@ -10,10 +10,12 @@ import click
 from click.core import ParameterSource
 
 from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, data_option, verbose_option
-from ryot.config import PRECISIONS
+from ryot.config import PRECISIONS, USUAL_PRECISIONS
+from ryot.deploy.settings import ExportSettings
+from ryot.edge.bundle import KV_DTYPES
 
 if TYPE_CHECKING:
-    from ryot.deploy.settings import KVDtype
+    from ryot.edge.bundle import KVDtype
     from ryot.models.sources.write_gguf import GgufKind
 
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     "--precisions",
     metavar="LIST",
     type=CommaList(),
-    default="fp32,int8-dyn,int8,int4",
+    default=",".join(USUAL_PRECISIONS),
     show_default=True,
     help=f"Weight formats, separated by commas: {', '.join(PRECISIONS)}",
 )
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--kv-cache",
-    type=click.Choice(["float32", "int8"]),
-    default="float32",
+    type=click.Choice(KV_DTYPES),
+    default=ExportSettings().kv_dtype,
     show_default=True,
     help="Type of the key-value cache: int8 takes a quarter of the memory and reads faster at depth",
 )

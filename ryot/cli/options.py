@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import click
 
+from ryot.config import DEFAULT_DEVICE, DEFAULT_PRESET, DeviceChoice
 from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def preset_option(function: F) -> F:
     return click.option(
         "--preset",
         metavar="NAME",
-        default="reference",
+        default=DEFAULT_PRESET,
         show_default=True,
         help="Size: reference, small, 30m, medium, 124m, 350m or a file",
     )(function)
@@ -82,8 +83,8 @@ def device_option(function: F) -> F:
     """`--device auto|cpu|cuda`."""
     return click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
+        type=click.Choice(get_args(DeviceChoice)),
+        default=DEFAULT_DEVICE,
         show_default=True,
         help="Where to train: auto is a GPU where there is one",
     )(function)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ryot.cli.options import HELP, format_option, host_options, verbose_option
+from ryot.edge.cli import BENCH_ROUNDS
 
 if TYPE_CHECKING:
     from ryot.report.table import Format
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     "--rounds",
     metavar="N",
     type=click.IntRange(min=0),
-    default=3,
+    default=BENCH_ROUNDS,
     show_default=True,
     help="Fresh processes that measure there; 0: a moment, and no record",
 )

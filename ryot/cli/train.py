@@ -18,17 +18,17 @@ from ryot.cli.options import (
     preset_option,
     verbose_option,
 )
+from ryot.config import CHECKPOINT_EVERY_S, DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from ryot.config import DeviceChoice
 
-CHECKPOINT_EVERY_S = 30.0
 #: How often a signal is looked for.
 CHUNK_S = 1.0
 
 
 @click.command("train", context_settings=HELP)
-@click.option("--variant", metavar="NAME", default="optimized", show_default=True, help="Recipe: a name or a file")
+@click.option("--variant", metavar="NAME", default=DEFAULT_RECIPE, show_default=True, help="Recipe: a name or a file")
 @preset_option
 @click.option("--init", metavar="SOURCE", help="Model that a recipe with [init] starts from: folder, .gguf, org/name")
 @data_option

@@ -17,6 +17,7 @@ from ryot.cli.options import (
     preset_option,
     verbose_option,
 )
+from ryot.config import DEFAULT_RECIPE
 from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("tune", context_settings=HELP)
-@click.option("--variant", metavar="NAME", default="optimized", show_default=True, help="Recipe: a name or a file")
+@click.option("--variant", metavar="NAME", default=DEFAULT_RECIPE, show_default=True, help="Recipe: a name or a file")
 @preset_option
 @data_option
 @click.option("--threads", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Threads")

@@ -24,11 +24,11 @@ from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.runtime import copy_runtime
 from ryot.deploy.sbom import SBOM_NAME, build_sbom
-from ryot.deploy.settings import ExportSettings, KVDtype
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
-from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.edge.bundle import DATA_NAME, KVDtype, load_bundle
 from ryot.mapping import to_mapping
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ryot.config import QUALITY_TOKENS
 from ryot.deploy.standard import StandardGraph
 from ryot.edge.bundle import TOKENIZER_NAME, load_bundle
 from ryot.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ from ryot.report.stats import t_quantile
 #: Name of the float32 reference among the results.
 REFERENCE = "reference"
 #: Held-out tokens after which the test may end, and those that it takes at most.
-LOOKS = (2_048, 4_096, 8_192, 20_000)
+LOOKS = (2_048, 4_096, 8_192, QUALITY_TOKENS)
 #: Bits per byte of an artifact over those of fp32, above which it is no candidate for the bundle.
 MAX_BPB_RATIO = 1.01
 #: Tokens of a window, whatever the context: logits of more take much memory, and fewer windows tell less.

@@ -38,11 +38,12 @@ from ryot.deploy.precisions import ArtifactMatrices, num_bytes, pair_matrices, q
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.selection import Ladder, Option, find_smallest
-from ryot.deploy.settings import ExportSettings, KVDtype
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
+from ryot.edge.bundle import KVDtype
 from ryot.models.block_sizes import BLOCK_SIZES, block_size_for
 from ryot.models.tensors import FloatArray
 

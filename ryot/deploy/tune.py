@@ -18,7 +18,7 @@ import numpy as np
 import numpy.random  # loaded when first used otherwise, and a Ctrl-C in the middle of that is swallowed
 import onnxruntime as ort
 
-from ryot.config import GraphAttention, digest
+from ryot.config import USUAL_PRECISIONS, GraphAttention, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
@@ -185,7 +185,7 @@ def decide(spec: DecoderSpec, candidates: list[Candidate], cpu: CpuFacts, *, num
 
     best = {precision: best_block(precision) for precision in ("int8", "int4")}
     best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
-    quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
+    quick = [best[precision] for precision in USUAL_PRECISIONS]
     single = min(quick, key=lambda c: request_ms(c, c))
     dynamic = best["int8-dyn"]
     full = next((c for c in candidates if c.attention == "full"), None)

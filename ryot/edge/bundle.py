@@ -14,7 +14,7 @@ import json
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, SupportsInt
+from typing import Literal, NamedTuple, SupportsInt
 
 from ryot.errors import BundleError
 
@@ -34,7 +34,8 @@ DATA_NAME = "model.onnx.data"
 TOKENIZER_NAME = "tokenizer.json"
 #: Roles in the manifest's `graphs`; `prefill` and `decode` name the same file when one session does both.
 GRAPH_ROLES = ("standard", "prefill", "decode")
-KV_DTYPES = ("float32", "int8")
+KVDtype = Literal["float32", "int8"]
+KV_DTYPES = typing.get_args(KVDtype)
 #: Up to here hashing with Python's own slower sha256 costs less than loading OpenSSL: 5 MB and some 5 ms.
 SMALL_FILE_BYTES = 4_000_000
 REBUILD_HINT = "export it again with 'ryot-deploy export', or copy it to the device again"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 64
 #: An answer in a chat mostly ends by itself.
 DEFAULT_ANSWER_TOKENS = 512
+#: Fresh processes of a measurement on a device.
+BENCH_ROUNDS = 3
 
 
 def run(bundle_path: Path, arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine", choices=ENGINES, default="auto", help="how onnxruntime is called; default: capi where it works"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="fresh processes that --bench measures; default: 3"
+        "--rounds",
+        type=int,
+        default=BENCH_ROUNDS,
+        metavar="N",
+        help=f"fresh processes that --bench measures; default: {BENCH_ROUNDS}",
     )
     parser.add_argument(
         "--trusted-keys", type=Path, metavar="FILE", help="what --verify asks a signature of: lines of 'trusted KEY'"

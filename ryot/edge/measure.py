@@ -68,7 +68,7 @@ def build_spec(bundle: Bundle, /, **overrides: Any) -> MeasureSpec:
 def measure_rounds(
     specs: Mapping[K, MeasureSpec],
     *,
-    rounds: int = 3,
+    rounds: int,
     seed: int = 0,
     on_result: Callable[[K, MeasureResult], None] | None = None,
 ) -> dict[K, list[MeasureResult]]:

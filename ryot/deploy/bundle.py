@@ -44,8 +44,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     _check_replaceable(target)
     try:
-        with atomic_folder(target, replace=True) as draft:
-            yield draft
+        with atomic_folder(target, replace=True) as partial:
+            yield partial
             _check_replaceable(target)  # again: making it may have taken minutes
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error

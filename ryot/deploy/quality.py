@@ -84,7 +84,7 @@ class Quality:
     depth_kl: float = 0.0
     """KL over the last positions of it."""
     answer_tokens: int = 0
-    """Tokens of float32's answers to questions in the chat form; 0 where there is no template (`answers`)."""
+    """Tokens of float32's answers to questions in the chat template; 0 where there is no template (`answers`)."""
     answer_kl: float = 0.0
     """KL over them, nats per token."""
     answers_lost: int = 0

@@ -1,7 +1,7 @@
 """Counts and latencies of a device, sent to an address that its owner names; without one nothing here is even imported.
 
-The receiver is any of OTLP over HTTP (an OpenTelemetry collector, Prometheus 3), the form is JSON. It gets numbers: no
-text, and nothing that says which device, user or model they are of. Each sending holds what has come since the last
+The receiver is any of OTLP over HTTP (an OpenTelemetry collector, Prometheus 3), as JSON. It gets numbers: no text, and
+nothing that says which device, user or model they are of. Each sending holds what has come since the last
 one that arrived (delta temporality), so a receiver adds up many devices without telling them apart.
 
 Latencies have the names of OpenTelemetry's conventions for generative AI (1.37, read in November 2026).

@@ -78,7 +78,7 @@ class CheckpointStore:
         current = self.attempt_folder(training, attempt)
         for folder in self.folder.attempts(training.variant.name, training.seed):
             for path in [p for p in folder.iterdir() if p.is_dir()]:
-                # The attempt in progress may be writing a draft next to its checkpoints.
+                # The attempt in progress may be writing a partial one next to its checkpoints.
                 if path not in keep and not (folder == current and path.name.startswith(".")):
                     shutil.rmtree(path, ignore_errors=True)
             if folder != current and not any(folder.iterdir()):

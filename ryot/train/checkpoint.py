@@ -125,16 +125,16 @@ def write_checkpoint(
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
     try:
-        with atomic_folder(directory) as draft:
+        with atomic_folder(directory) as partial:
             for name, data in files.items():
-                path = draft / name
+                path = partial / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
             if weights is not None:
-                weights.write(draft / _WEIGHTS)
+                weights.write(partial / _WEIGHTS)
             if training is not None:
                 kept = {name: tensor.contiguous() for name, tensor in (training_tensors or {}).items()}
-                safetensors.torch.save_file(kept, draft / _STATE_TENSORS)
+                safetensors.torch.save_file(kept, partial / _STATE_TENSORS)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
     except SafetensorError as error:

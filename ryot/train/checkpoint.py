@@ -33,7 +33,7 @@ from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray, hf_shapes, hf_tensors
 from ryot.models.token_ids import TokenIds
 from ryot.train.dataset import Dataset
-from ryot.train.model import Decoder, RotaryTables
+from ryot.train.model import Decoder, RotaryTables, without_memory
 from ryot.train.source_text import OWN_IDS
 from ryot.train.tokenizer import tokenizer_config
 
@@ -202,7 +202,7 @@ def load_model(directory: Path) -> Decoder:
 
 def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray], attention: Attention = "sdpa") -> Decoder:
     """A torch decoder over these arrays, which it shares and does not copy, in evaluation mode."""
-    with torch.device("meta"):
+    with without_memory():
         model = Decoder(spec, attention)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     model.rotary = RotaryTables(spec)

@@ -6,11 +6,9 @@ checkpoint computes what it would have computed anyway: bit for bit on one threa
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from ryot.train.checkpoint import load_training_state, load_training_values
 from ryot.train.dataset import Batches, Dataset, load_dataset
 from ryot.train.evaluate import evaluate, window_counts
 from ryot.train.gates import check_step
+from ryot.train.heap import frozen_heap
 from ryot.train.optimizer import schedule_factor
 from ryot.train.packing import PackedBatches
 from ryot.train.saving import load_trained, save_training
@@ -131,7 +130,7 @@ class Trainer:
             self._compiled = True
         begin = time.perf_counter()
         last = self.num_steps if max_steps is None else min(self.num_steps, self.step + max_steps)
-        with _frozen_heap():
+        with frozen_heap():
             while self.step < last:
                 self._train_one()
                 events += self._step_events()
@@ -283,17 +282,6 @@ class Trainer:
             temperature_c=read_temperature_c(),
             frequency_mhz=read_frequency_mhz(),
         )
-
-
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Spare Python's collector the objects that are there already, the modules' half a million above all: each full
-    collection walks them for 80 ms, and autograd's objects bring one about every few steps."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

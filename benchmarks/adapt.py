@@ -157,7 +157,7 @@ def run_speed(bench: Bench) -> list[list[str]]:
     rows, ours_all, theirs_all = [], [], []
     for number in range(rounds):
         ours_all.append(bench.run("speed_ours", again=number, init=bench.source, **common))
-        peer = {"model": args.peer or bench.source, "accumulate": 1}
+        peer = {"model": args.peer or bench.source, "gradient_accumulation_steps": 1}
         theirs_all.append(bench.run("speed_peft", again=number, **peer, **common))
     ours, theirs = ([r["tokens_per_s"] for r in found] for found in (ours_all, theirs_all))
     interval = ratio_interval(ours, theirs) if rounds > 1 else None

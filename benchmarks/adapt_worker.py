@@ -109,7 +109,7 @@ def speed_peft(job: dict[str, Any]) -> dict[str, Any]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     inputs, targets = _token_batch(job)
-    n = job["accumulate"]
+    n = job["gradient_accumulation_steps"]
 
     def take() -> float:
         total = 0.0

@@ -4,7 +4,7 @@
 
 Times the parts of the driver that grow with the run, each with the real code: a fsynced line of the journal, reading a
 journal, finding a training's checkpoints in it, placing a worker, taking in a report. From these it computes the share
-of one driver's time that a run of N nodes, one worker each, takes at the default slice and checkpoint interval.
+of one driver's time that a run of N nodes, one worker each, takes at the default chunk and checkpoint interval.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/native.py [--sizes S,M] [--rounds N] [--core C]
 
 Bundles with random weights, of the sizes of `edge_vs_peers.py`, and a byte-level BPE of the standard library's text are
-made first. Of each form the two programs take turns on one core, in an order drawn anew each round: a fresh process
+made first. Per precision the two programs take turns on one core, in an order drawn anew each round: a fresh process
 continues one word by 48 greedy tokens. The clock runs from its start to the first byte that comes out of it. Memory is
 VmHWM as the system tells it while the last text is read. Ratios are run.py's to the C program's, paired by round, with
 the 98 % interval. Both must print the same text.
@@ -30,7 +30,7 @@ from small_bundles import make_bundles
 from ryot.report.stats import ratio_interval
 
 NATIVE = Path(__file__).resolve().parents[1] / "deploy" / "native"
-FORMS = ("fp32", "int8", "int4", "int8-dyn+int4")
+PRECISIONS = ("fp32", "int8", "int4", "int8-dyn+int4")
 TOKENS = 48
 PROMPT = "10"
 MB = 1e6
@@ -43,14 +43,14 @@ def main() -> None:
         build = Path(scratch) / "native"
         subprocess.run(["make", "-s", "-C", NATIVE, f"BUILD={build}", f"PYTHON={sys.executable}"], check=True)
         for size in options.sizes:
-            bundles = make_bundles(SIZES[size], FORMS, Path(scratch) / size)
-            for form in FORMS:
-                bundle, limits = str(bundles[form]), ["--ignore-eos", "--max-new-tokens", str(TOKENS)]
+            bundles = make_bundles(SIZES[size], PRECISIONS, Path(scratch) / size)
+            for precision in PRECISIONS:
+                bundle, limits = str(bundles[precision]), ["--ignore-eos", "--max-new-tokens", str(TOKENS)]
                 programs = {
                     "c": [f"{build}/ryot-run", bundle, PROMPT, *limits],
                     "run.py": [sys.executable, f"{bundle}/run.py", "--prompt", PROMPT, *limits],
                 }
-                results[f"{size} {form}"] = _measure(programs, options.rounds, options.core, f"{size}/{form}")
+                results[f"{size} {precision}"] = _measure(programs, options.rounds, options.core, f"{size}/{precision}")
     values = {**describe_setting(), "core": options.core, "rounds": options.rounds, "results": results}
     print(write_result("native", values, render(values), options.output).read_text())
 

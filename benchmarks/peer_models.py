@@ -287,9 +287,9 @@ def _once(path: Path, build: Callable[[Path], object]) -> Path:
     """The file or folder `path`, built unless it is there; it appears whole."""
     if not path.exists():
         _tell(path.parent.name, path.name)
-        draft = path.with_name(f"draft-{os.getpid()}-{path.name}")
-        build(draft)
-        draft.replace(path)
+        partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+        build(partial)
+        partial.replace(path)
     return path
 
 

@@ -33,7 +33,7 @@ class Ratio:
     title: str
     metric: str
     ours: tuple[str, ...] = ()
-    """Forms of ours that may stand for us, with either cache; all when empty."""
+    """Artifacts of ours that may stand for us, with either cache; all when empty."""
     float_cache: bool = False
     """Whether only artifacts with a float32 cache may, as genai has one and llama.cpp one in float16."""
     theirs: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
@@ -270,7 +270,7 @@ def render(values: Mapping[str, Any]) -> str:
         "its own process, after untimed tokens. Ratios are theirs to ours in time (above 1: we are faster) with their "
         "98 % interval over rounds. Torch computes the head for the last position only. genai runs the standard graph "
         "of our bundle, with a float32 cache; llama.cpp has an f16 cache, flash attention off or on, all matrices in "
-        "the type named. Forms of ours whose names end with kv8 have an int8 cache, the others a float32 one.",
+        "the type named. Artifacts of ours whose names end with kv8 have an int8 cache, the others a float32 one.",
         "",
     ]
     for size, result in values["sizes"].items():

@@ -123,15 +123,15 @@ class Maker:
         path = self.folder / name
         if path.exists():
             return path
-        draft = path.with_name(f"draft-{path.name}")
-        shutil.rmtree(draft, ignore_errors=True)
-        if failure := self._run(name, [*command, *last, draft]):
+        partial = path.with_name(f"partial-{path.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        if failure := self._run(name, [*command, *last, partial]):
             if not optional:
                 raise SystemExit(failure)
             self.notes.append(failure)
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             return None
-        draft.replace(path)
+        partial.replace(path)
         return path
 
     def _write_windows(self, f16: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -200,20 +200,20 @@ class Maker:
         return [self._bundle_point(p, kv, found) for p, kv in wanted]
 
     def _export(self, target: Path, kv: str, precisions: Sequence[str]) -> None:
-        draft = self.folder / f"draft-bundles-{kv}"
-        shutil.rmtree(draft, ignore_errors=True)
+        partial = self.folder / f"partial-bundles-{kv}"
+        shutil.rmtree(partial, ignore_errors=True)
         context = ["--context", str(self.plan["context"])] if self.plan["context"] else []
         data = [argument for path in self.plan["data"] for argument in ("--data", path)]
         begin = time.monotonic()
         command = [*RYOT, "export", self.source, "--precisions", ",".join(precisions), "--kv-cache", kv]
         name = f"bundles {kv}"
-        if failure := self._run(name, [*command, *context, *data, "-o", draft], (EXIT_OK, EXIT_QUALITY)):
+        if failure := self._run(name, [*command, *context, *data, "-o", partial], (EXIT_OK, EXIT_QUALITY)):
             raise SystemExit(failure)
         self.export_s[f"{','.join(precisions)} {kv}"] = round(time.monotonic() - begin, 1)
         target.mkdir(parents=True, exist_ok=True)
         for precision in precisions:
-            (draft / precision).replace(target / precision)
-        shutil.rmtree(draft, ignore_errors=True)
+            (partial / precision).replace(target / precision)
+        shutil.rmtree(partial, ignore_errors=True)
 
     def _bundle_point(self, precision: str, kv: str, found: dict[tuple[str, str], Bundle]) -> Point:
         bundle, (prefill, _, decode) = found[precision, kv], precision.partition("+")
@@ -247,13 +247,13 @@ class Maker:
                 continue
             path: Path | None = f16
             if kind != "F16":
-                draft = self.folder / f"draft-{kind}.gguf"
+                partial = self.folder / f"partial-{kind}.gguf"
                 path = self.folder / f"{kind}.gguf"
                 if not path.exists():
-                    if failure := self._run(kind, [self.llama / "llama-quantize", f16, draft, kind]):
+                    if failure := self._run(kind, [self.llama / "llama-quantize", f16, partial, kind]):
                         self.notes.append(failure)
                         continue
-                    draft.replace(path)
+                    partial.replace(path)
                 log = self.folder / "logs" / f"{kind}.txt"
                 if log.exists() and "fallback quantization" in log.read_text(errors="replace"):
                     self.notes.append(f"{kind}: widths that are no multiple of 256 took other types, by llama.cpp")

@@ -161,9 +161,9 @@ class Run:
     def _keep(self, job: Job, answer: dict[str, Any]) -> None:
         path = self._folder / job.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({**answer, "of": self._identity(job)}))
-        draft.replace(path)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**answer, "of": self._identity(job)}))
+        partial.replace(path)
 
     def collect(self, threads: int) -> dict[str, Any]:
         """Samples by point and series, a list a round; empty lists keep rounds paired that one point has not."""

@@ -59,21 +59,21 @@ def main() -> None:
         if name == "M":
             _export_m(source, folder, precision, kv, target)
             continue
-        draft = folder / "draft-bundles"
-        shutil.rmtree(draft, ignore_errors=True)
+        partial = folder / "partial-bundles"
+        shutil.rmtree(partial, ignore_errors=True)
         command = [*RYOT, "export", str(source), "--precisions", precision, "--kv-cache", kv]
-        subprocess.run([*command, "--context", str(CONTEXT), "-o", str(draft)], check=True)
+        subprocess.run([*command, "--context", str(CONTEXT), "-o", str(partial)], check=True)
         target.parent.mkdir(exist_ok=True)
-        (draft / precision).replace(target)
+        (partial / precision).replace(target)
     f16 = folder / "F16.gguf"
     if not f16.exists():
         subprocess.run([*RYOT, "export", str(source), "--to", "gguf", "-o", str(f16)], check=True)
     for kind in LLAMA_TYPES:
         target = folder / f"{kind}.gguf"
         if not target.exists():
-            draft = folder / f"draft-{kind}.gguf"
-            subprocess.run([llama / "llama-quantize", f16, draft, kind], check=True, stdout=subprocess.DEVNULL)
-            draft.replace(target)
+            partial = folder / f"partial-{kind}.gguf"
+            subprocess.run([llama / "llama-quantize", f16, partial, kind], check=True, stdout=subprocess.DEVNULL)
+            partial.replace(target)
     made = {
         "bundles": {title: str(path) for title, path in bundles.items()},
         "genai_of": GENAI_PRECISION,
@@ -108,9 +108,9 @@ def _write_m(checkpoint: Path) -> Path:
     torch.set_num_threads(1)
     spec = dataclasses.replace(SIZES["M"], max_seq_len=CONTEXT)
     tokenizer = train_tokenizer(load_corpus().texts("train")[:TOKENIZER_TEXTS], spec.vocab_size)
-    draft = checkpoint.with_name(f"draft-{os.getpid()}")
-    save_checkpoint(draft, spec=spec, state=draw_state(spec), tokenizer_json=tokenizer.to_str().encode())
-    draft.replace(checkpoint)
+    partial = checkpoint.with_name(f"partial-{os.getpid()}")
+    save_checkpoint(partial, spec=spec, state=draw_state(spec), tokenizer_json=tokenizer.to_str().encode())
+    partial.replace(checkpoint)
     return checkpoint
 
 

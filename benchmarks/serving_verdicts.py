@@ -44,8 +44,8 @@ def render(setting: Mapping[str, Any], samples: Sequence[Sample], *, quick: bool
     return "\n".join(lines)
 
 
-def _row(what: str, model: str, asked: str, found: float | None, holds: bool | None, form: str = "{:.2f}x") -> str:
-    shown = "not taken" if found is None else form.format(found)
+def _row(what: str, model: str, asked: str, found: float | None, holds: bool | None, layout: str = "{:.2f}x") -> str:
+    shown = "not taken" if found is None else layout.format(found)
     return f"| {what} | {model} | {asked} | {shown} | {'' if holds is None else 'yes' if holds else 'NO'} |"
 
 

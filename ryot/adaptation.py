@@ -295,10 +295,10 @@ def _find_tasks(task: object, where: str) -> dict[str, str]:
     return {"task": str(path), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _model_of(spec: DecoderSpec) -> dict[str, Any]:
+def _model_of(spec: DecoderSpec) -> dict[str, object]:
     """The `[model]` of a checkpoint's decoder."""
     from ryot.mapping import to_mapping
 
     sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ff_dim", "max_seq_len", "tie_embeddings")
-    values: Mapping[str, Any] = to_mapping(spec)
+    values: Mapping[str, object] = to_mapping(spec)
     return {"architecture": spec.family, **{size: values[size] for size in sizes}, "structure": dict(values)}

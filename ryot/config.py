@@ -14,7 +14,7 @@ import hashlib
 import json
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,9 +30,9 @@ from ryot.adaptation import (
     resolve_sources,
 )
 from ryot.errors import ConfigError, require
+from ryot.mapping import Unchecked, formerly
 from ryot.mapping import build_from_mapping as build_from_mapping
 from ryot.mapping import check_known as check_known
-from ryot.mapping import formerly
 from ryot.mapping import to_mapping as to_mapping
 from ryot.mapping import unknown as unknown
 from ryot.models.registry import trained_spec
@@ -65,6 +65,20 @@ _HEAD_MULTIPLE = 16
 
 #: Names of the weight formats that can be exported, smallest error first. A pair is `PREFILL+DECODE`.
 PRECISIONS = ("fp32", "int8-dyn", "int8", "int4", "int8-dyn+int8", "int8-dyn+int4")
+#: What is exported unless told. A pair has the weights twice, and comes on the machine's advice alone.
+USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
+
+# What commands take unless told, each said here alone.
+DEFAULT_PRESET = "reference"
+DEFAULT_RECIPE = "optimized"
+DEFAULT_TARGET = "phase1"
+DEFAULT_DEVICE: DeviceChoice = "auto"
+#: Rounds of a measurement that ends in a verdict, each in fresh processes.
+DEFAULT_ROUNDS = 5
+#: Seconds between two checkpoints of a training.
+CHECKPOINT_EVERY_S = 30.0
+#: Held-out tokens that a quality is taken over, at most where less decides and at least where it is asked for.
+QUALITY_TOKENS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,7 +298,7 @@ class VariantConfig:
         return self.train.tokens // self.step_tokens
 
 
-def load_toml(path: Path) -> dict[str, Any]:
+def load_toml(path: Path) -> Unchecked:
     """The tables of a TOML file. Raises `ConfigError` when it is missing or malformed."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -331,7 +345,7 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, ini
     size = load_toml(preset_path)
     check_known(size, ("summary", "model", "train"), str(preset_path))
     merged: dict[str, Any] = {section: dict(size.get(section, {})) for section in _SECTIONS}
-    outer: dict[str, Any] = {"summary": "", "tune": False}
+    outer: dict[str, object] = {"summary": "", "tune": False}
     own: set[str] = set()
     for path in paths:
         values = load_toml(path)
@@ -358,9 +372,7 @@ def resolve_variant(variant: str, preset: str, *, tokens: int | None = None, ini
     return build_from_mapping(VariantConfig, {"name": name, **outer, **merged}, where)
 
 
-def _overrides(
-    values: Mapping[str, Any], size: Mapping[str, Any], preset: str, path: Path
-) -> Iterator[Mapping[str, Any]]:
+def _overrides(values: Unchecked, size: Unchecked, preset: str, path: Path) -> Iterator[Unchecked]:
     """What a recipe has for presets at least so wide (`[from_dim.512]`), narrower ones first, and for one by name."""
     dim = size.get("model", {}).get("dim", 0)
     by_width = values.get("from_dim", {})
@@ -376,7 +388,7 @@ def _overrides(
 
 
 def _apply_shape(
-    model: dict[str, Any], train: dict[str, Any], shape: Mapping[str, Any], size: Mapping[str, Any], where: str
+    model: dict[str, Any], train: dict[str, object], shape: Unchecked, size: Unchecked, where: str
 ) -> None:
     """Fill in what a recipe says relative to the preset's size.
 
@@ -416,12 +428,12 @@ def digest(*parts: object) -> str:
 
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        return to_mapping(value, keep_none=True)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no canonical form")
 
 
-def replace(config: T, **changes: Any) -> T:
+def replace(config: T, **changes: object) -> T:
     """A copy of a config with some fields changed, checked again."""
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]

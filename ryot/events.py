@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from ryot.mapping import formerly, read_mapping, to_mapping
+from ryot.mapping import Unchecked, formerly, read_mapping, to_mapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,12 +203,12 @@ EVENT_TYPES: dict[str, type[Event]] = {
 }
 
 
-def event_to_dict(event: Event) -> dict[str, Any]:
+def event_to_dict(event: Event) -> dict[str, object]:
     """The event as plain values, with its `kind`."""
     return {"kind": event.kind, **to_mapping(event, keep_none=True)}
 
 
-def event_from_dict(values: dict[str, Any]) -> Event:
+def event_from_dict(values: Unchecked) -> Event:
     """The event that `event_to_dict` made `values` from; fields that this version does not know are dropped."""
     return read_mapping(EVENT_TYPES[values["kind"]], values)
 

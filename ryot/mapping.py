@@ -12,42 +12,48 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from ryot.errors import ConfigError, require
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+
+#: Parsed TOML or JSON, or a manifest: values of which nobody has checked the types yet. What reads one does.
+Unchecked: TypeAlias = Mapping[str, Any]
 
 _FORMERLY, _FORMER_VALUES = "formerly", "former_values"
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
-def formerly(name: str | None = None, *, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+def formerly(name: str | None = None, *, values: Mapping[object, object] | None = None) -> dict[str, object]:
     """Metadata of a field that files of older versions call `name`, or whose `values` they write in another way."""
     return {_FORMERLY: name, _FORMER_VALUES: values or {}}
 
 
-def also_called(name: str) -> dict[str, Any]:
+def also_called(name: str) -> dict[str, object]:
     """Metadata of a field that people write as `name`, a word that Python keeps for itself."""
     return formerly(name)
 
 
-def to_mapping(config: Any, *, keep_none: bool = False) -> dict[str, Any]:
+def to_mapping(config: DataclassInstance, *, keep_none: bool = False) -> dict[str, Any]:
     """The dataclass as nested plain values; fields that are None are left out unless kept (TOML has no null)."""
 
-    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    def plain(items: list[tuple[str, object]]) -> dict[str, object]:
         return {k: [*v] if isinstance(v, tuple) else v for k, v in items if keep_none or v is not None}
 
     return dataclasses.asdict(config, dict_factory=plain)
 
 
-def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build_from_mapping(cls: type[T], values: Mapping[str, object], where: str) -> T:
     """An instance of the dataclass `cls`; nested dataclasses are built from nested tables.
 
     Raises `ConfigError` for an unknown key (with the nearest known one), a missing key or a value of another type.
     """
     _check_keys(cls, values, where)
-    hints, built = _hints(typing.cast(type, cls)), dict[str, Any]()
+    hints, built = _hints(typing.cast(type, cls)), dict[str, object]()
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = next((name for name in _names(field) if name in values), None)
         if key is not None:
@@ -60,7 +66,7 @@ def build_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T
         raise ConfigError(f"{where}: {error}", hint=error.hint) from None
 
 
-def read_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
+def read_mapping(cls: type[T], values: Mapping[str, object]) -> T:
     """The instance that `to_mapping` made `values` from. Raises `TypeError` or `ValueError` when it did not."""
     built = {}
     for name, names, former, read in _readers(typing.cast(type, cls)):
@@ -92,20 +98,20 @@ def check_known(values: Iterable[str], known: Iterable[str], where: str) -> None
             raise ConfigError(unknown(f"{where}: key", key, names))
 
 
-def _names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+def _names(field: dataclasses.Field[object]) -> tuple[str, ...]:
     """The keys under which a field may stand."""
     former = field.metadata.get(_FORMERLY)
     return (field.name, former) if former else (field.name,)
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     """The type of each field."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
+def _check_keys(cls: type, values: Mapping[str, object], where: str) -> None:
     """Refuse an unknown key at any depth, before anything else is said about the values."""
     hints = {name: _hints(cls)[field.name] for field in dataclasses.fields(cls) for name in _names(field)}
     former = [field.metadata.get(_FORMERLY) for field in dataclasses.fields(cls)]
@@ -115,7 +121,7 @@ def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
             _check_keys(typing.cast(type, hints[name]), value, f"{where}.{name}")
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
+def _checked(value: Any, hint: object, where: str) -> object:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, Mapping), where, value, "a table")
@@ -140,13 +146,14 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-_Reader = Callable[[Any], Any]
+_Reader = Callable[[Any], object]
+#: A field's name, the keys it may stand under, former values, and how a value is read if not as it is.
+_FieldReader = tuple[str, tuple[str, ...], Mapping[object, object], _Reader | None]
 
 
 @functools.cache
-def _readers(cls: Any) -> list[tuple[str, tuple[str, ...], Mapping[Any, Any], _Reader | None]]:
-    """For each field its name, the keys it may stand under, former values, and how a value is read if not as it is."""
-    found: list[tuple[str, tuple[str, ...], Mapping[Any, Any], _Reader | None]] = []
+def _readers(cls: type) -> list[_FieldReader]:
+    found: list[_FieldReader] = []
     for field in dataclasses.fields(cls):
         found.append(
             (field.name, _names(field), field.metadata.get(_FORMER_VALUES, {}), _reader(_hints(cls)[field.name]))
@@ -154,13 +161,15 @@ def _readers(cls: Any) -> list[tuple[str, tuple[str, ...], Mapping[Any, Any], _R
     return found
 
 
-def _reader(hint: Any) -> _Reader | None:
+def _reader(hint: object) -> _Reader | None:
     """What gives a value the classes that its type asks for; None for a type whose values are plain."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return functools.partial(read_mapping, typing.cast(type, hint))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        return lambda value: hint(*value)
     if origin in (typing.Union, types.UnionType):
         return _reader(next(a for a in args if a is not type(None)))
     if origin is tuple and args[-1] is not Ellipsis:

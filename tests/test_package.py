@@ -65,6 +65,14 @@ assert not [m for m in ("torch", "ray", "onnx") if importlib.util.find_spec(m)]
     assert refused.returncode == 1 and "pip install 'ryot[" in refused.stderr
 
 
+def test_where_things_are_in_a_run_folder_is_said_once() -> None:
+    names = r"run\.toml|run\.lock|\w*\.jsonl|measure\.json|worker\S*\.log|report\.(md|html)|(attempt|step)-\S*"
+    inside = rf"""["']({names})["']"""
+    for path in (p for room in ("run", "cluster") for p in (ROOT / "ryot" / room).rglob("*.py")):
+        if path.name != "folder.py":
+            assert not re.findall(inside, path.read_text()), path
+
+
 def test_every_command_of_the_readme_exists() -> None:
     from ryot.cli.main import COMMANDS
 

@@ -152,7 +152,9 @@ def test_rates_fall_with_width_and_never_rise() -> None:
     widths = {p: resolve_variant("wide", p).model.dim for p in list_named("presets")}
     for recipe in ("baseline", "optimized", "wide", "elastic"):
         for rate in ("learning_rate", "embedding_learning_rate"):
-            found = {p: getattr(resolve_variant(recipe, p).train, rate) for p in sorted(widths, key=lambda p: widths[p])}
+            found = {
+                p: getattr(resolve_variant(recipe, p).train, rate) for p in sorted(widths, key=lambda p: widths[p])
+            }
             # Swept with ten times as many tokens as the others, for which less is right.
             assert found.pop("124m") <= found["30m"], (recipe, rate)
             assert list(found.values()) == sorted(found.values(), reverse=True), (recipe, rate)

@@ -11,6 +11,8 @@ from pathlib import Path
 import click
 
 from ryot.cli.options import HELP, CommaList, format_option, verbose_option
+from ryot.config import DEFAULT_ROUNDS
+from ryot.mapping import to_mapping
 
 _SCHEMA = 1
 
@@ -33,7 +35,13 @@ _INTS = CommaList(_positive, "whole numbers above 0")
 @click.option("-b", "--batch", metavar="LIST", type=_INTS, default="1", show_default=True, help="Sequences at once")
 @click.option("-t", "--threads", metavar="LIST", type=_INTS, default="1", show_default=True, help="Threads")
 @click.option(
-    "-r", "--repetitions", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Fresh processes"
+    "-r",
+    "--repetitions",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=DEFAULT_ROUNDS,
+    show_default=True,
+    help="Fresh processes",
 )
 @format_option("table", "md", "csv", "json")
 @verbose_option
@@ -75,7 +83,7 @@ def command(
         values = {
             "schema": _SCHEMA,
             "environment": record_environment(),
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": [to_mapping(row, keep_none=True) for row in rows],
         }
         click.echo(json.dumps(values, indent=1))
     elif fmt == "csv":
@@ -83,7 +91,7 @@ def command(
         names = [f.name for f in dataclasses.fields(rows[0]) if f.name != "samples_ms"]
         writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(to_mapping(row, keep_none=True) for row in rows)
         click.echo(text.getvalue(), nl=False)
     else:
         from tabulate import tabulate

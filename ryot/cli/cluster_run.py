@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -46,7 +46,7 @@ def command(
     config: Path | None,
     fmt: Format,
     dry_run: bool,
-    **_: Any,
+    **_: object,
 ) -> int:
     """Train recipes in parallel, take in models, export, measure, judge, and bundle the best artifact.
 

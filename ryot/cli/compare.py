@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ryot.cli.options import HELP, format_option, verbose_option
+from ryot.config import DEFAULT_ROUNDS, DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from ryot.report.rows import ExportedArtifact
@@ -25,10 +26,20 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option("--artifact-b", metavar="NAME", help="Artifact of B as VARIANT/PRECISION")
 @click.option("--measure", is_flag=True, help="Measure both now, interleaved, instead of reading their records")
 @click.option(
-    "--target", metavar="NAME", multiple=True, default=("phase1",), show_default=True, help="Limits to measure under"
+    "--target",
+    metavar="NAME",
+    multiple=True,
+    default=(DEFAULT_TARGET,),
+    show_default=True,
+    help="Limits to measure under",
 )
 @click.option(
-    "--rounds", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measurement"
+    "--rounds",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=DEFAULT_ROUNDS,
+    show_default=True,
+    help="Rounds of measurement",
 )
 @format_option("table", "md", "csv", "json")
 @verbose_option

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ryot.cli.options import HELP, data_option, format_option, verbose_option
+from ryot.config import QUALITY_TOKENS
 
 
 @click.command("eval", context_settings=HELP)
@@ -23,7 +24,7 @@ from ryot.cli.options import HELP, data_option, format_option, verbose_option
     "--tokens",
     metavar="N",
     type=click.IntRange(min=1),
-    default=20_000,
+    default=QUALITY_TOKENS,
     show_default=True,
     help="Tokens to score, at least",
 )

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from ryot.cli.options import HELP, CommaList, cache_dir, check_output_folder, data_option, verbose_option
-from ryot.config import PRECISIONS
+from ryot.config import PRECISIONS, USUAL_PRECISIONS
+from ryot.deploy.settings import ExportSettings
+from ryot.edge.bundle import KV_DTYPES
+
+if TYPE_CHECKING:
+    from ryot.edge.bundle import KVDtype
+    from ryot.models.sources.write_gguf import GgufKind
 
 
 @click.command("export", context_settings=HELP)
@@ -19,7 +25,7 @@ from ryot.config import PRECISIONS
     "--precisions",
     metavar="LIST",
     type=CommaList(),
-    default="fp32,int8-dyn,int8,int4",
+    default=",".join(USUAL_PRECISIONS),
     show_default=True,
     help=f"Weight formats, separated by commas: {', '.join(PRECISIONS)}",
 )
@@ -38,8 +44,8 @@ from ryot.config import PRECISIONS
 )
 @click.option(
     "--kv-cache",
-    type=click.Choice(["float32", "int8"]),
-    default="float32",
+    type=click.Choice(KV_DTYPES),
+    default=ExportSettings().kv_dtype,
     show_default=True,
     help="Type of the key-value cache: int8 takes a quarter of the memory and reads faster at depth",
 )
@@ -71,9 +77,9 @@ def command(
     precisions: tuple[str, ...],
     context: int | None,
     targets: tuple[str, ...],
-    kv_cache: Any,
+    kv_cache: KVDtype,
     target_format: str,
-    gguf_type: Any,
+    gguf_type: GgufKind,
     data: tuple[str, ...],
     output: Path,
 ) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -68,7 +68,7 @@ def rollback(
     ssh_config: Path | None,
     root: str | None,
     jobs: int,
-    **flags: Any,
+    **flags: object,
 ) -> int:
     """Return hosts to the last good version before the current one.
 

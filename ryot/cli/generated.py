@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from ryot.cli.options import CommaList
 from ryot.run.options import OptionText, option_fields
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 T = TypeVar("T")
 
 
@@ -30,7 +30,7 @@ def options_from(cls: type) -> Callable[[F], F]:
     return decorate
 
 
-def given_values(ctx: click.Context, cls: type) -> dict[str, Any]:
+def given_values(ctx: click.Context, cls: type) -> dict[str, object]:
     """The fields of `cls` that were given, on the command line or by their environment variable."""
     return {name: ctx.params[name] for name in option_fields(cls) if is_given(ctx, name)}
 
@@ -51,7 +51,7 @@ def flag_of(cls: type, name: str) -> str:
     return f"--{(fields[name][1].flag if name in fields else '') or name.replace('_', '-')}"
 
 
-def _option(name: str, hint: Any, default: Any, text: OptionText) -> Callable[[F], F]:
+def _option(name: str, hint: object, default: Any, text: OptionText) -> Callable[[F], F]:
     flag = f"--{text.flag or name.replace('_', '-')}"
     common: dict[str, Any] = {"help": text.help, "envvar": text.envvar or None}
     if hint is bool:
@@ -73,7 +73,7 @@ def _option(name: str, hint: Any, default: Any, text: OptionText) -> Callable[[F
         return click.option(flag, name, type=CommaList(), **common)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    kinds: dict[type, Any] = {
+    kinds: dict[object, click.ParamType[object]] = {
         int: click.IntRange(min=None if text.at_least is None else int(text.at_least)),
         float: click.FloatRange(min=text.above, min_open=True),
         str: click.STRING,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ryot.serve.model import ModelOptions
 
 MEGABYTE = 1_000_000
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def model_options(*, rows: int) -> Callable[[Command], Command]:

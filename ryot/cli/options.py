@@ -10,28 +10,29 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, get_args
 
 import click
 
+from ryot.config import DEFAULT_DEVICE, DEFAULT_PRESET, DeviceChoice
 from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class CommaList(click.ParamType[Any]):
+class CommaList(click.ParamType[tuple[object, ...]]):
     """`a,b,c` as a tuple; each part is converted by `item`, and messages call the parts `what`."""
 
     name = "LIST"
 
-    def __init__(self, item: Callable[[str], Any] = str, what: str = "names"):
+    def __init__(self, item: Callable[[str], object] = str, what: str = "names"):
         self.item, self.what = item, what
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[object, ...]:
         if isinstance(value, tuple):
             return value
         try:
@@ -72,7 +73,7 @@ def preset_option(function: F) -> F:
     return click.option(
         "--preset",
         metavar="NAME",
-        default="reference",
+        default=DEFAULT_PRESET,
         show_default=True,
         help="Size: reference, small, 30m, medium, 124m, 350m or a file",
     )(function)
@@ -82,8 +83,8 @@ def device_option(function: F) -> F:
     """`--device auto|cpu|cuda`."""
     return click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
+        type=click.Choice(get_args(DeviceChoice)),
+        default=DEFAULT_DEVICE,
         show_default=True,
         help="Where to train: auto is a GPU where there is one",
     )(function)

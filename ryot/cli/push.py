@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ryot.cli.options import HELP, format_option, host_options, verbose_option
+from ryot.edge.cli import BENCH_ROUNDS
+
+if TYPE_CHECKING:
+    from ryot.report.table import Format
 
 
 @click.command("push", context_settings=HELP)
@@ -20,7 +24,7 @@ from ryot.cli.options import HELP, format_option, host_options, verbose_option
     "--rounds",
     metavar="N",
     type=click.IntRange(min=0),
-    default=3,
+    default=BENCH_ROUNDS,
     show_default=True,
     help="Fresh processes that measure there; 0: a moment, and no record",
 )
@@ -64,8 +68,8 @@ def command(
     max_slowdown: float,
     even_if_missed: bool,
     output: Path | None,
-    fmt: Any,
-    **flags: Any,
+    fmt: Format,
+    **flags: object,
 ) -> int:
     """Copy a bundle to hosts over ssh, verify and measure it there, and switch to it when it works.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ryot.cli.options import HELP, format_option, verbose_option
+
+if TYPE_CHECKING:
+    from ryot.report.table import Format
 
 
 @click.command("targets", context_settings=HELP)
 @click.argument("names", nargs=-1)
 @format_option("table", "md", "csv", "json")
 @verbose_option
-def command(names: tuple[str, ...], fmt: Any) -> None:
+def command(names: tuple[str, ...], fmt: Format) -> None:
     """List the targets, or show the named ones (names or TOML files) with the source of every number.
 
     Example: ryot-deploy targets pi-5

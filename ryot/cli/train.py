@@ -18,17 +18,17 @@ from ryot.cli.options import (
     preset_option,
     verbose_option,
 )
+from ryot.config import CHECKPOINT_EVERY_S, DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from ryot.config import DeviceChoice
 
-CHECKPOINT_EVERY_S = 30.0
 #: How often a signal is looked for.
 CHUNK_S = 1.0
 
 
 @click.command("train", context_settings=HELP)
-@click.option("--variant", metavar="NAME", default="optimized", show_default=True, help="Recipe: a name or a file")
+@click.option("--variant", metavar="NAME", default=DEFAULT_RECIPE, show_default=True, help="Recipe: a name or a file")
 @preset_option
 @click.option("--init", metavar="SOURCE", help="Model that a recipe with [init] starts from: folder, .gguf, org/name")
 @data_option
@@ -79,13 +79,18 @@ def command(
     from ryot.reinforce.tasks import load_text
     from ryot.reinforce.trainer import build_trainer
     from ryot.run.variant_data import prepare_variant
-    from ryot.train.loop import TrainJob
+    from ryot.train.loop import TrainJob, check_resumable, job_identity
 
     cache = cache_dir()
+    if resume is not None:
+        check_resumable(resume, **job_identity(recipe, seed))
+    teacher = open_teacher(recipe, cache)
     with Progress() as show:
         dataset, _ = prepare_variant(
             recipe, load_text(data, [recipe]), cache, on_progress=show.tell_data, on_report=show.tell_data
         )
+    if resume is not None:
+        check_resumable(resume, corpus_sha256=dataset.corpus_sha256)
     plan = recipe.kernels
     if not no_tune:
         decision = choose_kernels(recipe, dataset, cache, threads=threads)
@@ -93,7 +98,6 @@ def command(
         if decision.candidates:
             click.echo(format_decision(recipe.name, decision), err=True)
     job = TrainJob(variant=recipe, seed=seed, dataset_dir=str(dataset.path))
-    teacher = open_teacher(recipe, cache)
     trainer = build_trainer(job, plan, teacher, resume)
     if output.exists():
         output.rmdir()

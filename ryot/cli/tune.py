@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +17,15 @@ from ryot.cli.options import (
     preset_option,
     verbose_option,
 )
+from ryot.config import DEFAULT_RECIPE
+from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
     from ryot.config import DeviceChoice
 
 
 @click.command("tune", context_settings=HELP)
-@click.option("--variant", metavar="NAME", default="optimized", show_default=True, help="Recipe: a name or a file")
+@click.option("--variant", metavar="NAME", default=DEFAULT_RECIPE, show_default=True, help="Recipe: a name or a file")
 @preset_option
 @data_option
 @click.option("--threads", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Threads")
@@ -84,7 +85,7 @@ def command(
             with Progress() as show:
                 dataset, _ = prepare_variant(recipe, load_corpus(data), cache, on_progress=show.tell_data)
             training = choose_kernels(recipe, dataset, found, threads=threads)
-            decisions["training"] = dataclasses.asdict(training)
+            decisions["training"] = to_mapping(training, keep_none=True)
             if fmt == "table":
                 click.echo(format_training(recipe.name, training))
         if what != "training":
@@ -92,7 +93,7 @@ def command(
             from ryot.deploy.tune import format_decision as format_inference
 
             inference = choose_inference(recipe.model.spec, found, threads=threads)
-            decisions["inference"] = dataclasses.asdict(inference)
+            decisions["inference"] = to_mapping(inference, keep_none=True)
             if fmt == "table":
                 click.echo(format_inference(inference))
     if fmt == "json":
@@ -109,7 +110,7 @@ def _show_widths(path: Path, threads: int, fmt: str) -> None:
     widths = measure_widths(load_bundle(path), threads=threads)
     chosen = choose_width(widths)
     if fmt == "json":
-        shown = [dataclasses.asdict(width) for width in widths]
+        shown = [to_mapping(width, keep_none=True) for width in widths]
         click.echo(json.dumps({"schema": 1, "bundle": str(path), "widths": shown, "rows": chosen.rows}, indent=1))
         return
     table = [(width.rows, f"{width.step_ms:.3f}", f"{width.tok_s:.0f}") for width in widths]

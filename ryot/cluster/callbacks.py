@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
 
 _NAME = "on-done"
+T = TypeVar("T")
 
 
 def is_busy() -> bool:
@@ -15,19 +16,19 @@ def is_busy() -> bool:
     return any(thread.name == _NAME for thread in threading.enumerate())
 
 
-class CallbackThread:
+class CallbackThread(Generic[T]):
     """Calls `function` for each thing put in, in order; keeps the first exception for `finish`."""
 
-    def __init__(self, function: Callable[[Any], None]):
+    def __init__(self, function: Callable[[T], None]):
         self._function = function
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[T] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._left = False
         # A daemon, so that a second Ctrl-C does not wait for the export in flight.
         self._thread = threading.Thread(target=self._work, name=_NAME, daemon=True)
         self._thread.start()
 
-    def put(self, item: Any) -> None:
+    def put(self, item: T) -> None:
         """Queue one call."""
         self._queue.put((item,))
 

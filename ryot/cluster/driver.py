@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ryot.cluster.callbacks import CallbackThread
 from ryot.cluster.folders import pack_folder, unpack_folder
@@ -29,13 +29,16 @@ from ryot.cluster.worker_group import Call, WorkerFailed, WorkerGroup, WorkerLos
 from ryot.cluster.workplace import Workplace, find_workplace
 from ryot.errors import ClusterError, Interrupted, RyotError, TrainingError
 from ryot.events import Event
-from ryot.run.folder import WORKER_LOG, RunFolder
+from ryot.run.folder import RunFolder, worker_log
 from ryot.run.journal import Journal
 from ryot.run.ledger import Ledger, TrainingState
 from ryot.run.signals import StopSignals
 from ryot.run.store import CheckpointStore
 from ryot.run.training import OnDone, Training, TrainResult
 from ryot.train.parallel import Group
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ class Driver:
         self.stopping = ""
         """Why no further chunks are asked for."""
         self._find_workplace = workplace or self._look_around
-        self._datasets: dict[Path, Any] = {}
+        self._datasets: dict[Path, ObjectRef[object]] = {}
         self._deadline = time.monotonic() + options.max_hours * 3600 if options.max_hours else None
         self._busy_at = time.monotonic()
 
@@ -226,7 +229,7 @@ class Driver:
         # Whether the port is free shows when rank 0 listens; if not, the attempt fails and the next has another.
         return f"tcp://{group.nodes[0].ip}:{random.randrange(20_000, 32_000)}"
 
-    def _packed_dataset(self, dataset_dir: Path) -> Any:
+    def _packed_dataset(self, dataset_dir: Path) -> ObjectRef[object]:
         import ray
 
         if dataset_dir not in self._datasets:
@@ -235,7 +238,7 @@ class Driver:
 
     # Collecting
 
-    def _collect(self, work: _Work, ready: set[Any]) -> None:
+    def _collect(self, work: _Work, ready: set[ObjectRef[object]]) -> None:
         """Take in what the workers of a training say, and ask for what comes next."""
         try:
             answer = work.group.collect(ready)
@@ -255,7 +258,7 @@ class Driver:
             self._lose(work, cause)
             return
         training = work.state.training
-        where = self.ledger.store.attempt_folder(training, work.state.attempt) / WORKER_LOG
+        where = worker_log(self.ledger.store.attempt_folder(training, work.state.attempt))
         reason = str(cause) if isinstance(cause, RyotError) else f"{type(cause).__name__}: {cause}"
         self.ledger.fail(
             work.state, TrainingError(f"{training.key}: {reason}", hint=f"its worker's log: {where}"), final=False

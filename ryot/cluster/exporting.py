@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ryot.cluster.cores import CoreClaim, has_cpu_quota, pin_process
 from ryot.cluster.options import DriverOptions
 from ryot.cluster.placement import Placement, ResourceRequest
 from ryot.cluster.probe import probe_nodes
+from ryot.cluster.remote import task_on
 from ryot.cluster.runtime import Cluster, Node
 from ryot.deploy.export import ArtifactResult
 from ryot.errors import ClusterError, ExportError, Interrupted, RyotError
@@ -137,16 +138,8 @@ class _Exports:
             self._start(*self.waiting.pop(0), nodes[0])
 
     def _start(self, job: ImportJob, attempt: int, node: Node) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        options: dict[str, Any] = {
-            "num_cpus": self.request.threads,
-            "max_retries": 0,
-            "num_returns": "streaming",
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-        }
-        self.works[ray.remote(**options)(_export).remote(job, self.request.threads)] = _Work(job, attempt, node)
+        task = task_on(node.node_id, _export, num_cpus=self.request.threads, num_returns="streaming")
+        self.works[task.remote(job, self.request.threads)] = _Work(job, attempt, node)
         self.listener.begun(job, node.name)
 
     def _collect(self, task: ObjectRefGenerator) -> None:
@@ -193,14 +186,14 @@ class _Exports:
 def _export(job: ImportJob, threads: int) -> Iterator[str | list[ArtifactResult]]:
     """Runs in a worker: yields a word on each stage, and at last the artifacts."""
     claim = None if has_cpu_quota() else CoreClaim(threads)
-    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    told: queue.SimpleQueue[str | Future[list[ArtifactResult]]] = queue.SimpleQueue()
     try:
         if claim and claim.cores:
             pin_process(claim.cores)
         with ThreadPoolExecutor(1) as pool:
             exported: Future[list[ArtifactResult]] = pool.submit(export_model, job, told.put)
             exported.add_done_callback(told.put)
-            while (said := told.get()) is not exported:
+            while isinstance(said := told.get(), str):
                 yield said
             yield exported.result()
     finally:

@@ -23,8 +23,8 @@ def pack_folder(folder: Path) -> bytes:
 def unpack_folder(packed: bytes, folder: Path) -> None:
     """Write what `pack_folder` gave, so that `folder` is there whole or not at all. Raises `ClusterError`."""
     try:
-        with atomic_folder(folder) as draft, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(draft, filter="data")
+        with atomic_folder(folder) as partial, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(partial, filter="data")
     except tarfile.TarError as error:
         raise ClusterError(f"{folder}: what came is no folder that can be trusted ({error})") from error
     except OSError as error:

@@ -7,17 +7,21 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ryot.artifact import ArtifactId
 from ryot.cluster.folders import pack_folder, unpack_folder
 from ryot.cluster.options import ClusterOptions
+from ryot.cluster.remote import task_on
 from ryot.cluster.runtime import Cluster, Node, open_cluster
 from ryot.edge.measure import measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.errors import ClusterError
 from ryot.run.executor import Measured
 from ryot.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,6 @@ def measure_on_node(
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     needed = max(spec.threads for spec in specs.values())
     node = find_node(cluster, label, needed)
@@ -82,14 +85,10 @@ def measure_on_node(
         here = {artifact: _pinned(spec, cores) for artifact, spec in specs.items()}
         results = measure_rounds(here, rounds=rounds, seed=seed)
         return Measured(results=results, machine={**record_environment(), "node": node.name}, node=node.name)
-    options: dict[str, Any] = {
-        "num_cpus": node.cpus,
-        "max_retries": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-    }
     bundles = {artifact: ray.put(pack_folder(Path(spec.bundle))) for artifact, spec in specs.items()}
     log.info("measuring on %s, alone, %g CPUs", node.name, node.cpus)
-    ref = ray.remote(**options)(_measure).remote(dict(specs), list(bundles), list(bundles.values()), rounds, seed)
+    task = task_on(node.node_id, _measure, num_cpus=node.cpus)
+    ref = task.remote(dict(specs), list(bundles), list(bundles.values()), rounds, seed)
     ready, _ = ray.wait([ref], timeout=timeout_s)
     if not ready:
         ray.cancel(ref, force=True)
@@ -121,8 +120,12 @@ def measure_on_cluster(
 
 
 def _measure(
-    specs: dict[ArtifactId, MeasureSpec], artifacts: list[ArtifactId], packed: list[Any], rounds: int, seed: int
-) -> tuple[dict[ArtifactId, list[MeasureResult]], dict[str, Any], int]:
+    specs: dict[ArtifactId, MeasureSpec],
+    artifacts: list[ArtifactId],
+    packed: list[ObjectRef[bytes]],
+    rounds: int,
+    seed: int,
+) -> tuple[dict[ArtifactId, list[MeasureResult]], dict[str, object], int]:
     """Runs on the node; the last is the niceness of what measured: above 0 it yields to all else there."""
     import ray
 

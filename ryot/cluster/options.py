@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ryot.config import CHECKPOINT_EVERY_S
 from ryot.run.options import option
 
 #: Keeps large tensors on the heap and backs them with huge pages: 1.0 to 1.15x in training, for every variant alike.
@@ -45,7 +46,7 @@ class DriverOptions:
     keep_checkpoints: int = option(2, "Checkpoints of each training that stay on disk", metavar="N", at_least=1)
     chunk_s: float = 3.0
     """Seconds of training between two reports of a worker."""
-    checkpoint_every_s: float = 30.0
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S
     """Seconds between two checkpoints; a chunk longer than that ends with one."""
     max_failures: int = 6
     """Failures of workers in a row, without a checkpoint accepted in between, after which a training is given up."""

@@ -13,10 +13,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from ryot.cluster.remote import task_on
 from ryot.cluster.runtime import Cluster, Node
 from ryot.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +61,12 @@ def probe_nodes(cluster: Cluster, folders: Sequence[Path], *, timeout_s: float =
     """
     import ray
     from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = cluster.nodes()
     with _marks(folders) as marks:
-        asked: dict[Any, Node] = {}
+        asked: dict[ObjectRef[NodeFacts], Node] = {}
         for node in nodes:
-            options: dict[str, Any] = {
-                "num_cpus": 0,
-                "max_retries": 0,
-                "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-            }
-            asked[ray.remote(**options)(look_around).remote(marks)] = node
+            asked[task_on(node.node_id, look_around, num_cpus=0).remote(marks)] = node
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
         facts, problems = {}, [f"{asked[ref].name}: no answer within {timeout_s:g} s" for ref in late]
         for ref in ready:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from ryot.errors import ConfigError
+from ryot.mapping import Unchecked
 from ryot.serve.app import Service, build_app
 from ryot.serve.errors import ApiError
 from ryot.serve.model import ModelOptions, ServedModel
@@ -223,7 +224,7 @@ def build_application(options: ReplicaOptions) -> serve.Application:
     return application
 
 
-def build_from_config(args: Mapping[str, Any]) -> serve.Application:
+def build_from_config(args: Unchecked) -> serve.Application:
     """What a RayService manifest imports; `args` are those of `ReplicaOptions`, the model's beside them."""
     known = dict(args)
     if not (bundles := known.pop("bundles", None)):

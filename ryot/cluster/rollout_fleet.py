@@ -11,14 +11,18 @@ import logging
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ryot.adaptation import RlvrConfig, RolloutPrecision
+from ryot.cluster.remote import actor_on
 from ryot.config import KernelPlan
 from ryot.errors import ClusterError
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.rollouts import Fleet, Group, LocalFleet, Policy, Sample
 from ryot.reinforce.trainer import make_local_fleet
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,8 @@ class RayFleet:
     def __init__(self, policy: Policy, *, workers: int, rows: int, precision: RolloutPrecision = "fp32"):
         self._policy, self._rows, self._precision = policy, rows, precision
         self._version = -1
-        self._arrays: Any = None
-        self._policy_ref: Any = None
+        self._arrays: ObjectRef[object] | None = None
+        self._policy_ref: ObjectRef[object] | None = None
         self._actors: list[Any] = [self._make_actor() for _ in range(workers)]
         #: Workers that were replaced, and groups that were sampled again because of that.
         self.deaths = self.sampled_again = 0
@@ -79,7 +83,7 @@ class RayFleet:
         numbers = range(len(groups))
         waiting = deque(numbers[at : at + GROUPS_AT_ONCE] for at in range(0, len(groups), GROUPS_AT_ONCE))
         idle = list(range(len(self._actors)))
-        at_work: dict[Any, tuple[int, range]] = {}
+        at_work: dict[ObjectRef[object], tuple[int, range]] = {}
         deaths_in_a_row = 0
         while waiting or at_work:
             while waiting and idle:
@@ -127,20 +131,14 @@ class RayFleet:
 
     def _make_actor(self) -> Any:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if self._policy_ref is None:
             self._policy_ref = ray.put(self._policy)
         node_id = ray.get_runtime_context().get_node_id()
         # No CPUs of their own: the trainer's request has theirs too, so that the driver's book is right.
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
-        }
-        return ray.remote(**options)(RolloutWorker).remote(self._policy_ref, self._rows, self._precision)
+        one_thread = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        worker = actor_on(node_id, RolloutWorker, num_cpus=0, runtime_env=one_thread)
+        return worker.remote(self._policy_ref, self._rows, self._precision)
 
 
 def make_ray_fleet(policy: Policy, rlvr: RlvrConfig, plan: KernelPlan) -> Fleet:

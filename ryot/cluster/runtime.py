@@ -1,6 +1,6 @@
 """Ray for one run: an embedded cluster that leaves nothing behind, or a cluster that exists already.
 
-    with open_cluster(ClusterOptions(), log_dir=run_dir / "logs") as cluster:
+    with open_cluster(ClusterOptions(), log_dir=folder.logs) as cluster:
         ...
 
 Ray is imported only here and in the modules of this package that run after this one, because much of it reads its

@@ -24,7 +24,7 @@ from ryot.deploy.teacher import open_teacher
 from ryot.errors import CheckpointError, ClusterError, RyotError
 from ryot.events import Event
 from ryot.reinforce.trainer import ReinforceTrainer, build_trainer
-from ryot.run.folder import WORKER_LOG
+from ryot.run.folder import checkpoint_folder, worker_log
 from ryot.run.metrics import TrainMetrics
 from ryot.run.training import Training
 from ryot.train.gates import GateBreach
@@ -187,12 +187,11 @@ class TrainWorker:
         assert trainer is not None and attempt is not None
         if trainer.step == self._saved_step:
             return None
-        name = f"step-{trainer.step:08d}"
-        path = Path(attempt.folder) / name
+        path = checkpoint_folder(Path(attempt.folder), trainer.step)
         target = path
         if attempt.travels:
             assert self._scratch is not None
-            target = self._scratch / name
+            target = self._scratch / path.name
         sha256 = trainer.save(target)
         packed = pack_folder(target) if attempt.travels else None
         if attempt.travels:
@@ -240,11 +239,10 @@ def own_address() -> str:
 
 
 def _log_to(folder: Path, rank: int) -> None:
-    """From now on all that this process says goes to `worker.log` in its attempt's folder, C++ included."""
-    name = WORKER_LOG if rank == 0 else f"{Path(WORKER_LOG).stem}-{rank}.log"
+    """From now on all that this process says goes to the log in its attempt's folder, C++ included."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(worker_log(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise ClusterError(f"{folder}: cannot be written on {socket.gethostname()} ({error.strerror})") from error
     os.dup2(descriptor, 1)

@@ -6,12 +6,16 @@ import enum
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ryot.cluster.placement import ResourceRequest
+from ryot.cluster.remote import actor_on
 from ryot.cluster.runtime import Node
 from ryot.cluster.worker import TrainWorker
 from ryot.errors import RyotError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +53,12 @@ class WorkerGroup:
         self.actors = [_make_actor(node, request) for node in nodes]
         self.call_in_flight: Call | None = None
         self.since = 0.0
-        self._refs: list[Any] = []
-        self._answers: dict[int, Any] = {}
+        self._refs: list[ObjectRef[object]] = []
+        self._answers: dict[int, object] = {}
         self._failed_at = 0.0
 
     @property
-    def refs(self) -> list[Any]:
+    def refs(self) -> list[ObjectRef[object]]:
         """What is still waited for."""
         return [ref for rank, ref in enumerate(self._refs) if rank not in self._answers]
 
@@ -63,14 +67,14 @@ class WorkerGroup:
         """Names of its nodes."""
         return ", ".join(dict.fromkeys(n.name for n in self.nodes))
 
-    def call(self, call: Call, *arguments: tuple[Any, ...]) -> None:
+    def call(self, call: Call, *arguments: tuple[object, ...]) -> None:
         """Call a method of all actors, with the same arguments or, given several tuples, each with its own."""
         per_rank = arguments if len(arguments) == len(self.actors) else arguments * len(self.actors)
         self.call_in_flight, self.since, self._failed_at = call, time.monotonic(), 0.0
         self._answers = {}
         self._refs = [getattr(actor, call.value).remote(*own) for actor, own in zip(self.actors, per_rank, strict=True)]
 
-    def collect(self, ready: set[Any]) -> Any | None:
+    def collect(self, ready: set[ObjectRef[object]]) -> object:
         """The answer of the first rank once all have answered, else None.
 
         Raises `WorkerLost`, and `WorkerFailed` when a method raised although all actors live.
@@ -120,15 +124,5 @@ def _say_why(error: Exception) -> str:
 
 
 def _make_actor(node: Node, request: ResourceRequest) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # A restarted actor would answer from a fresh constructor as if nothing had happened.
-    options: dict[str, Any] = {
-        "num_cpus": request.threads,
-        "num_gpus": request.gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-    }
-    return ray.remote(**options)(TrainWorker).remote(request.threads)
+    worker = actor_on(node.node_id, TrainWorker, num_cpus=request.threads, num_gpus=request.gpus)
+    return worker.remote(request.threads)

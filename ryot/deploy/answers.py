@@ -1,4 +1,4 @@
-"""What quantization does to answers: questions in a checkpoint's own chat form, and what float32 says to them.
+"""What quantization does to answers: questions in a checkpoint's own chat template, and what float32 says to them.
 
     # T tokens of a question and its answer, A of the answer alone, V vocabulary
 
@@ -30,7 +30,7 @@ from ryot.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-#: What is asked. Questions of one form have as many tokens as each other in most vocabularies, and those are answered
+#: What is asked. Questions of one kind have as many tokens as each other in most vocabularies, and those are answered
 #: together: float32 reads all its weights for each token, 50 ms at 135 M parameters.
 QUESTIONS = (
     *(f"What is the capital of {country}?" for country in ("France", "Japan", "Italy", "Egypt")),
@@ -71,7 +71,7 @@ class AnswerLoss:
 
 
 def chat_prompts(folder: Path, room: int) -> list[list[int]]:
-    """Token ids of the questions in the chat form of a checkpoint folder, those that leave `room` tokens for an answer.
+    """Token ids of the questions in a checkpoint's chat template, those that leave `room` tokens for an answer.
 
     None without a chat template, or with one that refuses a plain question or cannot be tried.
     """

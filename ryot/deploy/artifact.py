@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +24,12 @@ from ryot.deploy.quality import MAX_BPB_RATIO, Quality
 from ryot.deploy.quantize import CacheFormat, Quantized
 from ryot.deploy.runtime import copy_runtime
 from ryot.deploy.sbom import SBOM_NAME, build_sbom
-from ryot.deploy.settings import ExportSettings, KVDtype
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.text_check import TextCheck
 from ryot.deploy.verify import ParityResult
 from ryot.deploy.weights import DecoderWeights
-from ryot.edge.bundle import DATA_NAME, load_bundle
+from ryot.edge.bundle import DATA_NAME, KVDtype, load_bundle
+from ryot.mapping import to_mapping
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.models.spec import DecoderSpec
 
@@ -60,7 +59,7 @@ class ExportOptions:
     """Bits per byte over those of fp32, above which an artifact is no candidate."""
     split: str = "test"
     """The split that quality is reported on."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     """The resolved recipe, kept in the manifest."""
 
 
@@ -143,7 +142,7 @@ def build_artifact(
 
 def _manifest_values(
     origin: Origin, precision: str, singles: Mapping[str, Quantized], cache: CacheFormat, scores: Scores
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The manifest without its list of files and its golden prompts."""
     options, token_ids = origin.options, origin.text.token_ids
     return {
@@ -166,13 +165,13 @@ def _manifest_values(
         "tolerance": 0.0,
         "prompts": origin.prompts.tolist(),
         "quantization": {
-            **dataclasses.asdict(options.settings),
+            **to_mapping(options.settings, keep_none=True),
             "kv_cache": dict(cache.record),
             **{half: dict(singles[half].record) for half in split_pair(precision)},
         },
-        "quality": {} if scores.quality is None else scores.quality.as_dict(),
-        "parity": {} if scores.parity is None else scores.parity.as_dict(),
-        "oracle": scores.oracle.as_dict(),
+        "quality": {} if scores.quality is None else to_mapping(scores.quality, keep_none=True),
+        "parity": {} if scores.parity is None else to_mapping(scores.parity, keep_none=True),
+        "oracle": to_mapping(scores.oracle, keep_none=True),
         "provenance": {
             "source": origin.checkpoint.kind,
             "checkpoint_sha256": origin.checkpoint.sha256,

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.measure import build_spec, measure_rounds
@@ -156,7 +156,7 @@ def _check(tokens: int, context: int, test: str) -> None:
         raise ContextError(f"{test}: needs {tokens} tokens, the bundle's context holds {context}", hint="ask for fewer")
 
 
-def row_cells(row: BenchRow) -> dict[str, Any]:
+def row_cells(row: BenchRow) -> dict[str, object]:
     """The cells of a row as the tables show them, by header."""
     spread = f" ± {row.tokens_per_s_sd:.1f}" if row.tokens_per_s_sd is not None else ""
     return {

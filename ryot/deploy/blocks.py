@@ -342,7 +342,7 @@ def attention(
     that its tiles cannot do. A head sink is such a thing, and one this small takes no weight from any key. All scores
     at once (`full`) take [B, heads, S, T] floats and, for prompts of some hundred tokens, less time.
     """
-    attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": scale}
+    attributes: dict[str, object] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": scale}
     if window:
         attributes["local_window_size"] = window
     if rotary is not None:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ryot.atomic import atomic_folder, open_to_all
 from ryot.deploy.precisions import STANDARD_GRAPH, graph_files
@@ -45,9 +44,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     _check_replaceable(target)
     try:
-        with atomic_folder(target, replace=True) as draft:
-            yield draft
-            open_to_all(draft)
+        with atomic_folder(target, replace=True) as partial:
+            yield partial
+            open_to_all(partial)
             _check_replaceable(target)  # again: making it may have taken minutes
     except OSError as error:
         raise ExportError(f"{target}: cannot be written ({error.strerror or error})") from error
@@ -59,7 +58,7 @@ def _check_replaceable(target: Path) -> None:
         raise ExportError(f"{target}: exists and is no bundle; it is left alone", hint="give an empty or new folder")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Sorted, indented JSON with a newline at the end."""
     path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -122,16 +121,16 @@ def write_genai_config(folder: Path, spec: DecoderSpec, token_ids: TokenIds, *, 
     write_json(folder / "genai_config.json", {"model": model, "search": search})
 
 
-def _genai_token_ids(ids: TokenIds) -> dict[str, Any]:
+def _genai_token_ids(ids: TokenIds) -> dict[str, object]:
     """The ids as onnxruntime-genai wants them: it needs a pad id, for which an end of text serves."""
-    named: dict[str, Any] = {} if ids.bos is None else {"bos_token_id": ids.bos}
+    named: dict[str, object] = {} if ids.bos is None else {"bos_token_id": ids.bos}
     if ids.eos:
         named["eos_token_id"] = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
     pad = ids.pad if ids.pad is not None else next(iter(ids.eos), ids.bos)
     return named if pad is None else named | {"pad_token_id": pad}
 
 
-def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, values: Mapping[str, object]) -> None:
     """`ryot_manifest.json` with the size and sha256 of every other file of the folder. Written last."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": edge_bundle.hash_file(path)}
@@ -141,7 +140,9 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(folder / edge_bundle.MANIFEST_NAME, {**values, "schema": edge_bundle.SCHEMA, "files": files})
 
 
-def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by_row: bool = False) -> dict[str, Any]:
+def graph_entries(
+    spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by_row: bool = False
+) -> dict[str, object]:
     """What the manifest says about the model and how its graphs are fed."""
     model = {
         "architecture": spec.family,
@@ -168,7 +169,7 @@ def graph_entries(spec: DecoderSpec, precision: str, kv_dtype: str, *, prompt_by
     }
 
 
-def finish_bundle(artifact: Path, target: Path, record: Mapping[str, Any]) -> Path:
+def finish_bundle(artifact: Path, target: Path, record: Mapping[str, object]) -> Path:
     """Copy an artifact to `target` as the final bundle, with `record.json` beside its files.
 
     Raises `BundleError` when the artifact's files are not those of its manifest.

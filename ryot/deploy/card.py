@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from ryot.mapping import Unchecked
 
 _CARD = """# {name}
 
@@ -50,7 +49,7 @@ with the inputs and outputs that onnxruntime-genai expects. All read their weigh
 """
 
 
-def render_card(manifest: Mapping[str, Any]) -> str:
+def render_card(manifest: Unchecked) -> str:
     """README.md from the manifest's values (its list of files is not needed)."""
     quality = manifest["quality"]
     rows = ""

@@ -49,6 +49,7 @@ from ryot.edge.memory import map_large_arrays
 from ryot.models.sources.checkpoint import Checkpoint
 from ryot.scratch import scratch_folder
 from ryot.train.checkpoint import build_decoder
+from ryot.train.heap import frozen_heap
 
 #: Held-out prompts that a bundle carries, for measuring.
 NUM_PROMPTS = 16
@@ -97,6 +98,19 @@ def export_variant(
     check_onnxruntime(ort.__version__, onnxruntime_min(options.settings.kv_dtype))
     map_large_arrays()
     give_back_memory()  # of what was tuned before
+    with frozen_heap():
+        return _export_all(checkpoint, out_root, precisions, data, options, on_artifact, tell)
+
+
+def _export_all(
+    checkpoint: Checkpoint,
+    out_root: Path,
+    precisions: Sequence[str],
+    data: EvalData,
+    options: ExportOptions,
+    on_artifact: Callable[[ArtifactResult], None],
+    tell: Callable[[str], None],
+) -> list[ArtifactResult]:
     with scratch_folder("export") as scratch:
         files = scratch / "files"
         files.mkdir()

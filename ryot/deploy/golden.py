@@ -10,7 +10,6 @@ so a margin above twice that decides a token on both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ def make_golden(
     prompts: NDArray[np.int64],
     *,
     rounding_error: float,
-) -> tuple[list[dict[str, Any]], float]:
+) -> tuple[list[dict[str, object]], float]:
     """(golden prompts as the manifest has them, tolerance) of the graphs in `bundle`.
 
     `rounding_error` is what float32 alone may change in a logit. Of the held-out `prompts` [n, context] the longest

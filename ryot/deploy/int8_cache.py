@@ -13,7 +13,7 @@ A pair's prefill graph has no such choice to make: it attends to its new tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from onnx import TensorProto
@@ -102,7 +102,7 @@ def attend_to_int8(
             before.append(held.decode(start, f"{at}.{part}_before", by_head=True))
             rest = _cut(g, past, new.total, "end_of_cache", f"{at}.{part}_rest")
             kept.append(g.node("Concat", [start, held.by_head(codes), rest], [f"{at}.{part}_kept"], axis=2))
-        attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": scale}
+        attributes: dict[str, object] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": scale}
         if window:
             attributes["local_window_size"] = window
         outputs = [f"{at}.mix", f"{at}.k_float", f"{at}.v_float"]

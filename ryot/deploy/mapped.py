@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ryot.deploy.weights import DecoderWeights
 from ryot.models.tensors import FloatArray
-from ryot.train.model import Decoder, RotaryTables
+from ryot.train.model import Decoder, RotaryTables, without_memory
 
 T = TypeVar("T", bound=np.generic)
 
@@ -113,7 +113,7 @@ def release_behind(model: Decoder, arrays: Mapping[str, FloatArray]) -> None:
 def stream_decoder(weights: DecoderWeights) -> Decoder:
     """A torch decoder in evaluation mode whose layers have their weights only while they are computed."""
     arrays = weights.arrays
-    with torch.device("meta"):
+    with without_memory():
         model = Decoder(weights.spec)
     outside = {name: torch.from_numpy(arrays[name]) for name in arrays if not name.startswith("layers.")}
     model.load_state_dict(outside, strict=False, assign=True)

@@ -6,7 +6,6 @@ that reading would pass it. Where transformers is installed it reads the checkpo
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -16,7 +15,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +54,6 @@ class OracleResult:
     """Hard strings whose ids or text are others, and chats that are."""
     text_differences: tuple[str, ...] = ()
     """The first of them, in words."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 NO_ORACLE = OracleResult(reason="not asked")

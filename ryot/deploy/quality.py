@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ryot.config import QUALITY_TOKENS
 from ryot.deploy.standard import StandardGraph
 from ryot.edge.bundle import TOKENIZER_NAME, load_bundle
 from ryot.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ from ryot.report.stats import t_quantile
 #: Name of the float32 reference among the results.
 REFERENCE = "reference"
 #: Held-out tokens after which the test may end, and those that it takes at most.
-LOOKS = (2_048, 4_096, 8_192, 20_000)
+LOOKS = (2_048, 4_096, 8_192, QUALITY_TOKENS)
 #: Bits per byte of an artifact over those of fp32, above which it is no candidate for the bundle.
 MAX_BPB_RATIO = 1.01
 #: Tokens of a window, whatever the context: logits of more take much memory, and fewer windows tell less.
@@ -83,14 +84,11 @@ class Quality:
     depth_kl: float = 0.0
     """KL over the last positions of it."""
     answer_tokens: int = 0
-    """Tokens of float32's answers to questions in the chat form; 0 where there is no template (`answers`)."""
+    """Tokens of float32's answers to questions in the chat template; 0 where there is no template (`answers`)."""
     answer_kl: float = 0.0
     """KL over them, nats per token."""
     answers_lost: int = 0
     """Tokens among them that float32 is sure of and the artifact replaces."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def decides(self, limit: float) -> bool:
         """Whether the whole interval of the ratio lies on one side of `limit`."""

@@ -48,11 +48,12 @@ from ryot.deploy.precisions import (
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
 from ryot.deploy.selection import Ladder, Option, find_smallest
-from ryot.deploy.settings import ExportSettings, KVDtype
+from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
 from ryot.deploy.stored import BlockSource, repack, repack_with_offsets
 from ryot.deploy.weights import DecoderWeights
+from ryot.edge.bundle import KVDtype
 from ryot.models.tensors import FloatArray
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Quantized:
     """The matrices of an artifact and how they came about."""
 
     matrices: Matrices
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
     """For the manifest: method, bytes; of int4 the format of each matrix and the candidates with their figures."""
 
 
@@ -101,7 +102,7 @@ class CacheFormat:
 
     scales: KVScales | None = None
     """Of an int8 cache; None keeps them in float32."""
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, object] = field(default_factory=dict)
     """For the manifest, where an int8 cache was asked for: method, candidates with their figures, why there is none."""
 
     @property
@@ -224,7 +225,7 @@ class Quantizer:
             candidates[method]["refused"] = reason
             if lost <= KV_LOSS_SHARE * allowed and not reason:
                 break
-        record: dict[str, Any] = {"candidates": list(candidates.values())}
+        record: dict[str, object] = {"candidates": list(candidates.values())}
         method = min(candidates, key=lambda m: (bool(candidates[m]["refused"]), candidates[m]["kl"]))
         if reason := candidates[method]["refused"]:
             log.warning("an int8 cache is not used, keys and values stay in float32: %s", reason)
@@ -290,7 +291,7 @@ class Quantizer:
 
     def _choose_int4(self) -> Quantized:
         ladder = Ladder(self._options())
-        candidates: list[dict[str, Any]] = []
+        candidates: list[dict[str, object]] = []
 
         def measure(rung: int) -> float:
             mix = ladder.mix(rung)
@@ -384,15 +385,12 @@ class Quantizer:
                 matrix=dataclasses.replace(matrix, codes_NCE=put_away(matrix.codes_NCE, self._scratch)),
             )
 
-        sizes = dict.fromkeys(
-            matrix_block_size(self._weights, name, s) for s in (self._settings.int4_block_size, SMALLEST_BLOCK)
-        )
-        formats = [(4, size) for size in sizes] + [
-            (8, matrix_block_size(self._weights, name, self._settings.int8_block_size))
-        ]
+        fit = functools.partial(matrix_block_size, self._weights, name)
+        sizes = dict.fromkeys(fit(size) for size in (self._settings.int4_block_size, SMALLEST_BLOCK))
+        formats = [(4, size) for size in sizes] + [(8, fit(self._settings.int8_block_size))]
         return [option(_round(values, curvature, bits, block_size)) for bits, block_size in formats]
 
-    def _told(self, said: AnswerLoss) -> dict[str, Any]:
+    def _told(self, said: AnswerLoss) -> dict[str, object]:
         """What a record says of answers, where any were asked for."""
         return {"answer_kl": round(said.kl, 6), "answers_lost": said.lost} if self._answers else {}
 

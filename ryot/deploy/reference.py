@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ryot.models.spec import DecoderSpec, layer_shapes
 from ryot.models.tensors import FloatArray
-from ryot.train.model import Decoder, Layer, RotaryTables
+from ryot.train.model import Decoder, Layer, RotaryTables, without_memory
 
 Load = Callable[[str], FloatArray]
 """An array by its name in `Decoder.state_dict()`."""
@@ -66,7 +66,7 @@ class _Shell:
     def __init__(self, spec: DecoderSpec, dtype: torch.dtype):
         self._spec, self._dtype = spec, dtype
         self.rotary = RotaryTables(spec).to(dtype)
-        with torch.device("meta"):
+        with without_memory():
             self._decoder = Decoder(spec).eval()
         self._table = "embedding.weight" if spec.tie_embeddings else "head.weight"
 

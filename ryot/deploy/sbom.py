@@ -8,11 +8,10 @@ asks for; which ones a device has is in its record.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ryot
+from ryot.mapping import Unchecked
 
 SBOM_NAME = "sbom.cdx.json"
 #: SPDX expressions of what a device installs, by the packages' metadata (onnxruntime 1.32, numpy 2.4, tokenizers 0.23).
@@ -23,7 +22,7 @@ _LICENSES = {
 }
 
 
-def build_sbom(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def build_sbom(folder: Path, manifest: Unchecked) -> dict[str, object]:
     """The bill of materials of the bundle in `folder`, whose other files are written; `manifest` needs no file list."""
     name = manifest["name"]
     model_ref = f"model:{name}"
@@ -78,7 +77,7 @@ def build_sbom(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _package(requirement: str) -> dict[str, Any]:
+def _package(requirement: str) -> dict[str, object]:
     name = requirement.partition(">")[0].partition("<")[0].partition("=")[0].strip()
     license_ = {"licenses": [{"expression": _LICENSES[name]}]} if name in _LICENSES else {}
     return {
@@ -91,7 +90,7 @@ def _package(requirement: str) -> dict[str, Any]:
     }
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from ryot.config import GraphAttention
+from ryot.edge.bundle import KVDtype
 from ryot.edge.machine import describe_cpu, sums_int8_exactly
 from ryot.errors import ConfigError
 from ryot.models.block_sizes import BLOCK_SIZES
-
-KVDtype = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,16 +11,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.random  # loaded when first used otherwise, and a Ctrl-C in the middle of that is swallowed
 import onnxruntime as ort
 
-from ryot.config import GraphAttention, build_from_mapping, digest
+from ryot.config import USUAL_PRECISIONS, GraphAttention, digest
 from ryot.decisions import recall
 from ryot.deploy import bundle
 from ryot.deploy.datafile import DataFile
@@ -35,7 +33,7 @@ from ryot.deploy.precisions import serialize
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.weights import DecoderWeights
 from ryot.edge.bundle import DATA_NAME, GRAPH_ROLES, load_bundle
-from ryot.edge.machine import describe_cpu
+from ryot.edge.machine import CpuFacts, describe_cpu
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.models.block_sizes import block_size_for
 from ryot.models.spec import DecoderSpec, layer_shapes, parameter_shapes
@@ -112,7 +110,7 @@ def choose_inference(spec: DecoderSpec, cache_dir: Path, *, threads: int = 1) ->
     cpu = describe_cpu()
     key = digest(SCHEMA, cpu["model"], cpu["isa"], cpu["caches"], ort.__version__, spec, threads)
     path = cache_dir / "inference" / f"{key[:16]}.json"
-    decision, cached = recall(path, _build, lambda: measure_inference(spec, threads=threads))
+    decision, cached = recall(path, InferenceDecision, lambda: measure_inference(spec, threads=threads))
     return dataclasses.replace(decision, cached=cached)
 
 
@@ -166,9 +164,7 @@ def format_decision(decision: InferenceDecision) -> str:
     return "\n".join(lines)
 
 
-def decide(
-    spec: DecoderSpec, candidates: list[Candidate], cpu: Mapping[str, Any], *, num_layers: int
-) -> InferenceDecision:
+def decide(spec: DecoderSpec, candidates: list[Candidate], cpu: CpuFacts, *, num_layers: int) -> InferenceDecision:
     """The decision that these times lead to.
 
     A request is weighed as one full prompt and `ANSWER_SHARE` as many new tokens.
@@ -189,7 +185,7 @@ def decide(
 
     best = {precision: best_block(precision) for precision in ("int8", "int4")}
     best |= {c.precision: c for c in candidates if not c.block_size and c.attention == "flash"}
-    quick = [best[precision] for precision in ("fp32", "int8-dyn", "int8", "int4")]
+    quick = [best[precision] for precision in USUAL_PRECISIONS]
     single = min(quick, key=lambda c: request_ms(c, c))
     dynamic = best["int8-dyn"]
     full = next((c for c in candidates if c.attention == "full"), None)
@@ -305,7 +301,7 @@ def _take_turns(decoders: list[OnnxruntimeEngine]) -> list[tuple[float, float]]:
 #: The one graph of a bundle that is only timed.
 _GRAPH = "fast.onnx"
 #: Fields of a manifest that say nothing about how a graph is run.
-_MANIFEST: dict[str, Any] = {
+_MANIFEST: dict[str, object] = {
     "name": "tune",
     "variant": "",
     "seed": 0,
@@ -316,9 +312,3 @@ _MANIFEST: dict[str, Any] = {
     "tolerance": 0.0,
     "prompts": [],
 }
-
-
-def _build(values: Mapping[str, Any]) -> InferenceDecision:
-    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
-    settings = build_from_mapping(ExportSettings, values["settings"], "settings")
-    return InferenceDecision(**{**values, "candidates": candidates, "settings": settings})

@@ -8,11 +8,9 @@ than that tolerance; from the first position on where they are not, either token
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +49,6 @@ class ParityResult:
     tokens_compared: int
     """Greedy tokens that had to be equal and were."""
     tokens_total: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def parity_size(spec: DecoderSpec) -> tuple[int, int]:

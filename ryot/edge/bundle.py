@@ -11,11 +11,19 @@ a third of the time until the first token of a small model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, SupportsInt
 
 from ryot.errors import BundleError
+
+if typing.TYPE_CHECKING:
+    import hashlib
+
+    from ryot.mapping import Unchecked
+
+T = typing.TypeVar("T")
 
 #: The newest manifest layout that this code reads, and the one that is written.
 SCHEMA = 1
@@ -26,7 +34,8 @@ DATA_NAME = "model.onnx.data"
 TOKENIZER_NAME = "tokenizer.json"
 #: Roles in the manifest's `graphs`; `prefill` and `decode` name the same file when one session does both.
 GRAPH_ROLES = ("standard", "prefill", "decode")
-KV_DTYPES = ("float32", "int8")
+KVDtype = Literal["float32", "int8"]
+KV_DTYPES = typing.get_args(KVDtype)
 #: Up to here hashing with Python's own slower sha256 costs less than loading OpenSSL: 5 MB and some 5 ms.
 SMALL_FILE_BYTES = 4_000_000
 REBUILD_HINT = "export it again with 'ryot-deploy export', or copy it to the device again"
@@ -99,7 +108,7 @@ class Bundle(NamedTuple):
     """Margin below which the reference's own choice of token may differ on another CPU."""
     prompts: tuple[tuple[int, ...], ...]
     """Held-out prompts of the context's length, for measuring."""
-    manifest: Mapping[str, Any]
+    manifest: Unchecked
     """The whole manifest: quantization, quality, provenance, config, opset."""
     verified: bool
 
@@ -179,18 +188,19 @@ def check_onnxruntime(installed: str, required: str) -> None:
 def hash_file(path: Path) -> str:
     """sha256 of the file's bytes, in hex."""
     if path.stat().st_size <= SMALL_FILE_BYTES and (sha256 := _builtin_sha256()):
-        return str(sha256(path.read_bytes()).hexdigest())
+        return sha256(path.read_bytes()).hexdigest()
     import hashlib
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _builtin_sha256() -> Any:
+def _builtin_sha256() -> Callable[[bytes], hashlib._Hash] | None:
     """Python's own implementation, None where it was built without; `hashlib` would load OpenSSL."""
     for name in ("_sha2", "_sha256"):  # since 3.12, and before
         try:
-            return __import__(name).sha256
+            found: Callable[[bytes], hashlib._Hash] = __import__(name).sha256
+            return found
         except ImportError:
             continue
     return None
@@ -204,7 +214,7 @@ def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> Unchecked:
     """The manifest in a folder, of which nothing but the schema is checked. Raises `BundleError`."""
     path = root / MANIFEST_NAME
     try:
@@ -227,19 +237,23 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _writer(manifest: Mapping[str, Any]) -> str:
+def _writer(manifest: Unchecked) -> str:
     """` to 1.2.3 or later`, the version that wrote a manifest, where it says so."""
     provenance = manifest.get("provenance")
     version = provenance.get("ryot_version") if isinstance(provenance, dict) else None
     return f" to {version} or later" if isinstance(version, str) else ""
 
 
-def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle:
+def _build(root: Path, manifest: Unchecked, *, verified: bool) -> Bundle:
     shape = manifest["model"]
-    kinds = dict.fromkeys(ModelShape._fields, "int") | {"architecture": "str", "tie_embeddings": "bool"}
-    model = ModelShape(**{name: _typed(shape[name], kind, f"model.{name}") for name, kind in kinds.items()})
+    numbers = [name for name in ModelShape._fields if name not in ("architecture", "tie_embeddings")]
+    model = ModelShape(
+        architecture=_typed(shape["architecture"], str, "model.architecture"),
+        tie_embeddings=_typed(shape["tie_embeddings"], bool, "model.tie_embeddings"),
+        **{name: _typed(shape[name], int, f"model.{name}") for name in numbers},
+    )
     files = {
-        name: FileEntry(sha256=_typed(f["sha256"], "str", name), bytes=_typed(f["bytes"], "int", name))
+        name: FileEntry(sha256=_typed(f["sha256"], str, name), bytes=_typed(f["bytes"], int, name))
         for name, f in manifest["files"].items()
     }
     for name in files:
@@ -254,23 +268,23 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
     rounds_behind_prompt = graphs["prefill"] != graphs["decode"] and manifest["kv_dtype"] == "int8"
     return Bundle(
         path=root,
-        name=_typed(manifest["name"], "str", "name"),
-        variant=_typed(manifest["variant"], "str", "variant"),
-        seed=_typed(manifest["seed"], "int", "seed"),
-        precision=_typed(manifest["precision"], "str", "precision"),
+        name=_typed(manifest["name"], str, "name"),
+        variant=_typed(manifest["variant"], str, "variant"),
+        seed=_typed(manifest["seed"], int, "seed"),
+        precision=_typed(manifest["precision"], str, "precision"),
         model=model,
         graphs=graphs,
-        position_ids=_typed(manifest["position_ids"], "bool", "position_ids"),
+        position_ids=_typed(manifest["position_ids"], bool, "position_ids"),
         kv_dtype=manifest["kv_dtype"],
-        prompt_by_row=_typed(manifest.get("prompt_by_row", False), "bool", "prompt_by_row"),
+        prompt_by_row=_typed(manifest.get("prompt_by_row", False), bool, "prompt_by_row"),
         prefill_takes_past=_typed(
-            manifest.get("prefill_takes_past", not rounds_behind_prompt), "bool", "prefill_takes_past"
+            manifest.get("prefill_takes_past", not rounds_behind_prompt), bool, "prefill_takes_past"
         ),
         # As dynamic-int8 graphs did that came before those with a scale for each token.
-        shared_scale=_typed(manifest.get("shared_scale", manifest["precision"] == "int8-dyn"), "bool", "shared_scale"),
+        shared_scale=_typed(manifest.get("shared_scale", manifest["precision"] == "int8-dyn"), bool, "shared_scale"),
         eos_token_ids=_ids(manifest["eos_token_ids"]),
-        bos_token_id=None if (bos := manifest["bos_token_id"]) is None else _typed(bos, "int", "bos_token_id"),
-        onnxruntime_min=_typed(manifest["onnxruntime_min"], "str", "onnxruntime_min"),
+        bos_token_id=None if (bos := manifest["bos_token_id"]) is None else _typed(bos, int, "bos_token_id"),
+        onnxruntime_min=_typed(manifest["onnxruntime_min"], str, "onnxruntime_min"),
         files=files,
         golden=tuple(
             GoldenPrompt(ids=_ids(g["ids"]), tokens=_ids(g["tokens"]), margins=tuple(float(m) for m in g["margins"]))
@@ -283,14 +297,13 @@ def _build(root: Path, manifest: Mapping[str, Any], *, verified: bool) -> Bundle
     )
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
-    expected = {"int": int, "str": str, "bool": bool}[kind]
-    if type(value) is not expected:
-        raise ValueError(f"{where}: got {value!r}, expected {kind}")
+def _typed(value: object, kind: type[T], where: str) -> T:
+    if type(value) is not kind:
+        raise ValueError(f"{where}: got {value!r}, expected {kind.__name__}")
     return value
 
 
-def _ids(values: Iterable[Any]) -> tuple[int, ...]:
+def _ids(values: Iterable[SupportsInt]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 

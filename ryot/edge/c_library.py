@@ -14,7 +14,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ryot.edge.engine import (
     GRAPH_OPTIMIZATION_LEVEL,
@@ -59,6 +59,10 @@ out = ctypes.POINTER(ctypes.c_void_p)
 #: Address, shape and element type of a tensor.
 Place = tuple[int, tuple[int, ...], int]
 
+CType: TypeAlias = (
+    "type[ctypes.c_int | ctypes.c_void_p | ctypes.c_char_p | ctypes.c_size_t | ctypes._Pointer[ctypes.c_void_p]]"
+)
+
 
 class Library:
     """onnxruntime's C library, checked; there is one per process."""
@@ -79,16 +83,16 @@ class Library:
         self._memory_info = self.create("CreateCpuMemoryInfo", 0, 0)
         self._check_places(path)
 
-    def function(self, name: str, *types: Any, result: Any = pointer) -> Callable[..., Any]:
+    def function(self, name: str, *types: CType, result: CType | None = pointer) -> Callable[..., Any]:
         """The C function in the table."""
         return ctypes.CFUNCTYPE(result, *types)(self._table[PLACES[name]])
 
-    def call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: object) -> None:
         """Call a function that answers with a status. Raises `BundleError` with onnxruntime's message."""
         types = [ctypes.c_int if isinstance(a, int) else pointer for a in arguments]
         self.check(self.function(name, *types)(*arguments))
 
-    def create(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+    def create(self, name: str, *arguments: object) -> ctypes.c_void_p:
         """The object that a function makes."""
         made = pointer()
         self.call(name, *arguments, ctypes.byref(made))

@@ -11,7 +11,7 @@ import functools
 import mmap
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ryot.edge.bundle import Bundle, check_onnxruntime
 from ryot.edge.c_library import FLOAT, INT8, INT32, INT64, Library, Place, load_library, pointer
@@ -149,7 +149,7 @@ class CApiEngine(Engine):
                 raise BundleError(f"{path}: {name} gives {found}, the manifest makes it {expected}")
         return session
 
-    def _bind(self, session: ctypes.c_void_p, ids: Any, positions: Any, length: int, row: int | None) -> _Call:
+    def _bind(self, session: ctypes.c_void_p, ids: Int64s, positions: Int64s, length: int, row: int | None) -> _Call:
         """A call of `session` for all rows, or for one, over this engine's buffers."""
         shape, address = self.bundle.model, ctypes.addressof
         first, rows = (0, self.batch_size) if row is None else (row, 1)
@@ -173,6 +173,9 @@ class CApiEngine(Engine):
         return _Call(self._library, session, inputs, outputs, ids, positions)
 
 
+Int64s = ctypes.Array[ctypes.c_int64]
+
+
 class _Call:
     """Run's arguments, and all that they point to for as long as they may be used."""
 
@@ -182,8 +185,8 @@ class _Call:
         session: ctypes.c_void_p,
         inputs: Mapping[str, Place],
         outputs: Mapping[str, Place],
-        ids: Any,
-        positions: Any,
+        ids: Int64s,
+        positions: Int64s,
     ):
         self.ids = ids
         self.positions = positions

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ryot.edge.generate import Generation, generate
 from ryot.edge.plain_tokens import PlainTokens
@@ -242,7 +242,7 @@ class Chat:
             ignore_eos=ignore_eos,
         )
 
-        def pieces() -> Any:
+        def pieces() -> Iterator[str]:
             yield from generation
             self.num_forgotten += len(self.messages) - len(history)
             self.messages = [*history, said, {"role": "assistant", "content": generation.completion.text}]

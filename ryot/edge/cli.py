@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 64
 #: An answer in a chat mostly ends by itself.
 DEFAULT_ANSWER_TOKENS = 512
+#: Fresh processes of a measurement on a device.
+BENCH_ROUNDS = 3
 
 
 def run(bundle_path: Path, arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine", choices=ENGINES, default="auto", help="how onnxruntime is called; default: capi where it works"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="fresh processes that --bench measures; default: 3"
+        "--rounds",
+        type=int,
+        default=BENCH_ROUNDS,
+        metavar="N",
+        help=f"fresh processes that --bench measures; default: {BENCH_ROUNDS}",
     )
     parser.add_argument(
         "--trusted-keys", type=Path, metavar="FILE", help="what --verify asks a signature of: lines of 'trusted KEY'"
@@ -345,6 +351,7 @@ def _check_int8(bundle: Bundle) -> None:
 def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
     from ryot.edge.measure import build_spec, measure_rounds, record_environment
     from ryot.edge.noise import find_noise
+    from ryot.mapping import to_mapping
 
     if options.rounds < 1:
         raise ConfigError(f"--rounds: got {options.rounds}, expected a whole number above 0")
@@ -352,7 +359,7 @@ def _bench(bundle: Bundle, options: argparse.Namespace) -> int:
     results = measure_rounds({bundle.name: spec}, rounds=options.rounds)[bundle.name]
     if options.json:
         environment = record_environment()
-        json.dump({"environment": environment, "results": [r.to_mapping() for r in results]}, sys.stdout)
+        json.dump({"environment": environment, "results": [to_mapping(r, keep_none=True) for r in results]}, sys.stdout)
         sys.stdout.write("\n")
     else:
         for line in describe_results(results):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ryot.edge.bundle import Bundle
 from ryot.edge.pages import MIN_WEIGHT_BYTES, move_to_huge_pages
@@ -21,8 +21,9 @@ from ryot.errors import BundleError, ConfigError, ContextError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
-Ids = Sequence[int] | Any
+Ids: TypeAlias = "Sequence[int] | NDArray[np.int64]"
 """Token ids of one sequence: any sequence of integers, a numpy array included."""
 Role = Literal["prefill", "decode"]
 

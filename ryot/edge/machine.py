@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -31,8 +31,21 @@ _ISA = {
 _EXACT_INT8 = {"avx512-vnni", "avx-vnni", "dotprod", "i8mm", "amx-int8"}
 
 
-def describe_cpu() -> dict[str, Any]:
-    """`model`, `isa` (sorted names), `cores` this process may use, `caches` {level: bytes}, `ram_bytes`."""
+class CpuFacts(TypedDict):
+    """What a machine's record says about its CPU."""
+
+    model: str
+    isa: list[str]
+    """Sorted names."""
+    cores: int
+    """That this process may use."""
+    caches: dict[str, int]
+    """Bytes by level."""
+    ram_bytes: int
+
+
+def describe_cpu() -> CpuFacts:
+    """What CPU this is."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {

@@ -37,6 +37,7 @@ from ryot.edge.limits import MemoryCgroup, open_memory_cgroup
 from ryot.edge.machine import describe_cpu
 from ryot.edge.probe import SPAWNED_VARIABLE, main, read_peak_rss_bytes
 from ryot.edge.protocol import MeasureResult, MeasureSpec, MemoryLimit
+from ryot.mapping import read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def build_spec(bundle: Bundle, /, **overrides: Any) -> MeasureSpec:
 def measure_rounds(
     specs: Mapping[K, MeasureSpec],
     *,
-    rounds: int = 3,
+    rounds: int,
     seed: int = 0,
     on_result: Callable[[K, MeasureResult], None] | None = None,
 ) -> dict[K, list[MeasureResult]]:
@@ -149,7 +150,7 @@ class _Child:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         if line.endswith(b"\n"):
-            result = MeasureResult.from_mapping(json.loads(line))
+            result = read_mapping(MeasureResult, json.loads(line))
             if not result.ok:
                 return _failure(spec, result.reason)
             return dataclasses.replace(result, peak_rss_outside_bytes=outside)
@@ -244,7 +245,7 @@ def _explain(code: int, stderr: str, cgroup: MemoryCgroup | None) -> str:
     return f"the measuring process ended with code {code}: {last[0]}"
 
 
-def record_environment() -> dict[str, Any]:
+def record_environment() -> dict[str, object]:
     """The machine and the software that figures were taken with."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ryot.edge.protocol import MAX_WARMUP_RUNS, MAX_WARMUP_S, MeasureResult, MeasureSpec, is_steady, parse_spec
 from ryot.errors import MeasureError, RyotError
+from ryot.mapping import to_mapping
 
 if TYPE_CHECKING:
     from ryot.edge.bundle import Bundle
@@ -42,7 +43,7 @@ def main() -> None:
         result = MeasureResult(ok=False, reason=str(error))
     except MemoryError:
         result = MeasureResult(ok=False, reason="out of memory")
-    sys.stdout.write(json.dumps(result.to_mapping()) + "\n")
+    sys.stdout.write(json.dumps(to_mapping(result, keep_none=True)) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
 

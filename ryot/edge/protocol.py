@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ryot.errors import ConfigError, MeasureError, require
-from ryot.mapping import formerly, read_mapping
+from ryot.mapping import formerly, read_mapping, to_mapping
 
 #: `enforced`: a cgroup held the process to the limit; `checked`: the limit can only be compared with the peak.
 MemoryLimit = Literal["enforced", "checked"]
@@ -70,7 +69,7 @@ class MeasureSpec:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(to_mapping(self, keep_none=True))
 
     @classmethod
     def from_json(cls, text: str) -> MeasureSpec:
@@ -134,15 +133,6 @@ class MeasureResult:
     manifest_sha256: str = ""
     started_at: str = ""
     """UTC, ISO 8601."""
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values, as a report keeps them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> MeasureResult:
-        """The result that `to_mapping` gave; keys that no field has are left out."""
-        return read_mapping(cls, values)
 
 
 def is_steady(runs_ms: Sequence[tuple[float, float]]) -> bool:

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ryot.errors import ConfigError
+from ryot.mapping import to_mapping
 
 #: After the wall time the child itself ends everything; this long later it is given up on.
 GRACE_S = 5.0
@@ -91,7 +92,7 @@ def run_sandboxed(
         ):
             stdin.write(text.encode("utf-8", "surrogatepass"))
             stdin.seek(0)
-            orders = asdict(limits) | {
+            orders = to_mapping(limits, keep_none=True) | {
                 "command": list(command),
                 "readable": [str(Path(path).absolute()) for path in paths],
                 "environment": environment | {"HOME": folder, "TMPDIR": folder},

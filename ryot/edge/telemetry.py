@@ -1,7 +1,7 @@
 """Counts and latencies of a device, sent to an address that its owner names; without one nothing here is even imported.
 
-The receiver is any of OTLP over HTTP (an OpenTelemetry collector, Prometheus 3), the form is JSON. It gets numbers: no
-text, and nothing that says which device, user or model they are of. Each sending holds what has come since the last
+The receiver is any of OTLP over HTTP (an OpenTelemetry collector, Prometheus 3), as JSON. It gets numbers: no text, and
+nothing that says which device, user or model they are of. Each sending holds what has come since the last
 one that arrived (delta temporality), so a receiver adds up many devices without telling them apart.
 
 Latencies have the names of OpenTelemetry's conventions for generative AI (1.37, read in November 2026).
@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ryot.errors import ConfigError
 
@@ -157,10 +157,10 @@ def _parse_address(address: str) -> urllib.parse.SplitResult:
     return parts if parts.path.strip("/") else parts._replace(path=DEFAULT_PATH)
 
 
-def encode_metrics(metrics: Sequence[Metric], since_ns: int, now_ns: int) -> dict[str, Any]:
+def encode_metrics(metrics: Sequence[Metric], since_ns: int, now_ns: int) -> dict[str, object]:
     """OTLP's `ExportMetricsServiceRequest` in JSON, whose 64-bit numbers are texts."""
     when = {"startTimeUnixNano": str(since_ns), "timeUnixNano": str(now_ns)}
-    encoded: list[dict[str, Any]] = []
+    encoded: list[dict[str, object]] = []
     for name, unit, numbers, bounds in metrics:
         if bounds:
             *counts, total = numbers

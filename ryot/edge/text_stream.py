@@ -10,14 +10,17 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from tokenizers import Regex, decoders
 from tokenizers import Tokenizer as RustTokenizer
 
+if TYPE_CHECKING:
+    from ryot.mapping import Unchecked
+
 UNKNOWN = "\ufffd"
 #: One part of a decoder, as `tokenizer.json` writes it.
-Stage = Mapping[str, Any]
+Stage: TypeAlias = "Unchecked"
 
 
 class Decoding(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import FleetError
+from ryot.mapping import read_mapping
 
 A = TypeVar("A")
 #: The year 5138: no time that a device tells is later, and every calendar here knows it.
@@ -96,7 +97,7 @@ def read_results(measured: Measured, rounds: int) -> list[MeasureResult]:
     try:
         if len(measured["results"]) != rounds:
             raise ValueError(f"{len(measured['results'])} results, expected {rounds}")
-        results = [MeasureResult.from_mapping(values) for values in measured["results"]]
+        results = [read_mapping(MeasureResult, values) for values in measured["results"]]
         hints = typing.get_type_hints(MeasureResult)
         for result in results:
             for name, hint in hints.items():

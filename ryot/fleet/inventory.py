@@ -20,6 +20,7 @@ from typing import Any
 
 from ryot.config import build_from_mapping, check_known, load_toml, unknown
 from ryot.errors import ConfigError
+from ryot.mapping import Unchecked
 
 DEFAULT_ROOT = "~/.local/share/ryot"
 _NAME = re.compile(r"[\w.@:%\[\]-]+")
@@ -67,7 +68,7 @@ class Host:
         return self.ssh or self.name
 
 
-def load_hosts(names: Sequence[str], fleet: Path | None, flags: Mapping[str, Any]) -> list[Host]:
+def load_hosts(names: Sequence[str], fleet: Path | None, flags: Unchecked) -> list[Host]:
     """The hosts that are named; of those that the file lists, all when none is named. `flags` win over the file.
 
     Raises `ConfigError` for a file or host that makes no sense.

@@ -8,15 +8,22 @@ name; a key that transformers' own class does not know changes nothing there and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ryot.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ryot.models.spec import Activation
+
+T = TypeVar("T")
+D = TypeVar("D")
+V = TypeVar("V")
 
 
 class HFConfig:
     """The values of one `config.json`, read with their types checked."""
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    def __init__(self, values: Mapping[str, object], where: str):
         self.values, self.where = values, where
 
     def has(self, key: str) -> bool:
@@ -73,23 +80,24 @@ class HFConfig:
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers. Raises `CheckpointError` where the key is missing."""
         values = self.items(key)
-        if values is None or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+        numbers = [v for v in values or () if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        if values is None or len(numbers) < len(values):
             raise CheckpointError(f"{self.where}: {key} is {values!r}, expected a list of numbers")
-        return tuple(float(value) for value in values)
+        return tuple(map(float, numbers))
 
-    def items(self, key: str) -> list[Any] | None:
+    def items(self, key: str) -> list[object] | None:
         """A list; None where the key is missing or null."""
         value = self._get(key, None, (list,), "a list")
         return None if value is None else list(value)
 
-    def choice(self, key: str, default: str, known: Mapping[str, Any]) -> Any:
+    def choice(self, key: str, default: str, known: Mapping[str, V]) -> V:
         """What `known` has for the string at `key`. Raises `CheckpointError` naming those that are known."""
         value = self.text(key, default)
         if value not in known:
             raise CheckpointError(f"{self.where}: {key} is {value!r}, expected one of {', '.join(known)}")
         return known[value]
 
-    def require(self, **allowed: Any) -> None:
+    def require(self, **allowed: object) -> None:
         """Refuse a key that has another value than the one that is computed here; missing and null are that value."""
         for key, expected in allowed.items():
             value = self.values.get(key)
@@ -102,7 +110,7 @@ class HFConfig:
             if value is not None and key not in known and key not in allow_if_default:
                 raise CheckpointError(f"{self.where}: {key} is {value!r}, which is not understood")
 
-    def _get(self, key: str, default: Any, types: tuple[type, ...], expected: str) -> Any:
+    def _get(self, key: str, default: D, types: tuple[type[T], ...], expected: str) -> T | D:
         value = self.values.get(key)
         if value is None:
             return default
@@ -112,7 +120,7 @@ class HFConfig:
 
 
 #: Activation names of transformers (`ACT2FN`) that are computed here.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",

@@ -7,7 +7,6 @@ token itself, there as here (`sliding_window_overlay` in `masking_utils.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ryot.errors import CheckpointError
 from ryot.models.hf_config import HFConfig
@@ -25,10 +24,12 @@ def read_layer_types(config: HFConfig, default: Sequence[str]) -> list[str]:
         return list(default)
     if len(types) != len(default):
         raise CheckpointError(f"{config.where}: layer_types has {len(types)} entries, expected {len(default)}")
+    names = []
     for name in types:
-        if name not in _NAMES:
+        if not isinstance(name, str) or name not in _NAMES:
             raise CheckpointError(f"{config.where}: layer_types has {name!r}, expected {FULL!r} or {SLIDING!r}")
-    return [_NAMES[name] for name in types]
+        names.append(_NAMES[name])
+    return names
 
 
 def read_windows(config: HFConfig, types: Sequence[str], window: int | None) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ def read_windows(config: HFConfig, types: Sequence[str], window: int | None) -> 
     return tuple(window if name == SLIDING else 0 for name in types)
 
 
-def write_windows(spec: DecoderSpec) -> dict[str, Any]:
+def write_windows(spec: DecoderSpec) -> dict[str, object]:
     """`layer_types` and `sliding_window` of a decoder."""
     windows = spec.layer_windows or (0,) * spec.num_layers
     return {

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ryot.errors import CheckpointError, ConfigError
 from ryot.models import families
@@ -23,7 +23,7 @@ class Family(Protocol):
     def read_config(self, config: HFConfig) -> DecoderSpec:
         """The decoder that a `config.json` describes. Raises `CheckpointError` for one that is not computed here."""
 
-    def write_config(self, spec: DecoderSpec) -> dict[str, Any]:
+    def write_config(self, spec: DecoderSpec) -> dict[str, object]:
         """`config.json` without token ids, from which `read_config` makes the same decoder again."""
 
     def tensor_maps(self, spec: DecoderSpec) -> Iterator[TensorMap]:
@@ -67,7 +67,7 @@ def trained_spec(family: str, sizes: Sizes) -> DecoderSpec:
     return spec
 
 
-def read_spec(values: Mapping[str, Any], where: str) -> DecoderSpec:
+def read_spec(values: Mapping[str, object], where: str) -> DecoderSpec:
     """The decoder that the values of a `config.json` describe; `where` names it in messages."""
     config = HFConfig(values, where)
     family = find_family(config.text("model_type", ""), where)
@@ -79,7 +79,7 @@ def read_spec(values: Mapping[str, Any], where: str) -> DecoderSpec:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     """`config.json` of a decoder, without token ids."""
     return find_family(spec.family, spec.family).write_config(spec)
 

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ryot.errors import CheckpointError
 from ryot.models.hf_config import HFConfig
@@ -88,13 +88,13 @@ def read_rotary(config: HFConfig, head_dim: int, *, theta: float = 10_000.0) -> 
     return rotary
 
 
-def rope_table(config: HFConfig, defaults: Mapping[str, float]) -> dict[str, Any]:
+def rope_table(config: HFConfig, defaults: Mapping[str, float]) -> dict[str, object]:
     """`rope_parameters` of transformers 5, or `rope_scaling` with what stands beside it; `defaults` by those keys."""
     outer = {key: config.number(key, default) for key, default in defaults.items()}
     return {**outer, **(config.table("rope_scaling") or config.table("rope_parameters") or {})}
 
 
-def build_rotary(values: Mapping[str, Any], config: HFConfig, head_dim: int, *, original_length: int = 0) -> Rotary:
+def build_rotary(values: Mapping[str, object], config: HFConfig, head_dim: int, *, original_length: int = 0) -> Rotary:
     """The rotary positions that one table of parameters describes; `original_length` is used where no key gives one."""
     parameters = HFConfig(values, f"{config.where}: rope_parameters")
     scaling = parameters.text("rope_type", parameters.text("type", "default"))
@@ -160,9 +160,9 @@ def build_rotary(values: Mapping[str, Any], config: HFConfig, head_dim: int, *, 
             )
 
 
-def write_rotary(rotary: Rotary, head_dim: int) -> dict[str, Any]:
+def write_rotary(rotary: Rotary, head_dim: int) -> dict[str, object]:
     """The keys of a `config.json` from which `read_rotary` makes the same again, here and in transformers 4 and 5."""
-    values: dict[str, Any] = {"rope_theta": rotary.theta}
+    values: dict[str, object] = {"rope_theta": rotary.theta}
     if rotary.dim != head_dim:
         values["partial_rotary_factor"] = rotary_fraction(rotary, head_dim)
     if rotary.scaling != "default":
@@ -176,9 +176,9 @@ def rotary_fraction(rotary: Rotary, head_dim: int) -> float:
     return fraction if int(head_dim * fraction) == rotary.dim else math.nextafter(fraction, 2.0)
 
 
-def scaling_table(rotary: Rotary) -> dict[str, Any]:
+def scaling_table(rotary: Rotary) -> dict[str, object]:
     """The scaling as `rope_scaling` holds it."""
-    known: dict[str, Any] = {
+    known: dict[str, object] = {
         "factor": rotary.factor,
         "original_max_position_embeddings": rotary.original_max_seq_len,
         "low_freq_factor": rotary.low_freq_factor,

@@ -14,16 +14,15 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ryot.config import KernelPlan, VariantConfig, build_from_mapping, digest, replace, to_mapping
+from ryot.config import KernelPlan, VariantConfig, digest, replace, to_mapping
 from ryot.decisions import recall
-from ryot.edge.machine import describe_cpu
+from ryot.edge.machine import CpuFacts, describe_cpu
 from ryot.train.batch import Batch
 from ryot.train.dataset import Batches, Dataset
 from ryot.train.loop import build_batches
@@ -93,7 +92,7 @@ def choose_kernels(variant: VariantConfig, dataset: Dataset, cache_dir: Path, *,
         cpu = {**cpu, "model": f"{torch.cuda.get_device_name()}, {cpu['model']}"}
     key = digest(SCHEMA, cpu["model"], cpu["isa"], torch.__version__, variant.model, variant.train, start, malloc)
     path = cache_dir / "kernels" / f"{key[:16]}.json"
-    decision, cached = recall(path, _build, lambda: _measure(variant, start, dataset, cpu))
+    decision, cached = recall(path, KernelDecision, lambda: _measure(variant, start, dataset, cpu))
     return dataclasses.replace(decision, cached=cached)
 
 
@@ -138,7 +137,7 @@ class _FixedRun:
         return statistics.fmean(self.losses)
 
 
-def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: Mapping[str, Any]) -> KernelDecision:
+def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: CpuFacts) -> KernelDecision:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(start.threads)
     batches = build_batches(dataset, variant, 0)
@@ -161,7 +160,7 @@ def _measure(variant: VariantConfig, start: KernelPlan, dataset: Dataset, cpu: M
     return KernelDecision(plan=best, candidates=tuple(tried), cpu=cpu["model"])
 
 
-def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[Any, ...]]]:
+def _settings(start: KernelPlan) -> Sequence[tuple[str, tuple[object, ...]]]:
     half = ("bf16",) if start.device == "cpu" or torch.cuda.is_bf16_supported() else ("fp16",)
     # The type comes first: which attention and which chunk are fastest depends on it.
     return (
@@ -231,9 +230,3 @@ def _compile_refusal(variant: VariantConfig, tried: Sequence[Candidate], best: K
     if saving < COLD_COMPILE_S:
         return f"it can save at most {saving:.0f} s of this run and costs at least {COLD_COMPILE_S:.0f} s"
     return None
-
-
-def _build(values: Mapping[str, Any]) -> KernelDecision:
-    candidates = tuple(build_from_mapping(Candidate, c, "candidates") for c in values["candidates"])
-    plan = build_from_mapping(KernelPlan, values["plan"], "plan")
-    return KernelDecision(plan=plan, candidates=candidates, cpu=values["cpu"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ryot.train.gates import GateBreach
 
@@ -71,21 +71,6 @@ class RewardGates:
         for gate, what, value, limit in filter(None, checks):
             if value > limit:
                 raise GateBreach(gate, what, step, value, limit)
-
-    def state(self) -> dict[str, Any]:
-        """As plain values, for a checkpoint."""
-        return {
-            "recent": [list(figures) for figures in self.recent],
-            "first_entropy": self.first_entropy,
-            "first_length": self.first_length,
-            "best_reward": self.best_reward,
-            "equal_steps": self.equal_steps,
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> RewardGates:
-        """What `state` gave."""
-        return cls(**{**state, "recent": [StepFigures(*values) for values in state["recent"]]})
 
 
 def _lost(now: float, before: float) -> float:

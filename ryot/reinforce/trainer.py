@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ryot.edge.tokenizer import Tokenizer
 from ryot.edge.verifiers import build_verifier
 from ryot.errors import ConfigError
 from ryot.events import Event, PassEvent, ReinforceEvent
+from ryot.mapping import Unchecked, read_mapping, to_mapping
 from ryot.models.tensors import FloatArray
 from ryot.reinforce.gates import RewardGates, StepFigures
 from ryot.reinforce.grpo import (
@@ -295,16 +296,16 @@ class ReinforceTrainer(Trainer):
 
     # Checkpoints
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {"gates": self._gates.state()}
+    def _extra_state(self) -> dict[str, object]:
+        return {"gates": to_mapping(self._gates)}
 
     def _extra_tensors(self) -> dict[str, Tensor]:
         if self._reference is None:
             return {}
         return {f"{_REFERENCE}{name}": tensor for name, tensor in self._reference.state_dict().items()}
 
-    def _load_extra(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self._gates = RewardGates.from_state(state["gates"])
+    def _load_extra(self, state: Unchecked, tensors: dict[str, Tensor]) -> None:
+        self._gates = read_mapping(RewardGates, state["gates"])
         found = {n.removeprefix(_REFERENCE): t for n, t in tensors.items() if n.startswith(_REFERENCE)}
         if found:
             self._reference = self._copy_model()

@@ -13,6 +13,7 @@ import ryot
 from ryot.artifact import ArtifactId
 from ryot.edge.noise import find_noise
 from ryot.edge.protocol import MeasureResult
+from ryot.mapping import to_mapping
 from ryot.report.choice import choose_artifact, mark_pareto
 from ryot.report.comparisons import (
     BASELINE_VARIANT,
@@ -26,7 +27,7 @@ from ryot.report.reinforcement import describe_passes
 from ryot.report.rows import AblationRow, ArtifactRow, ExportedArtifact, Report, StageTime, VariantRow
 from ryot.report.samples import TIMED, peak_bytes, samples_of, token_latencies
 from ryot.report.stats import describe_spread, median_of_rounds, percentiles, value_interval
-from ryot.report.targets import Target, target_to_mapping
+from ryot.report.targets import Target
 from ryot.report.verdicts import death_reason, judge_artifact, place_note, verdict_words
 
 
@@ -37,11 +38,11 @@ def build_report(
     artifacts: Sequence[ExportedArtifact],
     results: Mapping[ArtifactId, Sequence[MeasureResult]],
     targets: Sequence[Target],
-    machine: Mapping[str, Any],
-    corpus: Mapping[str, Any],
+    machine: Mapping[str, object],
+    corpus: Mapping[str, object],
     variants: Sequence[VariantRow] = (),
     preset: str = "",
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, object] | None = None,
     quick: bool = False,
     stages: Sequence[StageTime] = (),
     bundle: str | None = None,
@@ -76,7 +77,7 @@ def build_report(
         corpus=corpus,
         plan=plan or {},
         stages=tuple(stages),
-        targets=tuple(target_to_mapping(t) for t in targets),
+        targets=tuple(to_mapping(t) for t in targets),
         variants=tuple(_with_time_to_baseline(variants)),
         rows=tuple(rows),
         comparisons=tuple(compare_variants(variants) + (compare_rows(rows, baseline) if baseline else [])),

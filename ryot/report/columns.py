@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 from ryot.report.rows import AblationRow, ArtifactRow, Cause, Comparison, Report, VariantRow, Verdict
 from ryot.report.table import Cell, Column, ratio_text
 from ryot.report.targets import LIMITS
 from ryot.report.verdicts import memory_mode, overall
+
+
+class Looks(TypedDict, total=False):
+    """Fields of `Column` that say how it is shown."""
+
+    decimals: int
+    needed: bool
+    first: bool
 
 
 def artifact_columns(report: Report) -> list[Column]:
@@ -19,10 +27,10 @@ def artifact_columns(report: Report) -> list[Column]:
     star = "*" if any(v and v.concurrent for v in trainings) else ""
     imported = any(v and v.source for v in trainings)
 
-    def column(name: str, header: str, get: Callable[[ArtifactRow], Cell], **options: Any) -> Column:
+    def column(name: str, header: str, get: Callable[[ArtifactRow], Cell], **options: Unpack[Looks]) -> Column:
         return Column(name, header, tuple(get(r) for r in rows), **options)
 
-    def training(name: str, header: str, get: Callable[[VariantRow], Cell], **options: Any) -> Column:
+    def training(name: str, header: str, get: Callable[[VariantRow], Cell], **options: Unpack[Looks]) -> Column:
         return Column(name, header, tuple(None if v is None else get(v) for v in trainings), **options)
 
     several = any(r.device for r in rows)

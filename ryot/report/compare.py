@@ -7,14 +7,14 @@ the comparison says so. `ryot-deploy compare --measure` measures both sides in t
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ryot.errors import ConfigError
+from ryot.mapping import to_mapping
 from ryot.report.rows import ArtifactRow, Report
 from ryot.report.samples import paired_ratio, samples_of
 from ryot.report.stats import Interval, call_difference, unpaired_ratio_interval
@@ -93,7 +93,7 @@ def compare_reports(a: Report, b: Report, *, name_a: str | None = None, name_b: 
 def render_comparison(result: CompareResult, fmt: Format = "table") -> str:
     """The comparison as text."""
     if fmt == "json":
-        return json.dumps({"schema": 1, **dataclasses.asdict(result)}, indent=1)
+        return json.dumps({"schema": 1, **to_mapping(result, keep_none=True)}, indent=1)
     rows = result.lines
     columns = line_columns(rows)
     if fmt == "csv":
@@ -254,7 +254,7 @@ def _protocol(row: ArtifactRow) -> dict[str, int]:
     return next(({k: getattr(s, k) for k in _PROTOCOL} for s in row.samples if s.ok), {})
 
 
-def machine_key(report: Report) -> tuple[Any, ...]:
+def machine_key(report: Report) -> tuple[str, object]:
     """What tells two machines apart."""
     cpu = report.machine.get("cpu")
     return cpu_name(report.machine), cpu.get("cores") if isinstance(cpu, dict) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from ryot.report.columns import ablation_columns, artifact_columns, limit_columns
 from ryot.report.render import footnotes
-from ryot.report.rows import Report, VariantRow
-from ryot.report.table import Column, markdown_table
+from ryot.report.rows import ArtifactRow, Report, VariantRow
+from ryot.report.table import Cell, Column, markdown_table
 
 
 def render_markdown(report: Report) -> str:
@@ -62,7 +62,9 @@ def training_columns(report: Report) -> list[Column]:
     if not rows:
         return []
 
-    def column(name: str, header: str, get: Any, decimals: int | None = None, needed: bool = False) -> Column:
+    def column(
+        name: str, header: str, get: Callable[[VariantRow], Cell], decimals: int | None = None, needed: bool = False
+    ) -> Column:
         return Column(name, header, tuple(get(v) for v in rows), decimals, needed)
 
     def millions(v: VariantRow) -> float:
@@ -105,17 +107,22 @@ def latency_columns(report: Report) -> list[Column]:
     """Load, first and warm latencies, the percentiles that the samples carry, and what the spread comes from."""
     rows = [r for r in report.rows if r.runs_ok]
 
-    def column(name: str, header: str, get: Any, decimals: int | None = None) -> Column:
+    def column(name: str, header: str, get: Callable[[ArtifactRow], Cell], decimals: int | None = None) -> Column:
         return Column(name, header, tuple(get(r) for r in rows), decimals, needed=name != "seed")
 
-    def spread(key: str, scale: float = 1.0, offset: float = 0.0) -> Any:
-        def get(row: Any) -> float | None:
+    def percentile(source: str, p: str) -> Callable[[ArtifactRow], Cell]:
+        return lambda row: row.percentiles.get(source, {}).get(p)
+
+    def spread(
+        key: Literal["between_rounds", "first_over_rest", "lag1"], scale: float = 1.0, offset: float = 0.0
+    ) -> Callable[[ArtifactRow], Cell]:
+        def get(row: ArtifactRow) -> float | None:
             value = row.spread.get("ttft_ms", {}).get(key)
             return None if value is None else (value - offset) * scale
 
         return get
 
-    def outliers(row: Any) -> str | None:
+    def outliers(row: ArtifactRow) -> str | None:
         """Positions as round:sample, the first three."""
         found = row.spread.get("ttft_ms", {}).get("outliers")
         if not found:
@@ -137,9 +144,7 @@ def latency_columns(report: Report) -> list[Column]:
         for p in ("p50", "p90", "p95", "p99"):
             if p == "p50" and source == "ttft_ms":
                 continue
-            columns.append(
-                column(f"{source}_{p}", f"{label} {p}\nms", lambda r, s=source, p=p: r.percentiles.get(s, {}).get(p), 3)
-            )
+            columns.append(column(f"{source}_{p}", f"{label} {p}\nms", percentile(source, p), 3))
     return [
         *columns,
         column("between", "between rounds\n%", spread("between_rounds", 100), 1),
@@ -158,7 +163,7 @@ def stage_columns(report: Report) -> list[Column]:
     ]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Nested values as (dotted name, text) pairs."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():

@@ -20,7 +20,7 @@ from ryot.errors import RyotError
 from ryot.report.reinforcement import SERIES, passes_of, series_numbers
 from ryot.report.rows import ArtifactRow, Report
 from ryot.report.samples import samples_of, token_latencies
-from ryot.report.table import Column
+from ryot.report.table import Cell, Column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,13 +74,19 @@ class Plot:
     columns: tuple[Column, ...]
 
 
-def draw_plots(report: Report) -> list[Plot]:
-    """Every figure that the report has numbers for. Raises `RyotError` when matplotlib is not installed."""
+def check_plots() -> None:
+    """Raise `RyotError` where figures cannot be drawn."""
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure as _  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise RyotError("report.html needs matplotlib", hint="pip install 'ryot[report]'") from error
+
+
+def draw_plots(report: Report) -> list[Plot]:
+    """Every figure that the report has numbers for. Raises `RyotError` when matplotlib is not installed."""
+    check_plots()
+    import matplotlib as mpl
+
     found = []
     with mpl.rc_context(_STYLE):
         if any(v.curve for v in report.variants):
@@ -164,7 +170,7 @@ def _loss(report: Report, against: str) -> Plot:
 
 
 def _ttft(rows: Sequence[ArtifactRow]) -> Plot:
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     with _figure("ttft", (_SIZE[0], 1.1 + 0.5 * len(rows))) as (_, axes, out):
         for k, row in enumerate(rows):
             rounds = [r for r in samples_of(row, "ttft_ms") if r]
@@ -192,7 +198,7 @@ def _ttft(rows: Sequence[ArtifactRow]) -> Plot:
 
 
 def _tokens(rows: Sequence[ArtifactRow]) -> Plot:
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     lows, highs = [], []
     with _figure("tokens", (_SIZE[0], 3.8)) as (_, axes, out):
         for k, row in enumerate(rows):
@@ -222,7 +228,7 @@ def _tokens(rows: Sequence[ArtifactRow]) -> Plot:
 
 
 def _frontier(rows: Sequence[ArtifactRow]) -> Plot:
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     with _figure("frontier", (_SIZE[0], 4.0)) as (_, axes, out):
         bits = [r.quality.get("bpb") for r in rows]
         known = [b for b in bits if b is not None]
@@ -267,7 +273,7 @@ def _frontier(rows: Sequence[ArtifactRow]) -> Plot:
 
 
 def _order(rows: Sequence[ArtifactRow]) -> Plot:
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     with _figure("order", (_SIZE[0], 0.9 + (0.85 if len(rows) < 6 else 0.6) * len(rows))) as (figure, axes, out):
         figure.delaxes(axes)
         panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -301,7 +307,7 @@ def _order(rows: Sequence[ArtifactRow]) -> Plot:
     )
 
 
-def _spread_numbers(row: ArtifactRow) -> tuple[Any, ...]:
+def _spread_numbers(row: ArtifactRow) -> tuple[Cell, ...]:
     spread = row.spread.get("ttft_ms", {})
     found = spread.get("outliers") or ()
     first = spread.get("first_over_rest")
@@ -318,7 +324,7 @@ def _ablation(report: Report) -> Plot:
     rows = report.ablation
     base = next((r for r in rows if "+" not in r.name), rows[0])
     base_s, base_loss = float(np.mean(base.train_wall_s)), float(np.mean(base.val_loss))
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     with _figure("ablation", (_SIZE[0], 1.3 + 0.42 * len(rows))) as (figure, axes, out):
         figure.delaxes(axes)
         left, right = figure.subplots(1, 2, sharey=True)
@@ -352,7 +358,7 @@ def _ablation(report: Report) -> Plot:
 
 
 def _passes(report: Report) -> Plot:
-    numbers: list[tuple[Any, ...]] = []
+    numbers: list[tuple[Cell, ...]] = []
     rows = [row for row in report.variants if row.reinforcement]
     with _figure("passes") as (_, axes, out):
         for k, row in enumerate(rows):
@@ -416,7 +422,7 @@ def _percent(value: float | None) -> float | None:
 
 
 def _columns(
-    headers: Sequence[str], rows: Sequence[Sequence[Any]], decimals: Sequence[int | None]
+    headers: Sequence[str], rows: Sequence[Sequence[Cell]], decimals: Sequence[int | None]
 ) -> tuple[Column, ...]:
     return tuple(
         Column(f"c{k}", header, tuple(row[k] for row in rows), decimals[k], needed=True)

@@ -7,12 +7,12 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from ryot.report.columns import ablation_columns, artifact_columns, find_comparison, limit_columns
 from ryot.report.rows import Report, report_to_dict
 from ryot.report.table import (
     WIDTH,
+    Cell,
     Column,
     Format,
     constant_columns,
@@ -97,7 +97,7 @@ def artifact_blocks(columns: Sequence[Column], width: int) -> list[str]:
 def render_csv(report: Report) -> str:
     """One line per artifact with every figure in full precision; the header names carry the units."""
     rows = report.rows
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[Cell]] = {}
     for column in artifact_columns(report):
         if not column.name.endswith("_ratio") or column.name == "bpb_ratio":
             columns[column.name] = list(column.cells)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 
+from ryot.mapping import to_mapping
 from ryot.report.compare import (
     MEASURED,
     Line,
@@ -91,7 +91,7 @@ def _outside(line: Line, margin: float) -> bool:
 def render_reproduction(found: Reproduction, fmt: Format = "table") -> str:
     """The new figures beside the old ones, and whether they agree."""
     if fmt == "json":
-        return json.dumps({"schema": 1, **dataclasses.asdict(found)}, indent=1)
+        return json.dumps({"schema": 1, **to_mapping(found, keep_none=True)}, indent=1)
     if fmt == "csv":
         return render_lines_csv(found.lines)
     closing = "The figures agree." if found.agrees else "The figures do not agree:"

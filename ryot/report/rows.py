@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from ryot.artifact import ArtifactId
 from ryot.atomic import write_atomically
 from ryot.edge.protocol import MeasureResult
 from ryot.errors import ConfigError
-from ryot.mapping import read_mapping
+from ryot.mapping import Unchecked, read_mapping, to_mapping
 
 #: Schema 1 called a sample's `case` `arm`, and a verdict had no `cause`.
 SCHEMA = 2
@@ -114,6 +114,17 @@ class VariantRow:
     """What its reinforcement did, step by step; empty where there was none."""
 
 
+class Spread(TypedDict, total=False):
+    """What the spread of one case comes from; empty of no samples."""
+
+    round_medians: list[float]
+    between_rounds: float
+    first_over_rest: float | None
+    lag1: float | None
+    outliers: list[list[int]]
+    """Round and position."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactRow(ExportedArtifact):
     """One exported artifact: its size, quality, measured figures and verdicts; `reason` may be a measurement's."""
@@ -137,7 +148,7 @@ class ArtifactRow(ExportedArtifact):
     """98 % interval of each measured figure, by its field's name."""
     percentiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of `ttft_ms` and `token_ms`, only those that the samples carry."""
-    spread: Mapping[str, Any] = field(default_factory=dict)
+    spread: Mapping[str, Spread] = field(default_factory=dict)
     """What the spread comes from, by metric: see stats.describe_spread."""
     pareto: bool = False
     """Whether no other artifact is at least as good in size, speed and bits per byte, and better in one."""
@@ -244,15 +255,15 @@ class Report:
     """Made with a small budget: not comparable with other reports."""
     baseline: str = ""
     """The artifact that the ratios are against, by name."""
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)
+    devices: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """What `machine` is, of each device that rows are of."""
-    corpus: Mapping[str, Any] = field(default_factory=dict)
+    corpus: Mapping[str, object] = field(default_factory=dict)
     """name, sha256, train_tokens, val_tokens, test_tokens; tokenizer_sha256 and vocab_size where known."""
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, object] = field(default_factory=dict)
     """The resolved configuration, kernel decisions included."""
     stages: tuple[StageTime, ...] = ()
-    targets: tuple[Mapping[str, Any], ...] = ()
+    targets: tuple[Unchecked, ...] = ()
     variants: tuple[VariantRow, ...] = ()
     rows: tuple[ArtifactRow, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
@@ -278,13 +289,12 @@ class Report:
         return next((r for r in self.rows if str(r.id) == self.baseline), None)
 
 
-def report_to_dict(report: Report) -> dict[str, Any]:
+def report_to_dict(report: Report) -> dict[str, object]:
     """The report as plain JSON values; numbers that are not finite become null."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(report))
-    return plain
+    return {name: _plain(value) for name, value in to_mapping(report, keep_none=True).items()}
 
 
-def report_from_dict(values: Mapping[str, Any], where: str) -> Report:
+def report_from_dict(values: Mapping[str, object], where: str) -> Report:
     """The report that `report_to_dict` made `values` from; `ConfigError` beginning with `where` when it did not."""
     if not isinstance(values, Mapping) or "schema" not in values:
         raise ConfigError(f"{where}: not a ryot report (it has no 'schema')")
@@ -365,13 +375,13 @@ def build_record(report: Report, row: ArtifactRow) -> Report:
     )
 
 
-def load_schema() -> dict[str, Any]:
+def load_schema() -> dict[str, object]:
     """The JSON Schema of report.json and record.json."""
-    schema: dict[str, Any] = json.loads((files("ryot.report") / "report.schema.json").read_text(encoding="utf-8"))
+    schema: dict[str, object] = json.loads((files("ryot.report") / "report.schema.json").read_text(encoding="utf-8"))
     return schema
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, str) or value is None or isinstance(value, bool):

@@ -18,9 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ryot.report.rows import Spread
 
 Rounds = Sequence[Sequence[float]]
 """One inner list of samples per round."""
@@ -223,7 +226,7 @@ def outlier_positions(samples: Sequence[float], *, deviations: float = 5.0) -> l
     return [int(i) for i in np.flatnonzero(values > middle + deviations * spread)]
 
 
-def describe_spread(rounds: Rounds) -> dict[str, Any]:
+def describe_spread(rounds: Rounds) -> Spread:
     """What the spread of one case comes from: first-run effect, outliers, correlation inside and between processes."""
     kept = [list(r) for r in rounds if len(r)]
     if not kept:

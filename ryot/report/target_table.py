@@ -8,14 +8,15 @@ import json
 from collections.abc import Sequence
 from textwrap import indent
 
+from ryot.mapping import to_mapping
 from ryot.report.table import WIDTH, Column, Format, markdown_table, plain_table, wrap
-from ryot.report.targets import LIMITS, Target, target_to_mapping
+from ryot.report.targets import LIMITS, Target
 
 
 def render_targets(targets: Sequence[Target], fmt: Format = "table") -> str:
     """One row per target, with every limit that any of them sets; JSON has devices and sources too."""
     if fmt == "json":
-        return json.dumps({"schema": 1, "targets": [target_to_mapping(t) for t in targets]}, indent=1)
+        return json.dumps({"schema": 1, "targets": [to_mapping(t) for t in targets]}, indent=1)
     columns = _columns(targets)
     if fmt == "csv":
         out = io.StringIO()

@@ -17,10 +17,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ryot.config import build_from_mapping, check_known, find_named, list_named, load_toml, to_mapping, unknown
+from ryot.config import build_from_mapping, check_known, find_named, list_named, load_toml, unknown
 from ryot.errors import ConfigError
+from ryot.mapping import Unchecked
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +110,21 @@ class Target:
         """The memory limit to enforce while measuring, where the system allows it; None without one."""
         return round(self.limits["peak_rss_mb"] * 1e6) if "peak_rss_mb" in self.limits else None
 
-    def is_device(self, machine: Mapping[str, Any]) -> bool:
+    def is_device(self, machine: Mapping[str, object]) -> bool:
         """Whether `machine` (a recorded environment) is the device; a target without a device is any machine."""
         if self.device is None:
             return True
         return bool(self.device.match) and self.device.match.lower() in " ".join(_strings(machine)).lower()
 
 
-def cpu_name(machine: Mapping[str, Any]) -> str:
+def cpu_name(machine: Mapping[str, object]) -> str:
     """The CPU's model as a recorded environment names it; `this CPU` where it does not."""
     cpu = machine.get("cpu")
     nested = cpu.get("model") if isinstance(cpu, Mapping) else cpu
     return str(machine.get("cpu_model") or nested or machine.get("model") or "this CPU")
 
 
-def _strings(value: Any) -> list[str]:
+def _strings(value: object) -> list[str]:
     if isinstance(value, Mapping):
         return [text for v in value.values() for text in _strings(v)]
     return [value] if isinstance(value, str) else []
@@ -151,7 +152,7 @@ def load_target(name: str) -> Target:
     return build_target(path.stem, load_toml(path), str(path) if name.endswith(".toml") else f"target {name}")
 
 
-def build_target(name: str, values: Mapping[str, Any], where: str) -> Target:
+def build_target(name: str, values: Unchecked, where: str) -> Target:
     """A target from its TOML tables (or from a report); `where` begins every error message."""
     check_known(values, ("name", "summary", "prefer", "limits", "device", "sources"), where)
     for table in ("limits", "device", "sources"):
@@ -182,12 +183,7 @@ def build_target(name: str, values: Mapping[str, Any], where: str) -> Target:
     )
 
 
-def target_to_mapping(target: Target) -> dict[str, Any]:
-    """The target as plain values, as a report keeps it; `build_target` reads it back."""
-    return to_mapping(target)
-
-
-def _check_limits(limits: Mapping[str, Any], where: str) -> dict[str, float]:
+def _check_limits(limits: Mapping[str, object], where: str) -> dict[str, float]:
     if not limits:
         raise ConfigError(f"{where}: none given, expected at least one of {', '.join(LIMITS)}")
     _check_units(limits, tuple(LIMITS), where)
@@ -205,7 +201,7 @@ def _check_limits(limits: Mapping[str, Any], where: str) -> dict[str, float]:
     return checked
 
 
-def _check_units(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def _check_units(values: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
     """Like `check_known`, but a key that only lacks its unit, or has another one, is told so."""
     for key in values:
         if key in known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ryot.report.rows import ArtifactRow, Cause, Verdict, VerdictWord
 from ryot.report.targets import LIMITS, METRICS, LimitKind, Target, cpu_name
@@ -12,7 +11,7 @@ from ryot.report.targets import LIMITS, METRICS, LimitKind, Target, cpu_name
 _MEASURED = ("ttft_ms", "decode_tok_s", "peak_rss_mb")
 
 
-def judge_artifact(row: ArtifactRow, target: Target, machine: Mapping[str, Any]) -> list[Verdict]:
+def judge_artifact(row: ArtifactRow, target: Target, machine: Mapping[str, object]) -> list[Verdict]:
     """One verdict for each limit that the target sets."""
     return [_judge(row, target, key, machine) for key in target.limits]
 
@@ -29,7 +28,7 @@ def overall(verdicts: Mapping[str, VerdictWord | None]) -> VerdictWord:
     return "FAIL" if "FAIL" in words else "INCONCLUSIVE" if "INCONCLUSIVE" in words else "PASS"
 
 
-def place_note(target: Target, machine: Mapping[str, Any]) -> str:
+def place_note(target: Target, machine: Mapping[str, object]) -> str:
     """How far the verdict reaches: the device itself, or this CPU under the device's limits."""
     cpu = cpu_name(machine)
     if target.device is None:
@@ -39,7 +38,7 @@ def place_note(target: Target, machine: Mapping[str, Any]) -> str:
     return f"measured under the target's limits on this CPU ({cpu}), not on {target.device.name}"
 
 
-def _judge(row: ArtifactRow, target: Target, key: str, machine: Mapping[str, Any]) -> Verdict:
+def _judge(row: ArtifactRow, target: Target, key: str, machine: Mapping[str, object]) -> Verdict:
     kind, limit = LIMITS[key], target.limits[key]
     value, low, high = limited_value(row, key)
     word, cause, note = _word(row, target, key, kind, limit, value, low, high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ryot.artifact import ArtifactId
 from ryot.config import VariantConfig
@@ -40,7 +40,7 @@ class Measured:
     """What was measured, and on what."""
 
     results: Mapping[ArtifactId, list[MeasureResult]]
-    machine: Mapping[str, Any]
+    machine: Mapping[str, object]
     node: str = ""
     """The node of a cluster; empty for this machine."""
 

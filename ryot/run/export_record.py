@@ -78,7 +78,7 @@ class ExportRecord:
                     precision=done.precision,
                     size_bytes=done.size_bytes,
                     context_tokens=self.context_tokens,
-                    quality=done.quality.as_dict(),
+                    quality=to_mapping(done.quality, keep_none=True),
                     passed=done.passed,
                     reason=done.reason,
                     path=self.context.folder.relative(done.path),

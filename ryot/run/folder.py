@@ -4,6 +4,7 @@ run.toml        the resolved plan, kernel decisions included
 events.jsonl    everything that happened
 journal.jsonl   what counts: accepted checkpoints and finished stages, fsynced
 variants/NAME/seed-K/attempt-N/step-S/      checkpoints
+variants/NAME/seed-K/attempt-N/worker.log   what its worker said; worker-R.log of the other ranks
 variants/NAME/seed-K/artifacts/PRECISION/   exported artifacts, each a bundle
 measure.json    what was measured
 report.json report.md report.html           the result
@@ -18,12 +19,10 @@ from pathlib import Path
 
 from ryot.report.rows import REPORT_FILE
 
-WORKER_LOG = "worker.log"
-
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The paths of one run; nothing here looks at the disk but `is_run`."""
+    """The paths of one run; nothing here looks at the disk but `is_run` and `attempts`."""
 
     path: Path
 
@@ -78,6 +77,10 @@ class RunFolder:
         """Where one attempt at a training writes, and no other."""
         return self.training(variant, seed) / f"attempt-{attempt}"
 
+    def attempts(self, variant: str, seed: int) -> list[Path]:
+        """The folders of all attempts at a training that are there."""
+        return list(self.training(variant, seed).glob("attempt-*"))
+
     def artifacts(self, variant: str, seed: int) -> Path:
         """Where the artifacts of a training are, one folder per precision."""
         return self.training(variant, seed) / "artifacts"
@@ -90,6 +93,16 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether there is a run."""
         return self.journal.is_file()
+
+
+def checkpoint_folder(attempt: Path, step: int) -> Path:
+    """Where an attempt keeps its checkpoint of a step."""
+    return attempt / f"step-{step:08d}"
+
+
+def worker_log(attempt: Path, rank: int = 0) -> Path:
+    """What a worker of an attempt said."""
+    return attempt / (f"worker-{rank}.log" if rank else "worker.log")
 
 
 def resume_hint(path: Path) -> str:

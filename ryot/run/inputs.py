@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ryot.deploy.text_check import open_text
 from ryot.deploy.weights import check_weights, source_spec
@@ -48,9 +47,9 @@ class RunInputs:
     """The corpus as shards for each variant that is trained; those of one tokenizer share them."""
     models: tuple[ImportedModel, ...]
 
-    def corpus_facts(self) -> dict[str, Any]:
+    def corpus_facts(self) -> dict[str, object]:
         """What the report says about the text."""
-        facts: dict[str, Any] = {"name": self.corpus_name, "sha256": self.corpus_sha256}
+        facts: dict[str, object] = {"name": self.corpus_name, "sha256": self.corpus_sha256}
         if dataset := next(iter(self.datasets.values()), None):
             facts |= {f"{split}_tokens": count for split, count in dataset.num_tokens.items()}
             facts["vocab_size"] = dataset.vocab_size

@@ -14,15 +14,14 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import ryot
 from ryot.atomic import fsync
 from ryot.errors import ClusterError
-from ryot.mapping import formerly, read_mapping, to_mapping
+from ryot.mapping import Unchecked, formerly, read_mapping, to_mapping
 from ryot.run.folder import RunFolder
 from ryot.run.metrics import TrainMetrics
 
@@ -61,7 +60,7 @@ class StageDone(Record):
     record: ClassVar[str] = "stage"
     stage: str
     digest: str
-    outputs: Mapping[str, Any]
+    outputs: Unchecked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,11 +204,11 @@ class Journal:
                 )
         self.append(Opened())
 
-    def finish_stage(self, stage: str, key: str, digest: str, **outputs: Any) -> None:
+    def finish_stage(self, stage: str, key: str, digest: str, **outputs: object) -> None:
         """Say that a stage is done for inputs of this digest; `outputs` is what `find_stage` gives back."""
         self.append(StageDone(stage=stage, key=key, digest=digest, outputs=outputs))
 
-    def find_stage(self, stage: str, key: str, digest: str) -> Mapping[str, Any] | None:
+    def find_stage(self, stage: str, key: str, digest: str) -> Unchecked | None:
         """The outputs of a stage that was done with these inputs, or None; its files may be gone."""
         for record in reversed(self._of(StageDone, key)):
             if record.stage == stage:

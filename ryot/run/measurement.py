@@ -15,6 +15,7 @@ from ryot.deploy.remeasure import effort, spec_under, threads_under
 from ryot.edge.bundle import load_bundle
 from ryot.edge.protocol import MeasureResult, MeasureSpec
 from ryot.events import MeasureEvent
+from ryot.mapping import read_mapping, to_mapping
 from ryot.report.rows import ExportedArtifact
 from ryot.run.context import RunContext
 from ryot.run.executor import Measured
@@ -54,7 +55,7 @@ def measure_artifacts(context: RunContext, plan: RunPlan, artifacts: Sequence[Ex
 def save_measurements(measured: Measured, path: Path) -> None:
     """Keep raw results for a run that is resumed after this stage."""
     results = [
-        {"variant": a.variant, "seed": a.seed, "precision": a.precision, **result.to_mapping()}
+        {"variant": a.variant, "seed": a.seed, "precision": a.precision, **to_mapping(result, keep_none=True)}
         for a, found in measured.results.items()
         for result in found
     ]
@@ -71,7 +72,7 @@ def load_measurements(path: Path) -> Measured:
             artifact = ArtifactId.parse(entry["arm"])
         else:
             artifact = ArtifactId(entry["variant"], entry["seed"], entry["precision"])
-        results.setdefault(artifact, []).append(MeasureResult.from_mapping(entry))
+        results.setdefault(artifact, []).append(read_mapping(MeasureResult, entry))
     return Measured(results=results, machine=values["machine"], node=values["machine"].get("node", ""))
 
 

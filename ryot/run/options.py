@@ -9,13 +9,23 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar, get_args
 
-from ryot.config import PRECISIONS, build_from_mapping, check_known, load_toml, unknown
+from ryot.config import (
+    DEFAULT_DEVICE,
+    DEFAULT_PRESET,
+    DEFAULT_RECIPE,
+    DEFAULT_ROUNDS,
+    DEFAULT_TARGET,
+    PRECISIONS,
+    USUAL_PRECISIONS,
+    DeviceChoice,
+    build_from_mapping,
+    check_known,
+    load_toml,
+    unknown,
+)
 from ryot.errors import ConfigError
-
-#: What is exported when no precision is named.
-USUAL_PRECISIONS = ("fp32", "int8-dyn", "int8", "int4")
 
 _OPTION = "option"
 
@@ -37,12 +47,15 @@ class OptionText:
     """The option's name where it is not the field's."""
 
 
-def option(default: Any, help: str, **text: Any) -> Any:
-    """A field with this default that is an option."""
+T = TypeVar("T")
+
+
+def option(default: T, help: str, **text: Any) -> T:
+    """A field with this default that is an option; `text` are further fields of `OptionText`."""
     return dataclasses.field(default=default, metadata={_OPTION: OptionText(help=help, **text)})
 
 
-def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], OptionText]]:
+def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[object], OptionText]]:
     """The fields of a dataclass that are options, with their texts."""
     fields = dataclasses.fields(cls)
     return {f.name: (f, f.metadata[_OPTION]) for f in fields if _OPTION in f.metadata}
@@ -52,9 +65,9 @@ def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], OptionTe
 class RunOptions:
     """What decides what a run computes; fixed when it begins."""
 
-    preset: str = option("reference", "Size: a name or a TOML file", metavar="NAME")
+    preset: str = option(DEFAULT_PRESET, "Size: a name or a TOML file", metavar="NAME")
     variants: tuple[str, ...] = option(
-        ("baseline", "optimized"),
+        ("baseline", DEFAULT_RECIPE),
         "What to compare, separated by commas: recipes (names or TOML files), which are trained, and models: folders "
         "with a config.json, .gguf files, org/name[@revision] of the Hugging Face hub",
         metavar="LIST",
@@ -81,7 +94,7 @@ class RunOptions:
         metavar="LIST",
     )
     target: tuple[str, ...] = option(
-        ("phase1",), "Limits to judge by: a name or a TOML file; may be repeated", metavar="NAME", repeated=True
+        (DEFAULT_TARGET,), "Limits to judge by: a name or a TOML file; may be repeated", metavar="NAME", repeated=True
     )
     data: tuple[str, ...] = option(
         (),
@@ -94,12 +107,12 @@ class RunOptions:
     )
     quick: bool = option(False, "Small budget, brief measurement; the report is marked as not comparable")
     tune: bool = option(True, "Let the machine choose the kernels of variants that allow it")
-    rounds: int = option(5, "Rounds of measurement, each in fresh processes", metavar="N", at_least=1)
+    rounds: int = option(DEFAULT_ROUNDS, "Rounds of measurement, each in fresh processes", metavar="N", at_least=1)
     threads: int = option(1, "Threads of each training (of each of its workers)", metavar="N", at_least=1)
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto",
+    device: DeviceChoice = option(  # noqa: RUF009 (its default is a string, which ruff cannot see)
+        DEFAULT_DEVICE,
         "Where trainings run: auto is GPUs where each of their workers can have one",
-        choices=("auto", "cpu", "cuda"),
+        choices=get_args(DeviceChoice),
     )
     workers_per_variant: int = option(
         1,
@@ -126,7 +139,7 @@ class RunOptions:
                 raise ConfigError(unknown("precision", precision, PRECISIONS))
 
 
-def merge_options(file: Path | None, flags: Mapping[str, Any]) -> RunOptions:
+def merge_options(file: Path | None, flags: Mapping[str, object]) -> RunOptions:
     """Options by precedence: those given as flags, then the file's, then the defaults.
 
     `flags` holds only what was given. Raises `ConfigError` for an unknown key in the file.

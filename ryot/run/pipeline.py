@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ryot.atomic import write_atomically
 from ryot.errors import Interrupted, RyotError, TrainingError
+from ryot.report.plots import check_plots
 from ryot.run.context import RunContext, RunSettings
 from ryot.run.finalize import Outcome, StageResults, finalize
 from ryot.run.folder import RunFolder, resume_hint
@@ -28,6 +29,7 @@ from ryot.train.parallel import check_shares
 def start_run(path: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     """Begin a run in an empty folder, or one that does not exist yet, and carry it through."""
     folder = RunFolder(path)
+    check_plots()  # which come last
     for variant in plan.variants:
         check_shares(TrainJob(variant=variant, seed=0, dataset_dir=""), plan.options.workers_per_variant)
     with _disk_errors(folder, "start the run again"):
@@ -44,6 +46,7 @@ def resume_run(path: Path, plan: RunPlan, settings: RunSettings) -> Outcome:
     through; what is done by then stays done.
     """
     folder = RunFolder(path)
+    check_plots()
     _check_disk(folder, plan)
     return _run(folder, plan, settings)
 

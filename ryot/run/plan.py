@@ -10,6 +10,7 @@ from pathlib import Path
 from ryot import __version__
 from ryot.config import (
     PARTS,
+    USUAL_PRECISIONS,
     KernelPlan,
     VariantConfig,
     build_from_mapping,
@@ -22,7 +23,7 @@ from ryot.config import (
 from ryot.deploy.settings import ExportSettings
 from ryot.errors import ConfigError
 from ryot.report.targets import Target, build_target, load_targets
-from ryot.run.options import USUAL_PRECISIONS, RunOptions
+from ryot.run.options import RunOptions
 from ryot.run.sources import ImportConfig, split_variants
 
 SCHEMA = 1

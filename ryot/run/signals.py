@@ -7,9 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from ryot.errors import EXIT_INTERRUPTED
 
@@ -52,6 +51,10 @@ def hold_signals() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+#: What `signal.signal` takes and gives back.
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
 class StopSignals:
     """Counts stopping signals while it is entered; a third one ends the process on the spot.
 
@@ -60,7 +63,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.count = 0
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
 
     @property
     def stop(self) -> bool:

@@ -1,7 +1,5 @@
 """Checkpoints in a run folder: which count, whether they are still what they were, and which may go.
 
-    variants/NAME/seed-K/attempt-N/step-XXXXXXXX/   worker.log
-
 An attempt writes only below its own folder, and no folder is written twice, so a worker that goes on after it was
 given up can spoil nothing.
 """
@@ -78,9 +76,9 @@ class CheckpointStore:
         """Remove the files of a training that do not count: old checkpoints and leftovers of earlier attempts."""
         keep = {self.folder.path / a.path for a in accepted[: self._keep]}
         current = self.attempt_folder(training, attempt)
-        for folder in current.parent.glob("attempt-*"):
+        for folder in self.folder.attempts(training.variant.name, training.seed):
             for path in [p for p in folder.iterdir() if p.is_dir()]:
-                # The attempt in progress may be writing a draft next to its checkpoints.
+                # The attempt in progress may be writing a partial one next to its checkpoints.
                 if path not in keep and not (folder == current and path.name.startswith(".")):
                     shutil.rmtree(path, ignore_errors=True)
             if folder != current and not any(folder.iterdir()):

@@ -25,6 +25,7 @@ from torch import Tensor
 from ryot.atomic import atomic_folder
 from ryot.config import Attention
 from ryot.errors import CheckpointError
+from ryot.mapping import Unchecked
 from ryot.models.arrays import read_arrays
 from ryot.models.registry import read_spec, tensor_maps, write_config
 from ryot.models.sources.safetensors_file import write_float32
@@ -32,7 +33,7 @@ from ryot.models.spec import DecoderSpec
 from ryot.models.tensors import FloatArray, hf_shapes, hf_tensors
 from ryot.models.token_ids import TokenIds
 from ryot.train.dataset import Dataset
-from ryot.train.model import Decoder, RotaryTables
+from ryot.train.model import Decoder, RotaryTables, without_memory
 from ryot.train.source_text import OWN_IDS
 from ryot.train.tokenizer import tokenizer_config
 
@@ -72,7 +73,7 @@ def save_checkpoint(
     spec: DecoderSpec,
     state: Mapping[str, Tensor],
     tokenizer_json: bytes,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, object] | None = None,
     training_tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a checkpoint under a tokenizer of our own, as `write_checkpoint` does; returns its digest."""
@@ -111,7 +112,7 @@ def write_checkpoint(
     directory: Path,
     files: Mapping[str, bytes],
     weights: Weights | None,
-    training: Mapping[str, Any] | None,
+    training: Mapping[str, object] | None,
     training_tensors: Mapping[str, Tensor] | None,
 ) -> str:
     """Write a checkpoint that appears under `directory` only when all of it is on disk; returns its digest.
@@ -124,16 +125,16 @@ def write_checkpoint(
     if training is not None:
         files[_STATE] = _json({"schema": SCHEMA, **training})
     try:
-        with atomic_folder(directory) as draft:
+        with atomic_folder(directory) as partial:
             for name, data in files.items():
-                path = draft / name
+                path = partial / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(data)
             if weights is not None:
-                weights.write(draft / _WEIGHTS)
+                weights.write(partial / _WEIGHTS)
             if training is not None:
                 kept = {name: tensor.contiguous() for name, tensor in (training_tensors or {}).items()}
-                safetensors.torch.save_file(kept, draft / _STATE_TENSORS)
+                safetensors.torch.save_file(kept, partial / _STATE_TENSORS)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: cannot be written ({error.strerror})") from error
     except SafetensorError as error:
@@ -201,18 +202,15 @@ def load_model(directory: Path) -> Decoder:
 
 def build_decoder(spec: DecoderSpec, arrays: Mapping[str, FloatArray], attention: Attention = "sdpa") -> Decoder:
     """A torch decoder over these arrays, which it shares and does not copy, in evaluation mode."""
-    with torch.device("meta"):
+    with without_memory():
         model = Decoder(spec, attention)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     model.rotary = RotaryTables(spec)
     return model.eval().requires_grad_(False)
 
 
-def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save_checkpoint` got as `training` and `training_tensors`.
-
-    Raises `CheckpointError` when it is missing, cut short or of a newer schema.
-    """
+def load_training_values(directory: Path) -> Unchecked:
+    """What `save_checkpoint` got as `training`, read in no time. Raises as `load_training_state`."""
     if not (directory / _STATE).exists():
         raise CheckpointError(f"checkpoint {directory}: {_STATE} is missing, so training cannot go on from it")
     training = _read_json(directory / _STATE)
@@ -220,13 +218,22 @@ def load_training_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tens
         raise CheckpointError(
             f"checkpoint {directory}: schema {training['schema']}, expected at most {SCHEMA}", hint="use a newer ryot"
         )
+    return training
+
+
+def load_training_state(directory: Path) -> tuple[Unchecked, dict[str, Tensor]]:
+    """What `save_checkpoint` got as `training` and `training_tensors`.
+
+    Raises `CheckpointError` when it is missing, cut short or of a newer schema.
+    """
+    training = load_training_values(directory)
     try:
         return training, safetensors.torch.load_file(directory / _STATE_TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory}: {_STATE_TENSORS} cannot be read ({error})") from error
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
+def _json(values: Mapping[str, object]) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 

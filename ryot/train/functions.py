@@ -11,7 +11,7 @@ autograd's in `tests/train/test_functions.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,21 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
+
+
+class Context(Protocol):
+    """What torch hands from a forward pass to its backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class ScaledContext(Context, Protocol):
+    scale: float
 
 
 def _by_hand(x: Tensor) -> bool:
@@ -39,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         x32 = x.float()
         mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
@@ -49,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
         d_out = grads[0].float()
         product = (d_out * normed).flatten(0, -2)
@@ -75,13 +90,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         ctx.save_for_backward(gate_up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
+    def backward(ctx: Context, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         (d_out,) = grads
         gate, up = gate_up.chunk(2, dim=-1)
@@ -103,12 +118,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         # A rotation's transpose is the rotation back.
         cos, sin = ctx.saved_tensors
         (d_out,) = grads
@@ -125,7 +140,9 @@ class _LoraLinear(torch.autograd.Function):
     """Both products of either pass are summed where they are made: autograd would make and add two arrays."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: ScaledContext, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
         z = F.linear(x, A).mul_(scale)
         ctx.save_for_backward(x, weight, A, B, z)
         ctx.scale = scale
@@ -134,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: ScaledContext, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, A, B, z = ctx.saved_tensors
         d_out = grads[0].flatten(0, -2)
         dz = torch.mm(d_out, B).mul_(ctx.scale)

@@ -6,14 +6,11 @@ checkpoint computes what it would have computed anyway: bit for bit on one threa
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,11 +19,13 @@ from torch import Tensor
 from ryot.config import KernelPlan, VariantConfig, to_mapping
 from ryot.errors import CheckpointError, RyotError
 from ryot.events import EvalEvent, Event, StepEvent
+from ryot.mapping import Unchecked
 from ryot.train.batch import Batch
-from ryot.train.checkpoint import load_training_state
+from ryot.train.checkpoint import load_training_state, load_training_values
 from ryot.train.dataset import Batches, Dataset, load_dataset
 from ryot.train.evaluate import evaluate, window_counts
 from ryot.train.gates import check_step
+from ryot.train.heap import frozen_heap
 from ryot.train.optimizer import schedule_factor
 from ryot.train.packing import PackedBatches
 from ryot.train.saving import load_trained, save_training
@@ -96,13 +95,7 @@ class Trainer:
         """
         state, tensors = load_training_state(checkpoint)
         trainer = cls(job, plan, teacher)
-        was, now = _flatten(state["identity"]), _flatten(trainer._identity())
-        for name in now | was:
-            if was.get(name) != now.get(name):
-                raise CheckpointError(
-                    f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
-                    hint="resume with the options of the first run, or start a new run",
-                )
+        check_resumable(checkpoint, **trainer._identity())
         load_trained(trainer.model, job.variant, checkpoint, tensors)
         trainer._load_optimizer(tensors)
         trainer.step = state["step"]
@@ -137,7 +130,7 @@ class Trainer:
             self._compiled = True
         begin = time.perf_counter()
         last = self.num_steps if max_steps is None else min(self.num_steps, self.step + max_steps)
-        with _frozen_heap():
+        with frozen_heap():
             while self.step < last:
                 self._train_one()
                 events += self._step_events()
@@ -201,7 +194,7 @@ class Trainer:
                 training_tensors={**optimizer, "torch_rng": torch.get_rng_state(), **self._extra_tensors()},
             )
 
-    def _extra_state(self) -> dict[str, Any]:
+    def _extra_state(self) -> dict[str, object]:
         """What a kind of training keeps beside this in `training/`."""
         return {}
 
@@ -209,17 +202,16 @@ class Trainer:
         """The same of tensors."""
         return {}
 
-    def _load_extra(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _load_extra(self, state: Unchecked, tensors: dict[str, Tensor]) -> None:
         """Take back what these gave."""
 
     def close(self) -> None:
         """Give back what a kind of training holds beside memory."""
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be gone on from."""
         return {
-            "variant": to_mapping(self.job.variant),
-            "seed": self.job.seed,
+            **job_identity(self.job.variant, self.job.seed),
             "corpus_sha256": self.dataset.corpus_sha256,
             "plan": to_mapping(self.plan),
         }
@@ -292,17 +284,6 @@ class Trainer:
         )
 
 
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Spare Python's collector the objects that are there already, the modules' half a million above all: each full
-    collection walks them for 80 ms, and autograd's objects bring one about every few steps."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -310,9 +291,26 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def job_identity(variant: VariantConfig, seed: int) -> dict[str, object]:
+    """What a checkpoint must have in common with a training before data and kernels are looked at."""
+    return {"variant": to_mapping(variant), "seed": seed}
+
+
+def check_resumable(checkpoint: Path, **identity: object) -> None:
+    """Raise `CheckpointError` with the first part of a training's identity that `checkpoint` has otherwise."""
+    kept = load_training_values(checkpoint)["identity"]
+    was, now = _flatten({name: kept.get(name) for name in identity}), _flatten(identity)
+    for name in now | was:
+        if was.get(name) != now.get(name):
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} was {was.get(name)!r}, now {now.get(name)!r}",
+                hint="resume with the options of the first run, or start a new run",
+            )
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in values.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat

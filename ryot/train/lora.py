@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +171,7 @@ def load_adapter_tensors(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
             B.copy_(torch.from_numpy(read_layout(model.spec, _row_layout(module.layout), rows)))
 
 
-def adapter_config(model: Decoder, config: LoraConfig, source: str) -> dict[str, Any]:
+def adapter_config(model: Decoder, config: LoraConfig, source: str) -> dict[str, object]:
     """`adapter_config.json` as `peft` reads it."""
     modules = [m for _, layer in adapters(model) for m in layer.modules_of_peft]
     return {

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ryot.train.functions import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,10 @@ class SoftTargets:
         return SoftTargets(self.ids_RS[kept_R], self.probabilities_RS[kept_R], self.weight)
 
 
+class CountedContext(Context, Protocol):
+    rows: int
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `h @ W.T`; the gradients are made in the forward pass, chunk by chunk.
 
@@ -36,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int, soft: SoftTargets | None
+        ctx: CountedContext, h_RD: Tensor, W_VD: Tensor, targets_R: Tensor, chunk: int, soft: SoftTargets | None
     ) -> Tensor:
         rows = h_RD.shape[0]
         W = W_VD.detach().to(h_RD.dtype)
@@ -80,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: CountedContext, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dh_RD, dW_VD = ctx.saved_tensors
         scale = grads[0] / ctx.rows
         return dh_RD * scale.to(dh_RD.dtype), None if dW_VD is None else dW_VD * scale, None, None, None

@@ -9,12 +9,14 @@ What it computes is said by a `DecoderSpec` alone. Query, key and value are one 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ryot.config import Attention
 from ryot.models.angles import rotary_tables
@@ -212,6 +214,31 @@ class Layer(nn.Module):
             gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
             y = self.down(activate(gate) * up)
         return y
+
+
+class _Unfilled(TorchFunctionMode):
+    """Random fills are left out: of parameters on the meta device they would import the compiler, 1 to 2 seconds."""
+
+    FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = kwargs or {}
+        if func in self.FILLS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Decoders that are made within have shapes and no values."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def build_norm(spec: DecoderSpec) -> nn.Module:

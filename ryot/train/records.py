@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +44,7 @@ class Chat:
 Record = Pair | Chat
 
 
-def read_record(row: Mapping[str, Any], place: str) -> str | Record:
+def read_record(row: Mapping[str, object], place: str) -> str | Record:
     """What a row of a file holds: a text, a pair or a chat. Raises `DataError`, which begins with `place`."""
     if isinstance(messages := row.get("messages"), list):
         return Chat(tuple(_read_message(message, place) for message in messages))
@@ -218,7 +217,7 @@ def _read_message(message: object, place: str) -> tuple[str, str]:
     return role, _read_text({"content": "" if content is None else content}, "content", place)
 
 
-def _read_text(row: Mapping[str, Any], key: str, place: str) -> str:
+def _read_text(row: Mapping[str, object], key: str, place: str) -> str:
     text = row.get(key)
     if not isinstance(text, str):
         known = "string field 'text'" if key == "text" else f"string field {key!r}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -42,7 +41,7 @@ def save_training(
     dataset: Dataset,
     *,
     done: bool,
-    training: Mapping[str, Any],
+    training: Mapping[str, object],
     training_tensors: Mapping[str, Tensor],
 ) -> str:
     """Write a checkpoint of a training in progress or at its end; returns its digest."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class TrainStep:
             logits_BTV = narrow(batch.inputs_BT, batch.documents_BT)
             return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten())
 
-    def _cast(self) -> contextlib.AbstractContextManager[Any]:
+    def _cast(self) -> contextlib.AbstractContextManager[object]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.dtype)
         return torch.autocast(self.plan.device, dtype=dtype) if dtype else contextlib.nullcontext()
 

@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ryot.errors import ConfigError, DataError
 from ryot.train.records import RECORD_FIELDS, Record, read_record
@@ -224,7 +224,7 @@ def _read_json(line: bytes, place: str) -> str | Record:
     return read_record(row if isinstance(row, dict) else {}, place)
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: Path) -> Iterator[dict[str, object]]:
     """The rows of a Parquet file, a part of it in memory at a time; of its columns those that records have."""
     try:
         import pyarrow

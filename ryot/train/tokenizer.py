@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +25,7 @@ SIGNALS_EVERY_S = 0.2
 #: Part of the cache key: a change of the recipe below must not find the old result.
 TOKENIZER_RECIPE = "byte-level-bpe-1"
 
-_GPT_CONFIG: dict[str, Any] = {
+_GPT_CONFIG: dict[str, object] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": END_OF_TEXT,
     "eos_token": END_OF_TEXT,
@@ -138,6 +137,6 @@ def _pieces(tokenizer: Tokenizer) -> TokenPieces:
         raise ConfigError(f"tokenizer: {error}") from error
 
 
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
+def tokenizer_config(max_seq_len: int) -> dict[str, object]:
     """`tokenizer_config.json` for transformers."""
     return {**_GPT_CONFIG, "model_max_length": max_seq_len}

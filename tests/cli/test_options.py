@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from ryot.cli.main import COMMANDS
+from ryot.cli.model_options import MEGABYTE
 from ryot.cli.options import cache_dir
+from ryot.edge.cli import build_parser
+from ryot.edge.sampling_params import SamplingParams
 from ryot.errors import ConfigError
+from ryot.serve.model import ModelOptions
+from ryot.serve.server import ServerOptions
 
+#: The dataclasses that a command's options end up in, but for `cluster-run`, whose options are made from them.
+FIELDS_OF: dict[str, tuple[type, ...]] = {"serve": (ServerOptions, ModelOptions), "batch": (ModelOptions,)}
+#: Of files of requests more are computed together: no one waits for the first token.
+OWN_DEFAULTS = {("batch", "rows")}
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
 
 
@@ -92,3 +105,30 @@ def test_the_c_locale_is_told_what_it_lacks() -> None:
     assert done.stderr.splitlines()[0].endswith("is not ASCII")
     assert "PYTHONUTF8=1" in done.stderr
     assert run("targets", **ascii_only).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS_OF))
+def test_a_default_of_an_option_is_that_of_the_field_it_sets(name: str) -> None:
+    """Options are matched with fields by name, and by what `build_model_options` and `serve` make of them."""
+    module = importlib.import_module(f"ryot.cli.{COMMANDS[name][0]}")
+    units = {"kv_bytes": ("kv_memory", MEGABYTE), "prefix_cache_bytes": ("prefix_cache", MEGABYTE)}
+    units |= {"max_body_bytes": ("max_body", 1e6), "timeout_s": ("timeout", 1), "drain_s": ("drain", 1)}
+    given = {p.name: p.default for p in module.command.params if isinstance(p, click.Option)}
+    for cls in FIELDS_OF.get(name, ()):
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        compared = 0
+        for field, default in defaults.items():
+            if (name, field) in OWN_DEFAULTS:
+                continue
+            option, factor = units.get(field, (field, None))
+            if isinstance(given.get(option), (int, float, str)) and not isinstance(given[option], bool):
+                compared += 1
+                assert default == (given[option] if factor is None else given[option] * factor), (cls, field)
+        assert compared >= 2, cls
+
+
+def test_run_py_draws_as_the_engines_do_unless_told() -> None:
+    given = vars(build_parser().parse_args(["--prompt", "x"]))
+    defaults = {f.name: f.default for f in dataclasses.fields(SamplingParams)}
+    assert {name: given[name] for name in defaults if name in given}.items() <= defaults.items()
+    assert len(given.keys() & defaults.keys()) >= 6

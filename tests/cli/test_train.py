@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ryot.cli import train
-from ryot.errors import Interrupted, TrainingError
+from ryot.errors import CheckpointError, Interrupted, TrainingError
 from ryot.train.checkpoint import load_training_state
 from tests.conftest import TINY_MODEL
 
@@ -66,7 +67,8 @@ def test_a_breached_gate_leaves_the_last_good_checkpoint(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_ends_the_step_in_flight_and_writes_what_there_is(arguments: list[str], tmp_path: Path) -> None:
+def interrupt(arguments: list[str]) -> str:
+    """What a training says that a signal ends at its first event."""
     told: list[object] = []
 
     def interrupt_once(event: object) -> None:
@@ -78,6 +80,37 @@ def test_a_signal_ends_the_step_in_flight_and_writes_what_there_is(arguments: li
         patch.setattr("ryot.cli.progress.Progress.__call__", lambda self, event: interrupt_once(event))
         done = CliRunner().invoke(train.command, arguments)
     assert isinstance(done.exception, Interrupted), done.output
+    return str(done.exception)
+
+
+def test_a_signal_ends_the_step_in_flight_and_writes_what_there_is(arguments: list[str], tmp_path: Path) -> None:
+    stopped = interrupt(arguments)
     step = load_training_state(tmp_path / "out")[0]["step"]
-    assert 0 < step < 1000 and f"stopped at step {step} of 1000" in str(done.exception)
+    assert 0 < step < 1000 and f"stopped at step {step} of 1000" in stopped
     assert [p.name for p in tmp_path.glob("out*")] == ["out"]
+
+
+def test_what_cannot_be_gone_on_from_is_refused_before_work_that_takes_minutes(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    interrupt(arguments)
+    again = [*arguments[:-1], str(tmp_path / "again")]
+
+    def refused(*more: str) -> str:
+        done = CliRunner().invoke(train.command, [*again, "--resume", *more])
+        assert isinstance(done.exception, CheckpointError), done.output
+        return str(done.exception)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ryot.run.variant_data.prepare_variant", lambda *_, **__: pytest.fail("data came first"))
+        assert "training cannot go on from it" in refused(str(tmp_path))
+        assert "seed was 0, now 1" in refused(str(tmp_path / "out"), "--seed", "1")
+        assert "variant.train.tokens was 128000, now 64000" in refused(str(tmp_path / "out"), "--tokens", "64000")
+    state = tmp_path / "out" / "training" / "state.json"
+    values = json.loads(state.read_text())
+    values["identity"]["corpus_sha256"] = "of another text"
+    state.write_text(json.dumps(values))
+    again.remove("--no-tune")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ryot.optimize.kernels.choose_kernels", lambda *_, **__: pytest.fail("kernels came first"))
+        assert "corpus_sha256 was 'of another text', now" in refused(str(tmp_path / "out"))

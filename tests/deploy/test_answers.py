@@ -1,4 +1,4 @@
-"""Answers in the chat form: what counts as lost, and a cache that only they show to be too coarse."""
+"""Answers in the chat template: what counts as lost, and a cache that only they show to be too coarse."""
 
 from __future__ import annotations
 

@@ -180,6 +180,17 @@ def test_the_package_imports_only_what_a_device_has() -> None:
     assert not forbidden & loaded
 
 
+def test_a_first_token_waits_for_no_dataclass() -> None:
+    """`dataclasses` imports `inspect` and compiles what it makes: milliseconds of every start."""
+    script = (
+        "import json, sys\n"
+        "import ryot.edge.cli, ryot.edge.capi, ryot.edge.text_stream\n"
+        "print(json.dumps(list(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"dataclasses", "inspect", "ryot.mapping", "numpy"} & set(json.loads(run.stdout))
+
+
 #: Short, for a context of 64 tokens.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"

@@ -21,6 +21,7 @@ from ryot.edge.limits import PREFIX, open_memory_cgroup
 from ryot.edge.measure import build_spec, measure_once, measure_rounds, record_environment
 from ryot.edge.protocol import MeasureResult, MeasureSpec, is_steady
 from ryot.errors import ConfigError
+from ryot.mapping import read_mapping, to_mapping
 
 from .tiny_bundle import write_manifest
 
@@ -64,7 +65,7 @@ def test_every_figure_comes_with_its_samples(llama: Bundle, result: MeasureResul
     assert result.cold_start_ms > result.import_ms + result.load_ms + result.first_ttft_ms
     assert len(result.calibration_ms) == len(result.load_average) == 2
     assert result.manifest_sha256 == hash_file(llama.path / "ryot_manifest.json")
-    assert MeasureResult.from_mapping(json.loads(json.dumps(result.to_mapping()))) == result
+    assert read_mapping(MeasureResult, json.loads(json.dumps(to_mapping(result, keep_none=True)))) == result
 
 
 def test_the_process_is_pinned(llama: Bundle) -> None:
@@ -232,14 +233,14 @@ def test_no_process_is_left_when_the_parent_is_stopped(llama: Bundle, number: si
 
 def test_a_child_killed_by_another_hand_is_named(llama: Bundle) -> None:
     parent_script = (
-        "import json, os, signal, sys, threading, time, pathlib\n"
+        "import dataclasses, json, os, signal, sys, threading, time, pathlib\n"
         "from ryot.edge.measure import MeasureSpec, measure_once\n"
         "def kill():\n"
         "    me = pathlib.Path('/proc/self/task', str(threading.main_thread().native_id), 'children')\n"
         "    while not me.read_text().strip(): time.sleep(0.01)\n"
         "    os.kill(int(me.read_text().split()[0]), signal.SIGKILL)\n"
         "threading.Thread(target=kill, daemon=True).start()\n"
-        "print(json.dumps(measure_once(MeasureSpec.from_json(sys.argv[1])).to_mapping()))\n"
+        "print(json.dumps(dataclasses.asdict(measure_once(MeasureSpec.from_json(sys.argv[1])))))\n"
     )
     spec = build_spec(llama, min_time_s=60.0)
     run = subprocess.run(

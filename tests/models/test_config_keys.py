@@ -234,7 +234,7 @@ def test_old_names_of_longrope_are_read(scaling: str) -> None:
     assert spec.rotaries[0].magnitude == pytest.approx(1.190238, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["", "bert", "Llama", "gemma3"])
+@pytest.mark.parametrize("name", ["", "bert", "Llama", "gemma2", "gemma3"])
 def test_an_unknown_family_is_answered_with_those_that_are_known(name: str) -> None:
     with pytest.raises(CheckpointError) as error:
         find_family(name, "a/config.json")

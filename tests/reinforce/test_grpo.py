@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ryot.mapping import read_mapping, to_mapping
 from ryot.reinforce.gates import MAX_EQUAL_STEPS, RewardGates, StepFigures
 from ryot.reinforce.grpo import Weights, group_advantages, policy_loss
 from ryot.reinforce.pass_at_k import estimate_pass_at_k, pass_at_k
@@ -115,7 +116,7 @@ def test_what_teaches_nothing_any_more_is_stopped(gate: str, changes: dict[str, 
     gates = RewardGates()
     for step in range(20):
         gates.check(step, figures())
-    gates = RewardGates.from_state(gates.state())
+    gates = read_mapping(RewardGates, to_mapping(gates))
     with pytest.raises(GateBreach) as caught:
         for step in range(20, 60):
             gates.check(step, figures(**changes))

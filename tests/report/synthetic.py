@@ -9,6 +9,7 @@ import numpy as np
 
 from ryot.artifact import ArtifactId
 from ryot.edge.protocol import MeasureResult
+from ryot.mapping import read_mapping
 from ryot.report.build import build_report
 from ryot.report.rows import ExportedArtifact, Report, StageTime, VariantRow
 from ryot.report.targets import load_target
@@ -89,7 +90,7 @@ def make_result(
         "started_at": "2026-01-01T00:00:00+00:00",
         "steady": True,
     }
-    return MeasureResult.from_mapping(values)
+    return read_mapping(MeasureResult, values)
 
 
 def make_results(

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from ryot.errors import ConfigError
+from ryot.mapping import to_mapping
 from ryot.report.target_table import render_target, render_targets
-from ryot.report.targets import LIMITS, build_target, list_targets, load_target, load_targets, target_to_mapping
+from ryot.report.targets import LIMITS, build_target, list_targets, load_target, load_targets
 
 MACHINE = {"cpu": {"model": "Cortex-A53", "cores": 4}, "board": "Raspberry Pi Zero 2 W Rev 1.0"}
 
@@ -34,7 +35,7 @@ def test_every_number_of_every_packaged_target_has_a_source():
 
 def test_a_target_survives_its_way_through_a_report():
     for target in list_targets():
-        assert build_target(target.name, target_to_mapping(target), "report") == target
+        assert build_target(target.name, to_mapping(target), "report") == target
 
 
 def test_a_file_of_the_user_is_a_target_too(tmp_path):

@@ -44,7 +44,7 @@ def test_what_its_checkpoints_and_exports_gave_is_kept() -> None:
         for name in set(known) - {"evals"}:
             assert getattr(record.metrics, name) == known[name]
     [export, _] = [r for r in records if isinstance(r, StageDone) and r.stage == "export"]
-    artifacts = [read_mapping(ExportedArtifact, form) for form in export.outputs["forms"]]
+    artifacts = [read_mapping(ExportedArtifact, old) for old in export.outputs["forms"]]
     assert {a.id.precision for a in artifacts} == {"fp32", "int8-dyn", "int8", "int4"}
     assert all(a.size_bytes > 0 and a.quality["bpb"] and "/forms/" in a.path for a in artifacts)
 

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
+from ryot.cli.main import main
+from ryot.errors import RyotError
 from ryot.events import EvalEvent, Event, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
 from tests.run.tiny import QUICK, tiny_recipes
@@ -60,6 +63,19 @@ def finished(
     process = start(*options, "-o", str(run_dir), cache=cache)
     out, err = process.communicate(timeout=600)
     return run_dir, subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def test_a_run_whose_report_could_not_be_drawn_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused = CliRunner().invoke(main, ["cluster-run", *options, "-o", str(tmp_path / "run")])
+    assert refused.exit_code == 1 and isinstance(refused.exception, RyotError), refused.output
+    assert (str(refused.exception), refused.exception.hint) == (
+        "report.html needs matplotlib",
+        "pip install 'ryot[report]'",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_with_a_table_a_report_and_a_bundle(

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from ryot.train.model import Decoder
 from tests.conftest import tiny_variant
 
+ROOT = Path(__file__).parents[2]
 #: fp32 sums of at most 64 products of order 1 in another order: 64 * 2^-24 of a logit of order 10 is below 1e-4.
 TOLERANCE = 1e-4
 
@@ -72,3 +77,21 @@ def test_reference_baseline_is_the_historical_size_and_optimized_a_third_smaller
     optimized = resolve_variant("optimized", "reference").model.num_parameters
     assert baseline == 2_136_064
     assert optimized <= 0.7 * baseline
+
+
+def test_a_decoder_without_memory_has_shapes_alone_and_imports_no_compiler() -> None:
+    """Every export makes one; in a process of its own, since others here may have imported what it must not."""
+    program = """
+import sys
+from ryot.train.model import Decoder, without_memory
+from tests.deploy.conftest import CONFIGS
+for spec in CONFIGS.values():
+    with without_memory():
+        model = Decoder(spec)
+    assert all(p.is_meta for p in model.parameters())
+    shapes = [{name: p.shape for name, p in made.named_parameters()} for made in (model, Decoder(spec))]
+    assert shapes[0] == shapes[1]
+print(*sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stdout, done.returncode) == ("\n", 0), done.stderr

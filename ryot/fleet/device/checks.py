@@ -20,7 +20,7 @@ BRIEF = {"min_runs": 3, "min_time_s": 0.1, "warmup": 1}
 MAX_SLOWDOWN = 2.0
 #: Runs with the bundle's own runtime; the spec comes on stdin as plain numbers.
 _MEASURE = """
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, sys.argv[1] + "/runtime")
 from ryot.edge.bundle import load_bundle
 from ryot.edge.measure import build_spec, measure_rounds, record_environment
@@ -33,7 +33,7 @@ try:
     results = measure_rounds({bundle.name: spec}, rounds=asked["rounds"])[bundle.name]
 except RyotError as error:
     sys.exit(f"Error: {error}")
-json.dump({"environment": environment, "results": [r.to_mapping() for r in results]}, sys.stdout)
+json.dump({"environment": environment, "results": [dataclasses.asdict(r) for r in results]}, sys.stdout)
 """
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.errors import CheckpointError
 from ryot.models.families import llama
@@ -87,7 +86,7 @@ def _read_rotaries(config: HFConfig, head_dim: int) -> tuple[Rotary, ...]:
     return rotaries
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     shape = llama.write_shape(spec, "Gemma3ForCausalLM")
     tables = [{"rope_theta": rotary.theta, **scaling_table(rotary)} for rotary in spec.rotaries]
     for key in ("hidden_act", "rope_theta", "rope_scaling"):

@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `GPT2Config` and `modeling_gpt2.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.models.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from ryot.models.spec import DecoderSpec
@@ -45,7 +44,7 @@ def read_config(config: HFConfig) -> DecoderSpec:
     )
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

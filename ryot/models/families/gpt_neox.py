@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `GPTNeoXConfig` and `modeling_gpt_neox.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.models.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from ryot.models.rotary import Rotary, build_rotary, rope_table, rotary_fraction, scaling_table
@@ -52,7 +51,7 @@ def _read_rotary(config: HFConfig, head_dim: int) -> Rotary:
     return build_rotary(values | table, config, head_dim)
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     (rotary,) = spec.rotaries
     return {
         "architectures": ["GPTNeoXForCausalLM"],

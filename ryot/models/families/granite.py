@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `GraniteConfig` and `modeling_granite.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ryot.models.families import llama
 from ryot.models.hf_config import HFConfig
@@ -25,7 +24,7 @@ def read_config(config: HFConfig) -> DecoderSpec:
     )
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return (
         llama.write_shape(spec, "GraniteForCausalLM")
         | llama.write_biases(spec)

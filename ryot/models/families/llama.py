@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ryot.models.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from ryot.models.rotary import Rotary, read_rotary, write_rotary
@@ -97,11 +96,11 @@ def read_biases(config: HFConfig, spec: DecoderSpec) -> DecoderSpec:
     return dataclasses.replace(spec, qkv_bias=bias, out_bias=bias, ff_bias=config.flag("mlp_bias", False))
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return write_shape(spec, "LlamaForCausalLM") | write_biases(spec)
 
 
-def write_shape(spec: DecoderSpec, architecture: str) -> dict[str, Any]:
+def write_shape(spec: DecoderSpec, architecture: str) -> dict[str, object]:
     """The keys that `read_shape` reads."""
     return {
         "architectures": [architecture],
@@ -121,7 +120,7 @@ def write_shape(spec: DecoderSpec, architecture: str) -> dict[str, Any]:
     }
 
 
-def write_biases(spec: DecoderSpec) -> dict[str, Any]:
+def write_biases(spec: DecoderSpec) -> dict[str, object]:
     return {"attention_bias": spec.qkv_bias, "mlp_bias": spec.ff_bias}
 
 

@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `MistralConfig` and `modeling_mistral.py`. `l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ryot.models.families import llama
 from ryot.models.hf_config import HFConfig
@@ -26,5 +25,5 @@ def read_config(config: HFConfig) -> DecoderSpec:
     return dataclasses.replace(spec, layer_windows=read_windows(config, types, window))
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return llama.write_shape(spec, "MistralForCausalLM") | {"sliding_window": max(spec.layer_windows, default=None)}

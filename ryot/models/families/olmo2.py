@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.models.families import llama
 from ryot.models.hf_config import HFConfig
@@ -26,7 +25,7 @@ def read_config(config: HFConfig) -> DecoderSpec:
     return dataclasses.replace(spec, norm_place="output", qk_norm="all", qkv_bias=bias, out_bias=bias)
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return llama.write_shape(spec, "Olmo2ForCausalLM") | {"attention_bias": spec.qkv_bias}
 
 

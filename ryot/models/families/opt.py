@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `OPTConfig` and `modeling_opt.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.errors import ConfigError
 from ryot.models.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
@@ -79,7 +78,7 @@ def read_config(config: HFConfig) -> DecoderSpec:
     )
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from ryot.errors import CheckpointError
 from ryot.models.families import llama
@@ -45,7 +44,7 @@ def _read_rotary(config: HFConfig, head_dim: int) -> Rotary:
     return build_rotary(table, config, head_dim, original_length=ORIGINAL_LENGTH)
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return llama.write_shape(spec, "Phi3ForCausalLM") | {
         "original_max_position_embeddings": spec.rotaries[0].original_max_seq_len or spec.max_seq_len,
         "sliding_window": max(spec.layer_windows, default=None),

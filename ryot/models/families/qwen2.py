@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `Qwen2Config` and `modeling_qwen2.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ryot.models.families import llama
 from ryot.models.hf_config import HFConfig
@@ -31,9 +30,9 @@ def read_upper_windows(config: HFConfig, num_layers: int) -> tuple[int, ...]:
     return read_windows(config, types, window)
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return llama.write_shape(spec, "Qwen2ForCausalLM") | write_upper_windows(spec)
 
 
-def write_upper_windows(spec: DecoderSpec) -> dict[str, Any]:
+def write_upper_windows(spec: DecoderSpec) -> dict[str, object]:
     return {"use_sliding_window": bool(spec.layer_windows), **write_windows(spec)}

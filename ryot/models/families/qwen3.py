@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `Qwen3Config` and `modeling_qwen3.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ryot.models.families import llama, qwen2
 from ryot.models.hf_config import HFConfig
@@ -24,6 +23,6 @@ def read_config(config: HFConfig) -> DecoderSpec:
     return dataclasses.replace(spec, qk_norm="head", qkv_bias=bias, out_bias=bias, layer_windows=windows)
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     shape = llama.write_shape(spec, "Qwen3ForCausalLM")
     return shape | {"attention_bias": spec.qkv_bias} | qwen2.write_upper_windows(spec)

@@ -6,7 +6,6 @@ Keys and defaults: transformers 5, `SmolLM3Config` and `modeling_smollm3.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ryot.errors import CheckpointError
 from ryot.models.families import llama
@@ -52,7 +51,7 @@ def _rotated_layers(config: HFConfig, num_layers: int) -> list[bool]:
     return [bool(flag) for flag in flags[:num_layers]]
 
 
-def write_config(spec: DecoderSpec) -> dict[str, Any]:
+def write_config(spec: DecoderSpec) -> dict[str, object]:
     return (
         llama.write_shape(spec, "SmolLM3ForCausalLM")
         | llama.write_biases(spec)

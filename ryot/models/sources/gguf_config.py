@@ -107,7 +107,7 @@ def _own_keys(file: GgufFile, family: Family, head_dim: int) -> dict[str, Json]:
             "sliding_window": window,
             "layer_types": _layer_types(file, arch, num_layers, _GEMMA3_PATTERN if window else 1),
             "final_logit_softcapping": _scalar(file, "gemma3.final_logit_softcapping", 0.0) or None,
-            "attn_logit_softcapping": None,
+            "attn_logit_softcapping": _scalar(file, "gemma3.attn_logit_softcapping", 0.0) or None,
         }
     if arch == "granite":
         return {key: _scalar(file, f"granite.{name}", 1.0) for key, name in _GRANITE_SCALES.items()}

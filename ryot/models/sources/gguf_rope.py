@@ -138,7 +138,7 @@ def llama3_parameters(factors: FloatArray, theta: float, where: str) -> dict[str
         }
         if high > 1.0 and np.allclose(llama3_factors(rope, theta, head_dim), factors, rtol=1e-4):
             return rope
-    raise CheckpointError(f"checkpoint {where}: {_LLAMA3_FACTORS} is not of Llama 3's form")
+    raise CheckpointError(f"checkpoint {where}: {_LLAMA3_FACTORS} is not what Llama 3's formula gives")
 
 
 def _vector(file: GgufFile, name: str) -> FloatArray:

@@ -56,17 +56,17 @@ def write_gguf(checkpoint: Checkpoint, path: Path, kind: GgufKind) -> None:
     metadata |= vocabulary_metadata(checkpoint, vocab_size)
     check_space(path, sum(_num_bytes(entry) for entry in entries))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        _write(Path(draft), checkpoint, family, metadata, entries, kind)
-        fsync(Path(draft))
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
+        _write(Path(partial), checkpoint, family, metadata, entries, kind)
+        fsync(Path(partial))
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be written ({error.strerror})") from error
     finally:
-        Path(draft).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
 
 
 def _family_of(checkpoint: Checkpoint) -> Family:

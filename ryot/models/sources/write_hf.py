@@ -35,18 +35,18 @@ def write_hf(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_B
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
     shards = _shards(sizes, shard_bytes)
     try:
-        with atomic_folder(folder) as draft:
-            _write_json(draft / "config.json", {**config, "dtype": _DTYPES[dtype]})
+        with atomic_folder(folder) as partial:
+            _write_json(partial / "config.json", {**config, "dtype": _DTYPES[dtype]})
             if checkpoint.generation_config:
-                _write_json(draft / "generation_config.json", checkpoint.generation_config)
+                _write_json(partial / "generation_config.json", checkpoint.generation_config)
             for name, data in checkpoint.files.items():
-                (draft / name).write_bytes(data)
+                (partial / name).write_bytes(data)
             for file, names in shards.items():
-                _write_safetensors(draft / file, checkpoint, names, dtype)
+                _write_safetensors(partial / file, checkpoint, names, dtype)
             if len(shards) > 1:
                 weight_map: dict[str, Json] = {name: file for file, names in shards.items() for name in names}
                 index: dict[str, Json] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-                _write_json(draft / "model.safetensors.index.json", index)
+                _write_json(partial / "model.safetensors.index.json", index)
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder}: cannot be written ({error.strerror})") from error
 

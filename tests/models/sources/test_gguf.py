@@ -18,6 +18,8 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 from ryot.errors import CheckpointError, ExportError
+from ryot.models.registry import read_spec
+from ryot.models.sources.gguf_config import config_from_metadata, find_family
 from ryot.models.sources.gguf_families import FAMILIES as GGUF_FAMILIES
 from ryot.models.sources.gguf_file import KINDS, GgufFile
 from ryot.models.sources.gguf_rope import llama3_factors, llama3_parameters
@@ -257,6 +259,14 @@ def test_a_spoilt_file_is_refused_by_name(
         open_checkpoint(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_a_soft_cap_in_gguf_is_refused_by_name(key: str, gguf_of: FolderOf) -> None:
+    file = GgufFile(gguf_of("gemma3"))
+    file.metadata[f"gemma3.{key}"] = 30.0
+    with pytest.raises(CheckpointError, match=rf"{key} is 30\.0"):
+        read_spec(config_from_metadata(file, find_family(file)), "capped.gguf")
 
 
 def with_kind(data: bytes, kind: int) -> bytes:

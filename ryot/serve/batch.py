@@ -295,6 +295,8 @@ async def _answer(model: ServedModel, data: bytes) -> tuple[int, Body]:
             raise ApiError(400, "body: is missing, expected an object", param="body")
         if body.flag("stream"):
             raise ApiError(400, "stream: a batch is not streamed", param="stream")
-        return 200, await collect(URLS[url](body, model, ""))
+        answer = URLS[url](body, model, "")
+        answer.submit()
+        return 200, answer.whole(await collect(answer))
     except ApiError as error:
         return error.status, error.body()

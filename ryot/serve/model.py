@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +100,8 @@ class ServedModel:
                 path,
             )
         self.runner = Runner(self.scheduler, max_waiting=options.max_waiting)
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self._speculate = options.speculate
 
     @property
@@ -121,10 +122,13 @@ class ServedModel:
         if self._prefix_path is not None:
             save_prefixes(self.scheduler.cache, self._prefix_path)
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """Forms that answers may have; raises `ConfigError` where there are none."""
-        return Grammars(self.bundle, self.tokenizer)
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.bundle, self.tokenizer)
+            return self._grammars
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; those of an empty one are what begins a text. Raises `ConfigError` where there is none."""

@@ -11,6 +11,7 @@ from ryot.serve.chat import ChatCompletion
 from ryot.serve.errors import invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
+from ryot.serve.runner import Answers
 from ryot.serve.verified import Verification
 
 #: Passed on to the chat as they are.
@@ -41,9 +42,10 @@ class ResponseAnswer:
     include_usage = False
     has_plain_chunks = False
     verification: Verification | None = None
+    answers: Answers
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
-        """Read the request and queue it. Raises `ApiError`."""
+        """Read the request, from any thread. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)
         if fields.text("previous_response_id"):
             raise invalid("previous_response_id", "is not supported: nothing is kept; send the whole conversation")
@@ -61,7 +63,6 @@ class ResponseAnswer:
         if choice is not None:
             chat["tool_choice"] = choice
         self._chat = ChatCompletion(Fields(chat), model, owner)
-        self.answers = self._chat.answers
         self._asked: Body = {
             "instructions": fields.get("instructions"),
             "max_output_tokens": limit,
@@ -78,6 +79,10 @@ class ResponseAnswer:
         self._message_id = f"msg_{secrets.token_hex(12)}"
         self._sent = Choice(0)
         self._number = 0
+
+    def submit(self) -> None:
+        self._chat.submit()
+        self.answers = self._chat.answers
 
     @property
     def stream(self) -> bool:

@@ -7,8 +7,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from ryot.edge.memory import trim_heap
 from ryot.edge.scheduler import Scheduler
@@ -86,6 +86,7 @@ class Runner:
         self._last_token_s: dict[ActiveSequence, float] = {}
         self._held: dict[Answers, list[TokenEvent]] = {}
         self._flushed_s = 0.0
+        self._num_expected = 0
         self._wakeup = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="ryot-engine", daemon=True)
@@ -118,8 +119,17 @@ class Runner:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing that has not ended."""
-        return not (self._answers or self._inbox) and self.scheduler.idle
+        """Whether there is nothing that has not ended, and nothing that comes."""
+        return not (self._answers or self._inbox or self._num_expected) and self.scheduler.idle
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """While a request is read that may be submitted; for asyncio's thread."""
+        self._num_expected += 1
+        try:
+            yield
+        finally:
+            self._num_expected -= 1
 
     def submit(self, requests: Sequence[Request]) -> Answers:
         """Queue requests, from asyncio's thread. Raises `ApiError` 429 where too many wait, else like `check`."""

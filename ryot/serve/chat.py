@@ -93,7 +93,8 @@ class ChatCompletion:
         try:
             self.answers = self._model.runner.submit(self._requests)
         except RyotError as error:
-            raise api_error(error, "messages") from error
+            # There is room for a token at least, or reading the request had failed.
+            raise api_error(error, self._params.max_tokens_name or "messages") from error
 
     @property
     def stream(self) -> bool:

@@ -60,7 +60,9 @@ class TextCompletion:
         try:
             self.answers = self._model.runner.submit(self._requests)
         except RyotError as error:
-            raise api_error(error, "prompt") from error
+            longest = max(len(ids) for _, ids in self._prompts)
+            field = self._params.too_long("prompt", longest, self._model.engine.max_len)
+            raise api_error(error, field) from error
 
     @property
     def stream(self) -> bool:

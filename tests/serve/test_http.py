@@ -46,6 +46,7 @@ def wait_for(condition: object, *, timeout_s: float = 20) -> None:
 
 
 PROMPT = {"model": "tiny-7", "prompt": "a", "max_tokens": 2}
+RESPONSE = {"model": "tiny-7", "input": "a"}
 CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 
 
@@ -65,7 +66,32 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
         ("completions", PROMPT | {"prompt": [1, 384]}, "prompt", "got token 384, expected ids below 384"),
         ("completions", PROMPT | {"prompt": []}, "prompt", "expected a string, token ids, or a list of either"),
         ("completions", PROMPT | {"prompt": "\ud800"}, "prompt", "half of a pair, which UTF-8 cannot hold"),
-        ("completions", PROMPT | {"max_tokens": 10**30}, "prompt", "do not fit the context of 2048"),
+        ("completions", PROMPT | {"max_tokens": 10**30}, "max_tokens", "do not fit the context of 2048"),
+        ("completions", PROMPT | {"prompt": [1] * 3000}, "prompt", "prompt: a prompt of 3000 tokens and 2 new ones"),
+        ("completions", {"model": "tiny-7", "prompt": [1] * 2040}, "prompt", "2040 tokens and 16 new ones do not fit"),
+        ("chat/completions", CHAT | {"max_tokens": 2048}, "max_tokens", "2048 new ones do not fit"),
+        (
+            "chat/completions",
+            CHAT | {"max_completion_tokens": 2048},
+            "max_completion_tokens",
+            "max_completion_tokens: a prompt of",
+        ),
+        (
+            "chat/completions",
+            CHAT | {"max_completion_tokens": -1},
+            "max_completion_tokens",
+            "got -1, expected a whole number",
+        ),
+        ("responses", RESPONSE | {"max_output_tokens": 2048}, "max_output_tokens", "max_output_tokens: a prompt of"),
+        ("responses", RESPONSE | {"input": [{"role": "king", "content": "a"}]}, "input[0].role", "input[0].role: got"),
+        (
+            "responses",
+            RESPONSE | {"instructions": "a", "input": [{"role": "user", "content": 5}]},
+            "input[0].content",
+            "input[0].content: got 5",
+        ),
+        ("responses", RESPONSE | {"text": {"format": {"type": "xml"}}}, "text.format.type", "text.format.type: got"),
+        ("responses", RESPONSE | {"input": "a" * 9000}, "input", "input: have"),
         ("completions", PROMPT | {"stream_options": {}}, "stream_options", "only for a request with stream"),
         ("completions", PROMPT | {"best_of": 2, "n": 3}, "best_of", "got 2, expected at least n, which is 3"),
         ("chat/completions", CHAT | {"messages": []}, "messages", "is empty or missing"),

@@ -91,7 +91,7 @@ class ChatCompletion:
 
     def submit(self) -> None:
         try:
-            self.answers = self._model.runner.submit(self._requests)
+            self.answers = self._model.runner.submit(self._requests, n=self._params.n)
         except RyotError as error:
             # There is room for a token at least, or reading the request had failed.
             raise api_error(error, self._params.max_tokens_name or "messages") from error

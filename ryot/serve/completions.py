@@ -58,7 +58,7 @@ class TextCompletion:
 
     def submit(self) -> None:
         try:
-            self.answers = self._model.runner.submit(self._requests)
+            self.answers = self._model.runner.submit(self._requests, num_prompts=len(self._prompts), n=self._params.n)
         except RyotError as error:
             longest = max(len(ids) for _, ids in self._prompts)
             field = self._params.too_long("prompt", longest, self._model.engine.max_len)

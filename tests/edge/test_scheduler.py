@@ -262,6 +262,26 @@ def test_answers_to_one_prompt_differ_by_choice_and_repeat_by_seed(bundle: Bundl
     assert len({tuple(a) for a in first}) == 3
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 20_000])
+def test_answers_to_one_prompt_share_its_prefill_whatever_the_cache_holds(bundle: Bundle, cache_bytes: int) -> None:
+    prompt = [1 + (7 * i) % 290 for i in range(300)]
+    requests = [
+        # They end one after the other, so that one of them is always there.
+        Request(
+            prompt_ids=prompt, max_tokens=9 + choice, sampling=SAMPLING, choice=choice, owner=owner, ignore_eos=True
+        )
+        for owner in ("a", "b")
+        for choice in range(6)
+    ]
+    scheduler = build_scheduler(bundle, cache_bytes=cache_bytes)
+    found = [[event.token for event in events] for events in run_all(scheduler, requests)]
+    # Another owner's has to be computed.
+    assert scheduler.counters.prefill_tokens == 2 * 300
+    assert scheduler.counters.cached_tokens == 10 * 300
+    expected = tokens_alone(bundle, requests[0])
+    assert found[0] == found[6] == expected and len({tuple(tokens) for tokens in found}) == 6
+
+
 def test_logprobs_are_those_of_the_whole_pass(bundle: Bundle) -> None:
     prompt = [9, 8, 7, 6, 5]
     scheduler = build_scheduler(bundle)

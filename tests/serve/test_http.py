@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from openai import AuthenticationError, RateLimitError
+from prometheus_client.parser import text_string_to_metric_families
 
 from ryot.edge.bundle import Bundle
 from tests.otlp import Receiver, total
@@ -225,10 +226,48 @@ def test_the_page_and_the_metrics_are_there(server: Server) -> None:
     before = metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}')
     assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
     assert metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}') == before + 2
-    text = get(server, "/metrics")[1]
-    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
-        assert f"# TYPE vllm:{name} histogram" in text
-        assert f'vllm:{name}_bucket{{model_name="tiny-7",le="+Inf"}}' in text
+
+
+#: Histograms that vLLM's dashboards and its users' alerts ask for, and how much each grows by three requests: one of 3
+#: tokens of prompt and 5 of answer, one of 2 and 3 with two answers, and one of 4 and 7.
+HISTOGRAMS: dict[str, tuple[int, int | None]] = {
+    "time_to_first_token_seconds": (4, None),
+    "inter_token_latency_seconds": (4 + 2 * 2 + 6, None),
+    "request_time_per_output_token_seconds": (4, None),
+    "request_queue_time_seconds": (4, None),
+    "request_prefill_time_seconds": (4, None),
+    "request_decode_time_seconds": (4, None),
+    "request_inference_time_seconds": (4, None),
+    "e2e_request_latency_seconds": (4, None),
+    "request_prompt_tokens": (4, 3 + 2 * 2 + 4),
+    "request_generation_tokens": (4, 5 + 2 * 3 + 7),
+    "request_params_max_tokens": (4, 5 + 2 * 3 + 7),
+    "request_params_n": (3, 1 + 2 + 1),
+}
+
+
+def test_histograms_count_what_vllms_do(plain_bundle: Bundle, tmp_path: Path) -> None:
+    with running(tmp_path, plain_bundle.path, "--prefix-cache", 0) as server:
+        for prompt, n, max_tokens in (([5, 6, 7], 1, 5), ([8, 9], 2, 3), ([5, 9, 8, 7], 1, 7)):
+            body = {"prompt": prompt, "n": n, "max_tokens": max_tokens, "ignore_eos": True}
+            assert post(server, "/v1/completions", body)[0] == 200
+        text = get(server, "/metrics")[1]
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        for name, (count, total) in HISTOGRAMS.items():
+            family = families[f"vllm:{name}"]
+            values = {sample.name: sample.value for sample in family.samples}
+            buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+            assert family.type == "histogram" and buckets == sorted(buckets) and buckets[-1] == count, name
+            assert values[f"vllm:{name}_count"] == count, name
+            assert total is None or values[f"vllm:{name}_sum"] == total, name
+        seconds = {
+            name: metric(server, f"vllm:request_{name}_time_seconds_sum") for name in ("inference", "prefill", "decode")
+        }
+        assert seconds["inference"] == pytest.approx(seconds["prefill"] + seconds["decode"], abs=1e-5)
+        # Two answers share their prompt, although nothing is kept, and nothing follows a last token.
+        assert metric(server, "vllm:iteration_tokens_total_sum") == (3 + 4) + (2 + 2 * 2) + (4 + 6)
+        assert metric(server, 'vllm:request_success_total{model_name="tiny-1",finished_reason="length"}') == 4
+        assert metric(server, "vllm:prefix_cache_queries_total") == 3 + 2 * 2 + 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

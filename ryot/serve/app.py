@@ -112,9 +112,9 @@ class Service:
         return self.models[name]
 
 
-def build_app(service: Service) -> ASGIApp:
-    """The application; `service.models` may be filled later."""
-    routes = [
+def build_routes() -> list[Route]:
+    """Every path that is answered."""
+    return [
         Route("/", _page),
         Route("/health", _health),
         Route("/ready", _ready),
@@ -129,8 +129,12 @@ def build_app(service: Service) -> ASGIApp:
         Route("/admin/reload", _reload, methods=["POST"]),
         Route("/openapi.json", _openapi),
     ]
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application; `service.models` may be filled later."""
     app = Starlette(
-        routes=routes,
+        routes=build_routes(),
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_bug},
     )
     app.state.service = service

@@ -51,7 +51,7 @@ def _check_verifiers(context: click.Context, option: click.Parameter, values: tu
     envvar="RYOT_API_KEY",
     help="Key that requests must bring; repeatable, and needed where other machines can connect  [env: RYOT_API_KEY]",
 )
-@model_options(rows=16)
+@model_options(threads=1, rows=16)
 @click.option(
     "--max-waiting", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait"
 )

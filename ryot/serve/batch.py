@@ -174,6 +174,15 @@ def run_batch(
     return batch.progress, batch.bad
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a file. Raises `DataError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def read_requests(path: Path) -> tuple[list[Line], list[BadLine]]:
     """The requests of a file, and the lines that are none. Raises `DataError` where it cannot be read."""
     lines: list[Line] = []

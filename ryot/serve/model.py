@@ -70,7 +70,7 @@ class ServedModel:
             self.bundle,
             threads=options.threads,
             batch_size=options.rows,
-            memory_bytes=_kv_bytes(self.bundle, options) if options.kv_bytes is None else options.kv_bytes,
+            memory_bytes=choose_kv_bytes(self.bundle, options) if options.kv_bytes is None else options.kv_bytes,
             max_len=options.context,
         )
         self.scheduler = Scheduler(self.engine, self.tokenizer, prefix_cache_bytes=options.prefix_cache_bytes)
@@ -157,7 +157,7 @@ class ServedModel:
         self.scheduler.reset()
 
 
-def _kv_bytes(bundle: Bundle, options: ModelOptions) -> int:
+def choose_kv_bytes(bundle: Bundle, options: ModelOptions) -> int:
     """What all rows need at the whole context, or a share of the free memory; at least what one row needs."""
     value_bytes = np.dtype(bundle.kv_dtype).itemsize
     one = bundle.model.kv_cache_bytes(options.context or bundle.model.context_length, 1, value_bytes)

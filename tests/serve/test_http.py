@@ -153,6 +153,14 @@ def test_a_field_that_is_wrong_is_named(server: Server, path: str, body: object,
     assert message in error["message"]
 
 
+def test_a_grammar_that_can_be_read_in_too_many_ways_is_given_up_on(server: Server) -> None:
+    form = {"type": "grammar", "grammar": "start: s\ns: s s | s s s | s s s s | /[a-z ]/"}
+    status, found = post(
+        server, "/v1/completions", PROMPT | {"max_tokens": 1000, "response_format": form, "logit_bias": {"0": -100}}
+    )
+    assert status == 400 and "too many items" in json.dumps(found).lower()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -30,7 +30,7 @@ from ryot.serve.chat import ChatCompletion, encode_messages
 from ryot.serve.completions import TextCompletion
 from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, parse_body, show
-from ryot.serve.metrics import render_metrics
+from ryot.serve.metrics import PAGE_TYPE, render_metrics
 from ryot.serve.model import ServedModel
 from ryot.serve.openapi import describe_api
 from ryot.serve.responses import ResponseAnswer
@@ -232,7 +232,7 @@ async def _ready(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     service = _service(request)
     models = {name: (model.runner.metrics, model.scheduler) for name, model in service.models.items()}
-    return PlainTextResponse(render_metrics(models, service.statuses), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(render_metrics(models, service.statuses), media_type=PAGE_TYPE)
 
 
 async def _page(request: Request) -> Response:
@@ -375,6 +375,8 @@ async def _reload(request: Request) -> Response:
     """Take the bundles from their folders again; requests under way end with the models that they began with."""
     service = _service(request)
     await _read_fields(request, service)
+    if service.reload is None and service.models:
+        raise ApiError(409, "what is served stays: on a cluster, deploy the bundles again", code="reload_failed")
     if service.reload is None or not service.models:
         raise ApiError(
             503, "the server is loading its models", kind="server_error", code="unavailable", retry_after_s=1

@@ -9,6 +9,7 @@ from ryot.edge.scheduler import Scheduler
 from ryot.edge.sequence import ActiveSequence, TokenEvent
 from ryot.edge.telemetry import FIRST_TOKEN_S, NEXT_TOKEN_S, WHOLE_S, Histogram, Metric, request_metrics
 
+PAGE_TYPE = "text/plain; version=0.0.4"
 #: Bounds of counts, as vLLM has them; of the first as far as contexts go.
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 STEP_TOKENS = tuple(1 if power == 0 else 2 ** (power + 2) for power in range(12))
@@ -101,6 +102,25 @@ def render_metrics(models: Mapping[str, tuple[ModelMetrics, Scheduler]], request
     for (name, kind, help_text), rows in families.items():
         page += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *rows]
     return "\n".join(page) + "\n"
+
+
+def merge_pages(pages: Mapping[str, str]) -> str:
+    """One page of the pages of several servers, each sample labelled with its server's name."""
+    families: dict[str, list[str]] = {}
+    for replica, page in pages.items():
+        label = f'replica="{_escape(replica)}"'
+        family: list[str] = []
+        for line in page.splitlines():
+            if line.startswith("# HELP "):
+                family = families.setdefault(line, [])
+            elif line.startswith("#"):
+                if not family:
+                    family.append(line)
+            else:
+                name, brace, rest = line.partition("{")
+                value = rest if brace else line.partition(" ")[2]
+                family.append(f"{name}{{{label},{value}" if brace else f"{line.partition(' ')[0]}{{{label}}} {value}")
+    return "".join(f"{head}\n" + "".join(f"{line}\n" for line in lines) for head, lines in families.items())
 
 
 def telemetry_metrics(metrics: ModelMetrics, scheduler: Scheduler) -> list[Metric]:

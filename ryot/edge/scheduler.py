@@ -241,6 +241,8 @@ class Scheduler:
         logits_SV = engine.check_tokens([int(engine.next_token[0]), *draft], 0)
         greedy = logits_SV.argmax(axis=1)
         self._draft_costs.observe(len(draft), (time.perf_counter() - began) / self._step_s)
+        if self._draft_costs.never_pay:
+            engine.close_checker()
         events: list[TokenEvent] = []
         for position in range(len(draft) + 1):
             event = sequence.take(logits_SV[position], int(greedy[position]))

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 NGRAM = 3
 #: Drafts are of as many tokens: the next size after one that was right, the one before after one that was not.
 SIZES = (2, 4, 7)
+#: Calls by which it is known whether drafts can pay at all; the first ones prepare buffers.
+TRIALS = 8
 #: Weight of the newest call in what calls take, and of the newest draft in what drafts gain.
 SMOOTHING = 0.25
 #: Tokens that a sequence goes without drafts after they have not paid; doubled each time.
@@ -28,11 +30,19 @@ class DraftCosts:
     """What calls with drafts take on this machine, in steps of one token."""
 
     by_size: dict[int, float] = field(default_factory=dict)
+    num_shortest: int = 0
+    """Calls with a draft of the shortest size."""
 
     def observe(self, size: int, steps: float) -> None:
         """Take note of a call."""
+        self.num_shortest += size == SIZES[0]
         before = self.by_size.get(size, steps)
         self.by_size[size] = before + SMOOTHING * (steps - before)
+
+    @property
+    def never_pay(self) -> bool:
+        """Whether even the shortest draft is not worth its call when all of it is right."""
+        return self.num_shortest >= TRIALS and not self.pays(SIZES[0], SIZES[0] + 1)
 
     def pays(self, size: int, gained: float) -> bool:
         """Whether a draft that gains so many tokens is worth its call; True where none was made yet."""

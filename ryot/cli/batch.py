@@ -53,9 +53,7 @@ def command(
     """
 
     def build_options(threads: int, rows: int) -> ModelOptions:
-        return build_model_options(
-            threads, rows, context, kv_memory, prefix_cache, max_waiting=sys.maxsize, speculate=False
-        )
+        return build_model_options(threads, rows, context, kv_memory, prefix_cache, max_waiting=sys.maxsize)
 
     from ryot.serve.sizing import DEFAULT_ROWS, choose_size
 

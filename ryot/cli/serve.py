@@ -62,10 +62,10 @@ def _check_verifiers(context: click.Context, option: click.Parameter, values: tu
     help="Keep them here when the server ends  [default: they are forgotten]",
 )
 @click.option(
-    "--speculate/--no-speculate",
-    default=None,
-    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more  "
-    "[default: where these are at most a quarter of the free memory]",
+    "--speculate",
+    is_flag=True,
+    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more, and "
+    "may take another of two tokens that are nearly as likely",
 )
 @click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
 @click.option(
@@ -123,7 +123,7 @@ def command(
     kv_memory: int | None,
     prefix_cache: int,
     prefix_folder: Path | None,
-    speculate: bool | None,
+    speculate: bool,
     share_prefixes: bool,
     timeout: float,
     drain: int,

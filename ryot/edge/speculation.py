@@ -2,7 +2,9 @@
 
 A draft is what followed the last few tokens when they came before (prompt lookup). The model reads the last token and
 the draft together; the logits of each position then choose a token as they would have one by one, and the draft is kept
-as far as it agrees. So no token changes, greedy, drawn or constrained, but for the rounding of a longer call.
+as far as it agrees. So no token changes, greedy, drawn or constrained, but for the rounding of a longer call: where a
+graph rounds activations to int8 that moved log probabilities of SmolLM2-135M by up to 0.15 (int8) and 0.23 (int4), so
+nobody drafts who was not told to.
 
 It pays where a call of some tokens takes little longer than one of one, which is measured on the calls themselves, and
 where drafts are right often enough, which each sequence shows.

@@ -126,24 +126,6 @@ def test_a_model_that_is_replaced_answers_what_is_still_read(
     assert found[0].usage.completion_tokens == 2 and not model.runner.is_alive
 
 
-@pytest.mark.parametrize(
-    ("speculate", "free_bytes", "opened"),
-    [(None, 10**9, True), (None, 1000, False), (True, 1000, True), (False, 10**9, False)],
-)
-def test_drafts_are_checked_by_themselves_where_there_is_room(
-    plain_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, speculate: bool | None, free_bytes: int, opened: bool
-) -> None:
-    model = ServedModel(plain_bundle.path, ModelOptions(rows=1, speculate=speculate))
-    monkeypatch.setattr("ryot.serve.model._free_bytes", lambda: free_bytes)
-    before = set(threading.enumerate())
-    model.start()
-    for thread in set(threading.enumerate()) - before:
-        if thread.name == "ryot-checker":
-            thread.join()
-    assert model.engine.can_check == opened
-    model.close()
-
-
 def test_more_messages_than_tokens_are_refused_before_a_template_sees_them(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

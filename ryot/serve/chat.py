@@ -73,7 +73,7 @@ class ChatCompletion:
         self._created = int(time.time())
         # Of equal rewards the likeliest answer is the best one.
         scored = 0 if self._top_logprobs is None and params.n < params.num_candidates else self._top_logprobs
-        self._requests = [
+        requests = [
             Request(
                 prompt_ids=ids,
                 max_tokens=room if params.max_tokens is None else params.max_tokens,
@@ -88,13 +88,14 @@ class ChatCompletion:
             )
             for choice in range(params.num_candidates)
         ]
+        try:
+            self._sequences = model.runner.build(requests)
+        except RyotError as error:
+            # There is room for a token at least, or `room` had said so.
+            raise api_error(error, params.max_tokens_name or "messages") from error
 
     def submit(self) -> None:
-        try:
-            self.answers = self._model.runner.submit(self._requests, n=self._params.n)
-        except RyotError as error:
-            # There is room for a token at least, or reading the request had failed.
-            raise api_error(error, self._params.max_tokens_name or "messages") from error
+        self.answers = self._model.runner.submit(self._sequences, n=self._params.n)
 
     @property
     def stream(self) -> bool:

@@ -52,17 +52,18 @@ class TextCompletion:
         self.include_usage = params.include_usage
         self._head: Body = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": model.name}
-        self._requests = [
+        requests = [
             self._request(ids, choice, owner) for _, ids in self._prompts for choice in range(self.num_per_prompt)
         ]
-
-    def submit(self) -> None:
         try:
-            self.answers = self._model.runner.submit(self._requests, num_prompts=len(self._prompts), n=self._params.n)
+            self._sequences = model.runner.build(requests)
         except RyotError as error:
             longest = max(len(ids) for _, ids in self._prompts)
-            field = self._params.too_long("prompt", longest, self._model.engine.max_len)
-            raise api_error(error, field) from error
+            raise api_error(error, params.too_long("prompt", longest, model.engine.max_len)) from error
+
+    def submit(self) -> None:
+        runner = self._model.runner
+        self.answers = runner.submit(self._sequences, num_prompts=len(self._prompts), n=self._params.n)
 
     @property
     def stream(self) -> bool:

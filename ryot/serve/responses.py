@@ -92,10 +92,7 @@ class ResponseAnswer:
         self._number = 0
 
     def submit(self) -> None:
-        try:
-            self._chat.submit()
-        except ApiError as error:
-            raise self._renamed(error) from error
+        self._chat.submit()
         self.answers = self._chat.answers
 
     @property

@@ -124,29 +124,27 @@ class Runner:
 
     @contextmanager
     def expected(self) -> Iterator[None]:
-        """While a request is read that may be submitted; for asyncio's thread."""
+        """While a request is read that may be submitted; for asyncio's thread. Raises `ApiError` 429 like `submit`."""
+        self._check_room(self.num_waiting + self._num_expected)
         self._num_expected += 1
         try:
             yield
         finally:
             self._num_expected -= 1
 
-    def submit(self, requests: Sequence[Request], *, num_prompts: int = 1, n: int = 1) -> Answers:
-        """Queue requests for `n` answers to each prompt, from asyncio's thread.
-
-        Raises `ApiError` 429 where too many wait, else like `check`.
-        """
+    def build(self, requests: Sequence[Request]) -> list[ActiveSequence]:
+        """What `submit` takes, from any thread. Raises like `Scheduler.check`."""
         for request in requests:
             self.scheduler.check(request)
-        if self.num_waiting >= self.max_waiting:
-            raise ApiError(
-                429,
-                f"{self.num_waiting} requests wait, which is the limit; try again later",
-                kind="rate_limit_error",
-                code="queue_full",
-                retry_after_s=self._retry_after_s(),
-            )
-        answers = Answers(self, [self.scheduler.build(request) for request in requests])
+        return [self.scheduler.build(request) for request in requests]
+
+    def submit(self, sequences: Sequence[ActiveSequence], *, num_prompts: int = 1, n: int = 1) -> Answers:
+        """Queue sequences for `n` answers to each prompt, from asyncio's thread.
+
+        Raises `ApiError` 429 where too many wait.
+        """
+        self._check_room(self.num_waiting)
+        answers = Answers(self, sequences)
         with self._wakeup:
             for sequence in answers.sequences:
                 self._answers[sequence] = answers
@@ -155,6 +153,16 @@ class Runner:
         for _ in range(num_prompts):
             self.metrics.choices.observe(n)
         return answers
+
+    def _check_room(self, num_waiting: int) -> None:
+        if num_waiting >= self.max_waiting:
+            raise ApiError(
+                429,
+                f"{num_waiting} requests wait, which is the limit; try again later",
+                kind="rate_limit_error",
+                code="queue_full",
+                retry_after_s=self._retry_after_s(),
+            )
 
     def _retry_after_s(self) -> int:
         """Time until about half of what waits has had its turn, by how long requests have taken so far."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import OpenAI, RateLimitError
 
 from ryot.edge.bundle import Bundle
-from ryot.serve.app import QUICK_BODY_BYTES, Service
+from ryot.serve.app import QUICK_BODY_BYTES, READERS, Service
 from ryot.serve.model import ModelOptions, ServedModel
 from ryot.serve.server import _retire
 from tests.serve.conftest import CONTEXT
@@ -124,6 +125,32 @@ def test_a_model_that_is_replaced_answers_what_is_still_read(
         asyncio.run(retire())
         asking.join()
     assert found[0].usage.completion_tokens == 2 and not model.runner.is_alive
+
+
+def test_no_more_are_read_than_may_wait(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, goes_on, entered = model.tokenizer.encode, threading.Event(), threading.Semaphore(0)
+
+    def wait_and_encode(*args: Any, **kwargs: Any) -> list[int]:
+        entered.release()
+        assert goes_on.wait(20)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(model.tokenizer, "encode", wait_and_encode)
+    monkeypatch.setattr(model.runner, "max_waiting", READERS)
+    found: list[Any] = []
+    with serving(Service(models={model.name: model})) as port:
+        client = open_client(port)
+        ask = partial(client.completions.create, prompt=LONG, **TEXT)  # type: ignore[call-overload]
+        asking = [threading.Thread(target=lambda: found.append(ask())) for _ in range(READERS)]
+        for thread in asking:
+            thread.start()
+            assert entered.acquire(timeout=20)
+        with pytest.raises(RateLimitError, match=f"{READERS} requests wait, which is the limit"):
+            ask()
+        goes_on.set()
+        for thread in asking:
+            thread.join()
+    assert len(found) == READERS
 
 
 def test_more_messages_than_tokens_are_refused_before_a_template_sees_them(

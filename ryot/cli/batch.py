@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ryot.cli.model_options import address_option, build_model_options, model_options
-from ryot.cli.options import HELP, verbose_option
+from ryot.cli.options import HELP, cache_dir, verbose_option
 from ryot.errors import EXIT_FAILED, EXIT_OK, Interrupted
 
 if TYPE_CHECKING:
     from ryot.serve.batch import Progress
+    from ryot.serve.model import ModelOptions
 
 #: Bad lines that are shown one by one.
 SHOWN = 5
@@ -30,15 +31,15 @@ SHOWN = 5
     metavar="ANSWERS.jsonl",
     help="File of answers; what it holds already is not asked again",
 )
-@model_options(rows=32)
+@model_options(threads=None, rows=None)
 @address_option
 @verbose_option
 def command(
     bundle: Path,
     requests: Path,
     output: Path,
-    threads: int,
-    rows: int,
+    threads: int | None,
+    rows: int | None,
     context: int | None,
     kv_memory: int | None,
     prefix_cache: int,
@@ -50,20 +51,43 @@ def command(
 
     Example: ryot-deploy batch runs/first/bundle requests.jsonl -o answers.jsonl
     """
-    options = build_model_options(threads, rows, context, kv_memory, prefix_cache, max_waiting=sys.maxsize)
+
+    def build_options(threads: int, rows: int) -> ModelOptions:
+        return build_model_options(threads, rows, context, kv_memory, prefix_cache, max_waiting=sys.maxsize)
+
+    from ryot.serve.sizing import DEFAULT_ROWS, choose_size
+
     try:
         if address is not None:
             from ryot.cluster.batches import run_cluster_batch
             from ryot.cluster.options import ClusterOptions
 
+            # What this machine is like says nothing of the cluster's.
+            options = build_options(threads or 1, rows or DEFAULT_ROWS)
+            click.echo(f"{options.threads} threads and {options.rows} rows on each actor", err=True)
             progress, bad = run_cluster_batch(
                 bundle, options, requests, output, _show, ClusterOptions(address=address, malloc_tunables="")
             )
         else:
-            from ryot.serve.batch import run_batch
-            from ryot.serve.model import ServedModel
+            from ryot.edge.bundle import load_bundle
+            from ryot.edge.widths import WIDTHS
+            from ryot.serve.batch import count_lines, run_batch
+            from ryot.serve.model import ServedModel, choose_kv_bytes
 
-            progress, bad = run_batch(ServedModel(bundle, options), requests, output, _show)
+            widest = build_options(1, WIDTHS[-1])
+            loaded = load_bundle(bundle)
+            size = choose_size(
+                loaded,
+                cache_dir(),
+                threads=threads,
+                rows=rows,
+                num_requests=count_lines(requests),
+                kv_bytes=widest.kv_bytes or choose_kv_bytes(loaded, widest),
+            )
+            click.echo(size.why, err=True)
+            progress, bad = run_batch(
+                ServedModel(bundle, build_options(size.threads, size.rows)), requests, output, _show
+            )
     except KeyboardInterrupt as error:
         raise Interrupted("the batch was interrupted", hint="To resume: the same command") from error
     for line in bad[:SHOWN]:

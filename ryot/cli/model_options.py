@@ -14,18 +14,25 @@ MEGABYTE = 1_000_000
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
-def model_options(*, rows: int) -> Callable[[Command], Command]:
-    """`--threads`, `--rows`, `--context`, `--kv-memory` and `--prefix-cache`, for `build_model_options`."""
+def model_options(*, threads: int | None, rows: int | None) -> Callable[[Command], Command]:
+    """`--threads`, `--rows`, `--context`, `--kv-memory` and `--prefix-cache`, for `build_model_options`.
+
+    None leaves it to the command what the machine can do.
+    """
     options = (
         click.option(
             "--threads",
             type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
+            default=threads,
+            show_default="the cores it may use" if threads is None else True,
             help="Threads of onnxruntime a bundle",
         ),
         click.option(
-            "--rows", type=click.IntRange(1, 256), default=rows, show_default=True, help="Requests computed together"
+            "--rows",
+            type=click.IntRange(1, 256),
+            default=rows,
+            show_default="what is measured to pay, or 32" if rows is None else True,
+            help="Requests computed together",
         ),
         click.option(
             "--context", type=click.IntRange(min=2), help="Tokens of a prompt and its answer  [default: the bundle's]"

@@ -51,7 +51,7 @@ def _check_verifiers(context: click.Context, option: click.Parameter, values: tu
     envvar="RYOT_API_KEY",
     help="Key that requests must bring; repeatable, and needed where other machines can connect  [env: RYOT_API_KEY]",
 )
-@model_options(rows=16)
+@model_options(threads=1, rows=16)
 @click.option(
     "--max-waiting", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait"
 )
@@ -64,7 +64,8 @@ def _check_verifiers(context: click.Context, option: click.Parameter, values: tu
 @click.option(
     "--speculate",
     is_flag=True,
-    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more",
+    help="Compute several tokens at once where one text repeats itself and that pays; takes the weights once more, and "
+    "may take another of two tokens that are nearly as likely",
 )
 @click.option("--share-prefixes", is_flag=True, help="Share beginnings between API keys too")
 @click.option(

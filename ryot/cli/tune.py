@@ -62,7 +62,7 @@ def command(
     Example: ryot-deploy tune --what inference
     """
     if bundle is not None:
-        _show_widths(bundle, threads, fmt)
+        _show_widths(bundle, threads, again, fmt)
         return
     from ryot.cli.progress import Progress
     from ryot.config import replace, resolve_variant
@@ -100,14 +100,18 @@ def command(
         click.echo(json.dumps({"schema": 1, "variant": recipe.name, **decisions}, indent=1))
 
 
-def _show_widths(path: Path, threads: int, fmt: str) -> None:
-    """What a step of each width takes, and the `--rows` to give."""
+def _show_widths(path: Path, threads: int, again: bool, fmt: str) -> None:
+    """What a step of each width takes, and the `--rows` that `batch` takes and `serve` is to be given."""
     from tabulate import tabulate
 
     from ryot.edge.bundle import load_bundle
-    from ryot.edge.widths import choose_width, measure_widths
+    from ryot.edge.widths import WIDTHS, choose_width
+    from ryot.serve.model import ModelOptions, choose_kv_bytes
+    from ryot.serve.sizing import recall_widths
 
-    widths = measure_widths(load_bundle(path), threads=threads)
+    loaded = load_bundle(path)
+    room = choose_kv_bytes(loaded, ModelOptions(rows=WIDTHS[-1]))
+    widths = recall_widths(loaded, cache_dir(), threads=threads, kv_bytes=room, again=again).widths
     chosen = choose_width(widths)
     if fmt == "json":
         shown = [to_mapping(width, keep_none=True) for width in widths]

@@ -10,27 +10,37 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from ryot.cluster import replica_names
 from ryot.errors import ConfigError
 from ryot.mapping import Unchecked
 from ryot.serve.app import Service, build_app
 from ryot.serve.errors import ApiError
+from ryot.serve.metrics import PAGE_TYPE, merge_pages
 from ryot.serve.model import ModelOptions, ServedModel
 from ryot.serve.server import ServerOptions
 
+_log = logging.getLogger(__name__)
+
 APP_NAME = "ryot"
+#: Before a replica's name, the key of what is for that one alone; no prompt has it, whose key holds a model and `/`.
+REPLICA_KEY = "\x00"
+REPLICA_HEADER = b"x-ryot-replica"
 #: Characters of a prompt by which its replica is chosen: a system prompt and the beginning of what follows.
 PREFIX_CHARACTERS = 2000
 #: Arguments in a manifest that are fields of `ReplicaOptions`; others are the model's.
@@ -77,7 +87,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        replica_names.KNOWN[:] = sorted(str(replica.replica_id.unique_id) for replica in candidate_replicas)
         key = "" if pending_request is None else str(pending_request.kwargs.get("key", ""))
+        if key.startswith(REPLICA_KEY):
+            named = [one for one in candidate_replicas if REPLICA_KEY + one.replica_id.unique_id == key]
+            if named:
+                return [named]
         ranked = sorted(
             candidate_replicas,
             key=lambda replica: hashlib.sha256(f"{key}/{replica.replica_id.unique_id}".encode()).digest(),
@@ -97,6 +112,8 @@ class Replica:
             timeout_s=options.timeout_s,
         )
         self._models = models
+        name = _replica_name()
+        self._headers = [] if name is None else [(REPLICA_HEADER, name.encode())]
         for model in models:
             model.start()
         service.models = {model.name: model for model in models}
@@ -141,7 +158,7 @@ class Replica:
             while more:
                 message = await arrived.get()
                 if message["type"] == "http.response.start":
-                    yield message["status"], [(name, value) for name, value in message["headers"]]
+                    yield message["status"], [*message["headers"], *self._headers]
                 else:
                     more = message.get("more_body", False)
                     yield message.get("body", b"")
@@ -172,19 +189,76 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
+        if request.url.path == "/metrics" and request.method == "GET":
+            return await self._metrics(request)
         body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > self._max_body_bytes:
                 error = ApiError(413, f"the body has more than {self._max_body_bytes} bytes, which is the limit")
                 return JSONResponse(error.body(), error.status)
-        stream: Any = self._replicas.answer.remote(
-            request.method, request.url.path, request.headers.raw, bytes(body), key=prefix_key(bytes(body))
-        )
-        status, headers = await anext(stream)
-        response = StreamingResponse(stream, status)
+        return await self._pass_on(request, bytes(body), prefix_key(bytes(body)))
+
+    async def _pass_on(self, request: Request, body: bytes, key: str) -> Response:
+        stream: Any = self._replicas.answer.remote(request.method, request.url.path, request.headers.raw, body, key=key)
+        try:
+            status, headers = await anext(stream)
+        except (RayError, RayServeException) as error:
+            refused = _replica_error(error)
+            return JSONResponse(refused.body(), refused.status, headers=refused.headers())
+        response = StreamingResponse(_read_on(stream, dict(headers)), status)
         response.raw_headers = [(name, value) for name, value in headers if name.lower() not in DROPPED_HEADERS]
         return response
+
+    async def _metrics(self, request: Request) -> Response:
+        """The figures of all replicas; what the first one says where it refuses, for want of a key perhaps."""
+        pages: dict[str, str] = {}
+        # Whoever answers first tells the router who else is there.
+        for key in ["", *(REPLICA_KEY + name for name in replica_names.KNOWN)]:
+            await self._read_page(request, key, pages)
+        for name in set(replica_names.KNOWN) - pages.keys():
+            await self._read_page(request, REPLICA_KEY + name, pages)
+        if not pages:
+            return await self._pass_on(request, b"", "")
+        return PlainTextResponse(merge_pages(dict(sorted(pages.items()))), media_type=PAGE_TYPE)
+
+    async def _read_page(self, request: Request, key: str, pages: dict[str, str]) -> None:
+        stream: Any = self._replicas.answer.remote("GET", "/metrics", request.headers.raw, b"", key=key)
+        try:
+            status, headers = await anext(stream)
+            page = b"".join([part async for part in stream]).decode()
+        except (RayError, RayServeException):
+            return  # it has ended meanwhile, and its figures with it
+        if status == 200:
+            pages[dict(headers)[REPLICA_HEADER].decode()] = page
+
+
+async def _read_on(stream: AsyncIterator[bytes], headers: Mapping[bytes, bytes]) -> AsyncIterator[bytes]:
+    """The pieces of an answer; where its replica ends, a stream of events ends with an error as any other does."""
+    try:
+        async for part in stream:
+            yield part
+    except (RayError, RayServeException) as error:
+        if not headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+            raise
+        yield b"data: " + json.dumps(_replica_error(error).body()).encode() + b"\n\n"
+
+
+def _replica_error(error: Exception) -> ApiError:
+    if isinstance(error, RayTaskError):
+        _log.error("a replica failed: %s", error)
+        return ApiError(500, "an error inside the server", kind="server_error")
+    return ApiError(
+        503, "the replica that was to answer has ended", kind="server_error", code="unavailable", retry_after_s=1
+    )
+
+
+def _replica_name() -> str | None:
+    """This replica's; None for one that Ray Serve does not run."""
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except RayServeException:
+        return None
 
 
 def prefix_key(body: bytes) -> str:

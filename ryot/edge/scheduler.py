@@ -43,6 +43,8 @@ class Counters:
     steps: int = 0
     step_tokens: int = 0
     """Tokens that steps computed, those of prompts whose probabilities were asked for included."""
+    prefill_tokens: int = 0
+    """Tokens of prompts that were computed, and of sequences computed again."""
     prompt_tokens: int = 0
     """Tokens of prompts, computed or known."""
     cached_tokens: int = 0
@@ -60,7 +62,8 @@ class Counters:
 class _Prompt(NamedTuple):
     """A prompt that was computed to its end."""
 
-    owner: str
+    sequence: ActiveSequence
+    """The last one that begins with it."""
     ids: list[int]
     logits_V: np.ndarray
     """After its last token."""
@@ -238,6 +241,8 @@ class Scheduler:
         logits_SV = engine.check_tokens([int(engine.next_token[0]), *draft], 0)
         greedy = logits_SV.argmax(axis=1)
         self._draft_costs.observe(len(draft), (time.perf_counter() - began) / self._step_s)
+        if self._draft_costs.never_pay:
+            engine.close_checker()
         events: list[TokenEvent] = []
         for position in range(len(draft) + 1):
             event = sequence.take(logits_SV[position], int(greedy[position]))
@@ -292,10 +297,11 @@ class Scheduler:
         assert sequence is not None
         ids = sequence.prefill_ids
         start = engine.row_length(row)
-        size = min(budget, len(ids) - start) if engine.bundle.prefill_takes_past else len(ids)
+        size = min(budget, len(ids) - start) if engine.bundle.prefill_takes_past else len(ids) - start
         began = time.perf_counter()
         if size:
             engine.extend(ids[start : start + size], row)
+            self.counters.prefill_tokens += size
             self._piece_costs.observe(size, time.perf_counter() - began)
         # Bit by bit, so that no step waits for the copy of a whole prompt.
         if start + size < len(ids):
@@ -308,9 +314,8 @@ class Scheduler:
             self._unremembered.append((sequence, len(ids)))
         self._prefilling = None
         self._running.append(sequence)
-        if size and self.cache.max_bytes:
-            key = (sequence.request.owner, ids)
-            self._last_prompt = _Prompt(*key, engine.logits[row].copy(), int(engine.next_token[row]))
+        if size:
+            self._last_prompt = _Prompt(sequence, ids, engine.logits[row].copy(), int(engine.next_token[row]))
         event = self._take(row)
         if event is not None and event.ends:
             if self._unremembered and sequence.request.whole:
@@ -333,13 +338,18 @@ class Scheduler:
         known = 0
         if not sequence.request.prompt_logprobs:
             last = self._last_prompt
-            same = last is not None and (last.owner, last.ids) == (sequence.request.owner, ids)
+            same = last is not None and (last.sequence.request.owner, last.ids) == (sequence.request.owner, ids)
             # The last token of another prompt is computed in any case, for its logits.
             for values in self.cache.match(sequence.request.owner, ids if same else ids[:-1]):
                 self.engine.write_values(row, known, values)
                 known += values.shape[2]
+            if last is not None and same and known < len(ids) and last.sequence in self._running:
+                # What the cache has no room for, or is not there, is still in the row of who has the same prompt.
+                known = len(ids)
+                self.engine.write_values(row, 0, self.engine.read_values(self._running.index(last.sequence), 0, known))
             if last is not None and known == len(ids):
                 self.engine.set_logits(row, last.logits_V, last.greedy)
+                self._last_prompt = last._replace(sequence=sequence)
         if sequence.started_s is None:
             sequence.started_s = time.perf_counter()
             sequence.cached_tokens = known

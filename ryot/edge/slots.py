@@ -93,6 +93,11 @@ class SlotEngine(OnnxruntimeEngine):
             self.bundle.check_in_place()
             self._checker = checker
 
+    def close_checker(self) -> None:
+        """Give back what `open_checker` loaded."""
+        self._checker = None
+        self._checks.clear()
+
     def check_tokens(self, tokens: Sequence[int], row: int) -> np.ndarray:
         """Feed tokens behind what a row holds; the logits [S, V] after each. There must be room: see `make_room`."""
         assert self._checker is not None

@@ -2,7 +2,9 @@
 
 A draft is what followed the last few tokens when they came before (prompt lookup). The model reads the last token and
 the draft together; the logits of each position then choose a token as they would have one by one, and the draft is kept
-as far as it agrees. So no token changes, greedy, drawn or constrained, but for the rounding of a longer call.
+as far as it agrees. So no token changes, greedy, drawn or constrained, but for the rounding of a longer call: where a
+graph rounds activations to int8 that moved log probabilities of SmolLM2-135M by up to 0.15 (int8) and 0.23 (int4), so
+nobody drafts who was not told to.
 
 It pays where a call of some tokens takes little longer than one of one, which is measured on the calls themselves, and
 where drafts are right often enough, which each sequence shows.
@@ -17,6 +19,8 @@ from dataclasses import dataclass, field
 NGRAM = 3
 #: Drafts are of as many tokens: the next size after one that was right, the one before after one that was not.
 SIZES = (2, 4, 7)
+#: Calls by which it is known whether drafts can pay at all; the first ones prepare buffers.
+TRIALS = 8
 #: Weight of the newest call in what calls take, and of the newest draft in what drafts gain.
 SMOOTHING = 0.25
 #: Tokens that a sequence goes without drafts after they have not paid; doubled each time.
@@ -28,11 +32,19 @@ class DraftCosts:
     """What calls with drafts take on this machine, in steps of one token."""
 
     by_size: dict[int, float] = field(default_factory=dict)
+    num_shortest: int = 0
+    """Calls with a draft of the shortest size."""
 
     def observe(self, size: int, steps: float) -> None:
         """Take note of a call."""
+        self.num_shortest += size == SIZES[0]
         before = self.by_size.get(size, steps)
         self.by_size[size] = before + SMOOTHING * (steps - before)
+
+    @property
+    def never_pay(self) -> bool:
+        """Whether even the shortest draft is not worth its call when all of it is right."""
+        return self.num_shortest >= TRIALS and not self.pays(SIZES[0], SIZES[0] + 1)
 
     def pays(self, size: int, gained: float) -> bool:
         """Whether a draft that gains so many tokens is worth its call; True where none was made yet."""

@@ -55,8 +55,12 @@ class Tokenizer:
                 "cannot hold; expected text in UTF-8"
             ) from error
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        self._rust.encode_special_tokens = split
-        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        if self._rust.encode_special_tokens != split:
+            # Setting it fails while another thread encodes.
+            self._rust.encode_special_tokens = split
+        # As a batch of one: `encode` holds Python's lock, and so every other thread, until it is done.
+        (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_plain(self, text: str) -> list[int]:

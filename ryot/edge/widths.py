@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,20 +30,20 @@ class Width:
     tok_s: float
 
 
-def measure_widths(bundle: Bundle, *, threads: int = 1) -> list[Width]:
-    """Every width's step, in rounds that take each once. Raises like `SlotEngine`."""
+def measure_widths(bundle: Bundle, *, threads: int = 1, widths: Sequence[int] = WIDTHS) -> list[Width]:
+    """Every width's step, the widest last, in rounds that take each once. Raises like `SlotEngine`."""
     depth = min(DEPTH, bundle.model.context_length - ROUNDS - 2)
     row_bytes = bundle.model.kv_cache_bytes(bundle.model.context_length, 1, np.dtype(bundle.kv_dtype).itemsize)
-    engine = SlotEngine(bundle, threads=threads, batch_size=WIDTHS[-1], memory_bytes=WIDTHS[-1] * row_bytes)
-    for row in range(WIDTHS[-1]):
+    engine = SlotEngine(bundle, threads=threads, batch_size=widths[-1], memory_bytes=widths[-1] * row_bytes)
+    for row in range(widths[-1]):
         engine.make_room(row + 1, depth + ROUNDS + 2)
         engine.clear_row(row)
         engine.extend([1 + row % 8] * depth if row == 0 else [1], row)
         if row:
             engine.write_values(row, 0, engine.read_values(0, 0, depth))
-    times: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    times: dict[int, list[float]] = {width: [] for width in widths}
     for number in range(ROUNDS + 1):
-        for width in WIDTHS:
+        for width in widths:
             for row in range(width):
                 engine.truncate(depth, row)
             began = time.perf_counter()
@@ -54,7 +55,7 @@ def measure_widths(bundle: Bundle, *, threads: int = 1) -> list[Width]:
     return [Width(width, 1e3 * step_s, width / step_s) for width, step_s in medians.items()]
 
 
-def choose_width(widths: list[Width]) -> Width:
+def choose_width(widths: Sequence[Width]) -> Width:
     """The narrowest one beyond which hardly more tokens per second come."""
     best = max(width.tok_s for width in widths)
     return next(width for width in widths if width.tok_s * ENOUGH >= best)

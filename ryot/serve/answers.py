@@ -50,6 +50,7 @@ class Format(Protocol):
     """How one kind of request is answered."""
 
     answers: Answers
+    """From `submit` on."""
     num_per_prompt: int
     """Choices to each prompt; they come one after the other."""
     include_usage: bool
@@ -57,6 +58,13 @@ class Format(Protocol):
     """What chooses among candidates, where something does."""
     has_plain_chunks: bool
     """Whether pieces of one choice that hold text alone differ in that text alone, from the second one on."""
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is sent as it grows."""
+
+    def submit(self) -> None:
+        """Queue what was read, from asyncio's thread. Raises `ApiError`."""
 
     def whole(self, choices: Sequence[Choice]) -> Body:
         """The answer in one piece."""
@@ -71,8 +79,8 @@ class Format(Protocol):
         """What a stream ends with: its usage, where that was asked for."""
 
 
-async def collect(answer: Format) -> Body:
-    """Wait for all choices. Raises `ApiError`."""
+async def collect(answer: Format) -> list[Choice]:
+    """All choices, when they have ended. Raises `ApiError`."""
     numbers = {sequence: index for index, sequence in enumerate(answer.answers.sequences)}
     choices = [Choice(index) for index in range(len(numbers))]
     try:
@@ -89,7 +97,7 @@ async def collect(answer: Format) -> Body:
         raise api_error(error) from error
     finally:
         answer.answers.close()
-    return answer.whole(choices)
+    return choices
 
 
 async def stream(answer: Format, on_error: Callable[[ApiError], None]) -> AsyncIterator[bytes]:

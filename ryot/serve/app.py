@@ -10,9 +10,12 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
+from typing import ParamSpec, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,12 +25,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ryot.errors import RyotError
-from ryot.serve.answers import Body, Format, collect, stream
+from ryot.serve.answers import Body, Choice, Format, collect, stream
 from ryot.serve.chat import ChatCompletion, encode_messages
 from ryot.serve.completions import TextCompletion
 from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, parse_body, show
-from ryot.serve.metrics import render_metrics
+from ryot.serve.metrics import PAGE_TYPE, render_metrics
 from ryot.serve.model import ServedModel
 from ryot.serve.openapi import describe_api
 from ryot.serve.responses import ResponseAnswer
@@ -35,8 +38,18 @@ from ryot.serve.responses import ResponseAnswer
 _log = logging.getLogger(__name__)
 access_log = logging.getLogger("ryot.serve.access")
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: Seconds in which a body must have come.
 BODY_TIMEOUT_S = 60.0
+#: What takes longer than a request up to so many bytes that asks for none of `SLOW_FIELDS`, or an answer of so many
+#: tokens, is done beside asyncio's thread, where it would stop all streams. At these sizes either takes less than 1 ms;
+#: the way to another thread and back takes 0.03 ms on an idle machine, and more where an engine computes.
+QUICK_BODY_BYTES, QUICK_TOKENS = 1000, 200
+SLOW_FIELDS = ("response_format", "structured_outputs", "text", "tools", "verifier")
+#: Requests that are read at a time: more would only take the cores from the engine.
+READERS = 2
 #: Open without a key: whether the server lives is no secret, and the page asks for the key itself.
 OPEN_PATHS = ("/", "/health", "/ready")
 #: No prompts, only where a request went and how long it took.
@@ -61,6 +74,13 @@ class Service:
     """Loads all bundles again and puts them in the place of those that are there; their names."""
     statuses: Counter[int] = field(default_factory=Counter)
     """Answers by HTTP status."""
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "ryot-reader"))
+
+    async def beside(self, quick: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `work` returns, done in another thread unless it is quick."""
+        if quick:
+            return work(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self.readers, partial(work, *args, **kwargs))
 
     def owner(self, request: Request) -> str:
         """Whose prompt it is, for the prefix cache."""
@@ -92,9 +112,9 @@ class Service:
         return self.models[name]
 
 
-def build_app(service: Service) -> ASGIApp:
-    """The application; `service.models` may be filled later."""
-    routes = [
+def build_routes() -> list[Route]:
+    """Every path that is answered."""
+    return [
         Route("/", _page),
         Route("/health", _health),
         Route("/ready", _ready),
@@ -109,8 +129,12 @@ def build_app(service: Service) -> ASGIApp:
         Route("/admin/reload", _reload, methods=["POST"]),
         Route("/openapi.json", _openapi),
     ]
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application; `service.models` may be filled later."""
     app = Starlette(
-        routes=routes,
+        routes=build_routes(),
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_bug},
     )
     app.state.service = service
@@ -208,7 +232,7 @@ async def _ready(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     service = _service(request)
     models = {name: (model.runner.metrics, model.scheduler) for name, model in service.models.items()}
-    return PlainTextResponse(render_metrics(models, service.statuses), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(render_metrics(models, service.statuses), media_type=PAGE_TYPE)
 
 
 async def _page(request: Request) -> Response:
@@ -246,19 +270,22 @@ async def _responses(request: Request) -> Response:
     return await _answer(request, ResponseAnswer)
 
 
-async def _answer(
-    request: Request, kind: type[TextCompletion] | type[ChatCompletion] | type[ResponseAnswer]
-) -> Response:
+async def _answer(request: Request, kind: Callable[[Fields, ServedModel, str], Format]) -> Response:
     service = _service(request)
-    fields = await _read_fields(request, service)
-    answer = kind(fields, service.find(fields), service.owner(request))
+    fields, quick = await _read_fields(request, service)
+    model = service.find(fields)
+    with model.runner.expected():
+        answer = await service.beside(quick, kind, fields, model, service.owner(request))
+        answer.submit()
     if answer.stream:
         return _EventStream(answer, service)
-    return JSONResponse(await _collect(request, answer, service.timeout_s))
+    choices = await _collect(request, answer, service.timeout_s)
+    quick = sum(len(choice.tokens) for choice in choices) <= QUICK_TOKENS
+    return await service.beside(quick, lambda: JSONResponse(answer.whole(choices)))
 
 
-async def _collect(request: Request, answer: Format, timeout_s: float) -> Body:
-    """The whole answer; given up on when the client goes or the time is over."""
+async def _collect(request: Request, answer: Format, timeout_s: float) -> Sequence[Choice]:
+    """All choices; given up on when the client goes or the time is over."""
     whole = asyncio.create_task(collect(answer))
     gone = asyncio.create_task(_wait_until_gone(request))
     try:
@@ -309,9 +336,12 @@ def _timeout(timeout_s: float) -> ApiError:
 
 async def _tokenize(request: Request) -> Response:
     service = _service(request)
-    fields = await _read_fields(request, service)
+    fields, quick = await _read_fields(request, service)
+    return await service.beside(quick, _answer_tokenize, fields, service.find(fields))
+
+
+def _answer_tokenize(fields: Fields, model: ServedModel) -> Response:
     fields.refuse_unknown(("model", "prompt", "messages", "add_special_tokens", "chat_template_kwargs"))
-    model = service.find(fields)
     if fields.get("messages") is not None:
         ids = encode_messages(fields, model)
     else:
@@ -327,9 +357,12 @@ async def _tokenize(request: Request) -> Response:
 
 async def _detokenize(request: Request) -> Response:
     service = _service(request)
-    fields = await _read_fields(request, service)
+    fields, quick = await _read_fields(request, service)
+    return await service.beside(quick, _answer_detokenize, fields, service.find(fields))
+
+
+def _answer_detokenize(fields: Fields, model: ServedModel) -> Response:
     fields.refuse_unknown(("model", "tokens"))
-    model = service.find(fields)
     tokens = fields.items("tokens")
     ids = [token for token in tokens if isinstance(token, int) and not isinstance(token, bool)]
     vocab_size = model.bundle.model.vocab_size
@@ -342,6 +375,8 @@ async def _reload(request: Request) -> Response:
     """Take the bundles from their folders again; requests under way end with the models that they began with."""
     service = _service(request)
     await _read_fields(request, service)
+    if service.reload is None and service.models:
+        raise ApiError(409, "what is served stays: on a cluster, deploy the bundles again", code="reload_failed")
     if service.reload is None or not service.models:
         raise ApiError(
             503, "the server is loading its models", kind="server_error", code="unavailable", retry_after_s=1
@@ -356,8 +391,11 @@ async def _openapi(request: Request) -> Response:
     return JSONResponse(describe_api())
 
 
-async def _read_fields(request: Request, service: Service) -> Fields:
-    """The request's JSON. Raises `ApiError`, before the body is read where its length says that it is too large."""
+async def _read_fields(request: Request, service: Service) -> tuple[Fields, bool]:
+    """The request's JSON, and whether what it asks for is quickly read.
+
+    Raises `ApiError`, before the body has come where its length says that it is too large.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # A page of another site can send a form or plain text to this machine, but no JSON.
     if kind != "application/json":
@@ -375,7 +413,9 @@ async def _read_fields(request: Request, service: Service) -> Fields:
                     raise too_large
     except TimeoutError as error:
         raise ApiError(408, f"the body did not come within {BODY_TIMEOUT_S:g} s", code="timeout") from error
-    return parse_body(bytes(data))
+    fields = parse_body(bytes(data))
+    quick = len(data) <= QUICK_BODY_BYTES and all(fields.get(name) is None for name in SLOW_FIELDS)
+    return fields, quick
 
 
 def _service(request: Request) -> Service:

@@ -174,6 +174,15 @@ def run_batch(
     return batch.progress, batch.bad
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a file. Raises `DataError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def read_requests(path: Path) -> tuple[list[Line], list[BadLine]]:
     """The requests of a file, and the lines that are none. Raises `DataError` where it cannot be read."""
     lines: list[Line] = []
@@ -295,6 +304,8 @@ async def _answer(model: ServedModel, data: bytes) -> tuple[int, Body]:
             raise ApiError(400, "body: is missing, expected an object", param="body")
         if body.flag("stream"):
             raise ApiError(400, "stream: a batch is not streamed", param="stream")
-        return 200, await collect(URLS[url](body, model, ""))
+        answer = URLS[url](body, model, "")
+        answer.submit()
+        return 200, answer.whole(await collect(answer))
     except ApiError as error:
         return error.status, error.body()

@@ -15,6 +15,7 @@ from ryot.serve.errors import ApiError, api_error, invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
 from ryot.serve.params import MAX_LOGPROBS, SHARED, read_params
+from ryot.serve.runner import Answers
 from ryot.serve.tools import Tools, read_tools
 
 FIELDS = (
@@ -33,10 +34,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ChatCompletion:
-    """One request for the next message of a conversation, under way."""
+    """One request for the next message of a conversation."""
+
+    answers: Answers
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
-        """Read the request and queue it. Raises `ApiError`."""
+        """Read the request, from any thread. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)
         if any(kind != "text" for kind in fields.items("modalities")):
             raise invalid("modalities", f"got {show(fields.get('modalities'))}, expected text alone")
@@ -86,9 +89,13 @@ class ChatCompletion:
             for choice in range(params.num_candidates)
         ]
         try:
-            self.answers = model.runner.submit(requests)
+            self._sequences = model.runner.build(requests)
         except RyotError as error:
-            raise api_error(error, "messages") from error
+            # There is room for a token at least, or `room` had said so.
+            raise api_error(error, params.max_tokens_name or "messages") from error
+
+    def submit(self) -> None:
+        self.answers = self._model.runner.submit(self._sequences, n=self._params.n)
 
     @property
     def stream(self) -> bool:
@@ -195,6 +202,14 @@ def encode_messages(fields: Fields, model: ServedModel, tools: Tools | None = No
     assert isinstance(extra, dict)
     if taken := {"self", "messages", "add_generation_prompt", "tools"} & extra.keys():
         raise invalid("chat_template_kwargs", f"{min(taken)} is set by the server")
+    if (count := len(fields.items("messages"))) > model.engine.max_len:
+        # Each has a token at least, and what templates do with each may grow with all before it.
+        raise ApiError(
+            400,
+            f"messages: got {count}, more than the {model.engine.max_len} tokens of this model's context",
+            param="messages",
+            code="context_length_exceeded",
+        )
     try:
         messages = _read_messages(fields)
         if tools is not None:

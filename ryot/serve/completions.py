@@ -13,6 +13,7 @@ from ryot.serve.errors import api_error, invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
 from ryot.serve.params import MAX_CHOICES, MAX_LOGPROBS, SHARED, read_params
+from ryot.serve.runner import Answers
 
 #: OpenAI's default.
 DEFAULT_MAX_TOKENS = 16
@@ -20,12 +21,13 @@ FIELDS = (*SHARED, "prompt", "echo", "suffix", "add_special_tokens")
 
 
 class TextCompletion:
-    """One request for continuations, under way."""
+    """One request for continuations."""
 
     has_plain_chunks = True
+    answers: Answers
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
-        """Read the request and queue it. Raises `ApiError`."""
+        """Read the request, from any thread. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)
         if fields.text("suffix"):
             raise invalid("suffix", "is not supported: the models here only go on with a text")
@@ -50,12 +52,18 @@ class TextCompletion:
         self.include_usage = params.include_usage
         self._head: Body = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": model.name}
+        requests = [
+            self._request(ids, choice, owner) for _, ids in self._prompts for choice in range(self.num_per_prompt)
+        ]
         try:
-            self.answers = model.runner.submit(
-                [self._request(ids, choice, owner) for _, ids in self._prompts for choice in range(self.num_per_prompt)]
-            )
+            self._sequences = model.runner.build(requests)
         except RyotError as error:
-            raise api_error(error, "prompt") from error
+            longest = max(len(ids) for _, ids in self._prompts)
+            raise api_error(error, params.too_long("prompt", longest, model.engine.max_len)) from error
+
+    def submit(self) -> None:
+        runner = self._model.runner
+        self.answers = runner.submit(self._sequences, num_prompts=len(self._prompts), n=self._params.n)
 
     @property
     def stream(self) -> bool:

@@ -25,6 +25,15 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
+    def about(self, param: str) -> ApiError:
+        """The same error of a field that the client knows by another name."""
+        message = str(self)
+        if self.param is not None and message.startswith(self.param):
+            message = param + message[len(self.param) :]
+        return ApiError(
+            self.status, message, kind=self.kind, param=param, code=self.code, retry_after_s=self.retry_after_s
+        )
+
     def body(self) -> dict[str, object]:
         """The error object."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
@@ -44,7 +53,8 @@ def api_error(error: RyotError, param: str | None = None) -> ApiError:
     """An error of the engine as the client sees it."""
     message = str(error) if error.hint is None else f"{error}; {error.hint}"
     if isinstance(error, ContextError):
-        return ApiError(400, message, param=param, code="context_length_exceeded")
+        told = message if param is None else f"{param}: {message}"
+        return ApiError(400, told, param=param, code="context_length_exceeded")
     if isinstance(error, ConfigError):
         return ApiError(400, message, param=param)
     return ApiError(500, message, kind="server_error")

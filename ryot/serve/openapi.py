@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ryot import __version__
@@ -17,6 +18,7 @@ REFUSALS = {
     401: "The API key is missing or wrong",
     403: "Sent to a name that is not this machine's",
     404: "There is no such model or path",
+    408: "The body did not come in time",
     413: "The body is too large",
     415: "The body is no JSON",
     429: "Too many requests wait; `Retry-After` says how long to",
@@ -28,13 +30,33 @@ REFUSALS = {
 def describe_api() -> Schema:
     """The document."""
     chat = _object({**_shared(), **_chat()}, required=["messages"])
+    response = _object(_response(), required=["input"])
     text = _object({**_shared(), **_text()}, required=["prompt"])
     tokens = _object({"tokens": _list(_whole(0)), "count": _whole(0), "max_model_len": _whole(1)})
+    status = _object({"status": {"type": "string"}, "models": _list({"type": "string"})}, required=["status"])
     paths = {
+        "/": {"get": _text_operation("A page to chat with the models", "text/html")},
         "/v1/models": {"get": _operation("The models that are served", None, _list_of("model"))},
+        "/v1/models/{name}": {
+            "get": _operation("One of them", None, _item_of("model"))
+            | {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+        },
         "/v1/completions": {"post": _operation("Go on with a text", text, _answer("text_completion"), stream=True)},
         "/v1/chat/completions": {
             "post": _operation("Answer a conversation", chat, _answer("chat.completion"), stream=True)
+        },
+        "/v1/responses": {
+            "post": _operation(
+                "Answer a conversation, as OpenAI's newer API", response, _response_answer(), stream=True
+            )
+        },
+        "/admin/reload": {
+            "post": _operation(
+                "Take the bundles from their folders again",
+                _object({}),
+                _object({"reloaded": _list({"type": "string"})}, required=["reloaded"]),
+                refusals=REFUSALS | {409: "A bundle cannot be loaded; what is served stays"},
+            )
         },
         "/tokenize": {
             "post": _operation(
@@ -58,15 +80,10 @@ def describe_api() -> Schema:
                 _object({"prompt": {"type": "string"}}),
             )
         },
-        "/health": {"get": _operation("Whether the process lives", None, _object({"status": {"const": "ok"}}))},
-        "/ready": {"get": _operation("Whether requests are answered", None, _object({"status": {"type": "string"}}))},
-        "/metrics": {
-            "get": {
-                "summary": "Figures for Prometheus",
-                "responses": {"200": {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-                | _refusals(),
-            }
-        },
+        "/health": {"get": _status_operation("Whether the process lives, and its models' engines", status)},
+        "/ready": {"get": _status_operation("Whether requests are answered", status)},
+        "/metrics": {"get": _text_operation("Figures for Prometheus", "text/plain")},
+        "/openapi.json": {"get": _operation("This document", None, {"type": "object"})},
     }
     key = {"key": {"type": "http", "scheme": "bearer"}}
     error = _object(
@@ -87,20 +104,38 @@ def describe_api() -> Schema:
     }
 
 
-def _operation(summary: str, body: Schema | None, answer: Schema, *, stream: bool = False) -> Schema:
+def _operation(
+    summary: str,
+    body: Schema | None,
+    answer: Schema,
+    *,
+    stream: bool = False,
+    refusals: Mapping[int, str] = REFUSALS,
+) -> Schema:
     content: Schema = {"application/json": {"schema": answer}}
     if stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     found: Schema = {"summary": summary, "responses": {"200": {"description": "The answer", "content": content}}}
-    found["responses"] |= _refusals()
+    found["responses"] |= _refusals(refusals)
     if body is not None:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     return found
 
 
-def _refusals() -> Schema:
+def _text_operation(summary: str, media_type: str) -> Schema:
+    content = {media_type: {"schema": {"type": "string"}}}
+    return {"summary": summary, "responses": {"200": {"description": "Text", "content": content}} | _refusals(REFUSALS)}
+
+
+def _status_operation(summary: str, status: Schema) -> Schema:
+    found = _operation(summary, None, status)
+    found["responses"]["503"] = {"description": "Not so", "content": {"application/json": {"schema": status}}}
+    return found
+
+
+def _refusals(refusals: Mapping[int, str]) -> Schema:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {str(status): {"description": why, "content": content} for status, why in REFUSALS.items()}
+    return {str(status): {"description": why, "content": content} for status, why in refusals.items()}
 
 
 def _shared() -> dict[str, Schema]:
@@ -162,6 +197,37 @@ def _chat() -> dict[str, Schema]:
     }
 
 
+def _response() -> dict[str, Schema]:
+    part = _object({"type": {"const": "input_text"}, "text": {"type": "string"}}, required=["type", "text"])
+    content = {"anyOf": [{"type": "string"}, _list(part)]}
+    item = _object({"role": {"enum": list(ROLES)}, "content": content}, required=["role", "content"])
+    shared = ("model", "temperature", "top_p", "stream", "seed", "top_k", "min_p", "ignore_eos", "stop", "user")
+    return {name: schema for name, schema in _shared().items() if name in shared} | {
+        "input": {"anyOf": [{"type": "string"}, _list(item) | {"minItems": 1}]},
+        "instructions": _nullable({"type": "string"}),
+        "max_output_tokens": _nullable(_whole(1)),
+        "text": _nullable(_object({"format": _object({"type": {"enum": ["text", "json_object"]}}, required=["type"])})),
+        "tools": _nullable(_list({"type": "object"})),
+        "tool_choice": {"anyOf": [{"type": "null"}, {"enum": ["none", "auto", "required"]}, {"type": "object"}]},
+    }
+
+
+def _response_answer() -> Schema:
+    usage = _object({name: _whole(0) for name in ("input_tokens", "output_tokens", "total_tokens")})
+    return _object(
+        {
+            "id": {"type": "string"},
+            "object": {"const": "response"},
+            "created_at": _whole(0),
+            "model": {"type": "string"},
+            "status": {"enum": ["completed", "incomplete"]},
+            "output": _list({"type": "object"}),
+            "usage": usage,
+        },
+        required=["id", "object", "created_at", "model", "status", "output", "usage"],
+    )
+
+
 def _message() -> Schema:
     part = _object({"type": {"const": "text"}, "text": {"type": "string"}}, required=["type", "text"])
     content = {"anyOf": [{"type": "string"}, _list(part)]}
@@ -184,8 +250,11 @@ def _answer(kind: str) -> Schema:
 
 
 def _list_of(kind: str) -> Schema:
-    item = _object({"id": {"type": "string"}, "object": {"const": kind}}, required=["id", "object"])
-    return _object({"object": {"const": "list"}, "data": _list(item)}, required=["object", "data"])
+    return _object({"object": {"const": "list"}, "data": _list(_item_of(kind))}, required=["object", "data"])
+
+
+def _item_of(kind: str) -> Schema:
+    return _object({"id": {"type": "string"}, "object": {"const": kind}}, required=["id", "object"])
 
 
 def _object(properties: dict[str, Schema], required: list[str] | None = None) -> Schema:

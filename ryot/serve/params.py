@@ -65,6 +65,8 @@ class Params:
     sampling: SamplingParams
     max_tokens: int | None
     """None is as many as fit."""
+    max_tokens_name: str | None
+    """The field that gave it, where the request has one."""
     n: int
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -75,6 +77,10 @@ class Params:
     verifier: Verifier | None
     num_candidates: int
     """`best_of`, at least `n`: of so many the `n` best are answered."""
+
+    def too_long(self, prompt: str, size: int, max_len: int) -> str:
+        """The field to blame where a prompt of `size` tokens, in the field `prompt`, and its answer do not fit."""
+        return prompt if self.max_tokens_name is None or size >= max_len else self.max_tokens_name
 
     def verify(self, prompts: Sequence[str]) -> Verification | None:
         """The verification of the answers to `prompts`, where one is asked for."""
@@ -93,17 +99,18 @@ def read_params(
         options.refuse_unknown(("include_usage", "include_obfuscation"))
         if not stream:
             raise invalid("stream_options", "is only for a request with stream: true")
-    given = [fields.integer(name, None, 0) for name in max_tokens_names]
+    given = {name: value for name in max_tokens_names if (value := fields.integer(name, None, 0)) is not None}
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     verifier = read_verifier(fields, model.rights)
-    max_tokens = next((value for value in given if value is not None), default_max)
+    max_tokens_name = next(iter(given), None)
     stop, form = _read_stop(fields), _read_form(fields, model)
     if stop and form is not None:
         # An answer that ends with `stop` has its form, which a string in the middle of it would cut off.
         raise invalid("stop", f"got {show(fields.get('stop'))}, expected none beside a form, which says where it ends")
     return Params(
         sampling=_read_sampling(fields, model),
-        max_tokens=max_tokens,
+        max_tokens=default_max if max_tokens_name is None else given[max_tokens_name],
+        max_tokens_name=max_tokens_name,
         n=n,
         stop=stop,
         ignore_eos=fields.flag("ignore_eos"),

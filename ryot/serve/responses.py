@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 
 from ryot.serve.answers import Body, Choice, count_usage
 from ryot.serve.chat import ChatCompletion
-from ryot.serve.errors import invalid
+from ryot.serve.errors import ApiError, invalid
 from ryot.serve.fields import Fields, show
 from ryot.serve.model import ServedModel
+from ryot.serve.runner import Answers
 from ryot.serve.verified import Verification
 
 #: Passed on to the chat as they are.
@@ -31,6 +33,12 @@ FIELDS = (
     "truncation",
     "previous_response_id",
 )
+#: What the chat calls fields that have another name here.
+CHAT_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
 PARTS = ("input_text", "output_text", "text")
 
 
@@ -41,9 +49,10 @@ class ResponseAnswer:
     include_usage = False
     has_plain_chunks = False
     verification: Verification | None = None
+    answers: Answers
 
     def __init__(self, fields: Fields, model: ServedModel, owner: str):
-        """Read the request and queue it. Raises `ApiError`."""
+        """Read the request, from any thread. Raises `ApiError`."""
         fields.refuse_unknown(FIELDS)
         if fields.text("previous_response_id"):
             raise invalid("previous_response_id", "is not supported: nothing is kept; send the whole conversation")
@@ -60,8 +69,11 @@ class ResponseAnswer:
             choice = {"type": "function", "function": {"name": choice["name"]}}
         if choice is not None:
             chat["tool_choice"] = choice
-        self._chat = ChatCompletion(Fields(chat), model, owner)
-        self.answers = self._chat.answers
+        self._told = fields.get("instructions") is not None
+        try:
+            self._chat = ChatCompletion(Fields(chat), model, owner)
+        except ApiError as error:
+            raise self._renamed(error) from error
         self._asked: Body = {
             "instructions": fields.get("instructions"),
             "max_output_tokens": limit,
@@ -78,6 +90,10 @@ class ResponseAnswer:
         self._message_id = f"msg_{secrets.token_hex(12)}"
         self._sent = Choice(0)
         self._number = 0
+
+    def submit(self) -> None:
+        self._chat.submit()
+        self.answers = self._chat.answers
 
     @property
     def stream(self) -> bool:
@@ -125,6 +141,15 @@ class ResponseAnswer:
                 yield self._event("response.output_item.added", output_index=index, item=item)
             yield self._event("response.output_item.done", output_index=index, item=item)
         yield self._event(f"response.{whole['status']}", response=whole)
+
+    def _renamed(self, error: ApiError) -> ApiError:
+        """An error of the chat, of the field that this request has in its place."""
+        param = error.param or ""
+        if found := re.match(r"messages\[(\d+)\]", param):
+            number = int(found[1]) - self._told
+            return error.about("instructions" if number < 0 else f"input[{number}]{param[found.end() :]}")
+        name, dot, rest = param.partition(".")
+        return error.about(f"{CHAT_NAMES[name]}{dot}{rest}") if name in CHAT_NAMES else error
 
     @property
     def _place(self) -> Body:

@@ -7,15 +7,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from ryot.edge.memory import trim_heap
 from ryot.edge.scheduler import Scheduler
 from ryot.edge.sequence import ActiveSequence, Request, TokenEvent
 from ryot.errors import BundleError, RyotError
 from ryot.serve.errors import ApiError
-from ryot.serve.metrics import ModelMetrics
+from ryot.serve.metrics import ModelMetrics, TokenTimes
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +83,10 @@ class Runner:
         self.max_waiting = max_waiting
         self._inbox: list[ActiveSequence] = []
         self._answers: dict[ActiveSequence, Answers] = {}
-        self._last_token_s: dict[ActiveSequence, float] = {}
+        self._times: dict[ActiveSequence, TokenTimes] = {}
         self._held: dict[Answers, list[TokenEvent]] = {}
         self._flushed_s = 0.0
+        self._num_expected = 0
         self._wakeup = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="ryot-engine", daemon=True)
@@ -118,28 +119,50 @@ class Runner:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing that has not ended."""
-        return not (self._answers or self._inbox) and self.scheduler.idle
+        """Whether there is nothing that has not ended, and nothing that comes."""
+        return not (self._answers or self._inbox or self._num_expected) and self.scheduler.idle
 
-    def submit(self, requests: Sequence[Request]) -> Answers:
-        """Queue requests, from asyncio's thread. Raises `ApiError` 429 where too many wait, else like `check`."""
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """While a request is read that may be submitted; for asyncio's thread. Raises `ApiError` 429 like `submit`."""
+        self._check_room(self.num_waiting + self._num_expected)
+        self._num_expected += 1
+        try:
+            yield
+        finally:
+            self._num_expected -= 1
+
+    def build(self, requests: Sequence[Request]) -> list[ActiveSequence]:
+        """What `submit` takes, from any thread. Raises like `Scheduler.check`."""
         for request in requests:
             self.scheduler.check(request)
-        if self.num_waiting >= self.max_waiting:
-            raise ApiError(
-                429,
-                f"{self.num_waiting} requests wait, which is the limit; try again later",
-                kind="rate_limit_error",
-                code="queue_full",
-                retry_after_s=self._retry_after_s(),
-            )
-        answers = Answers(self, [self.scheduler.build(request) for request in requests])
+        return [self.scheduler.build(request) for request in requests]
+
+    def submit(self, sequences: Sequence[ActiveSequence], *, num_prompts: int = 1, n: int = 1) -> Answers:
+        """Queue sequences for `n` answers to each prompt, from asyncio's thread.
+
+        Raises `ApiError` 429 where too many wait.
+        """
+        self._check_room(self.num_waiting)
+        answers = Answers(self, sequences)
         with self._wakeup:
             for sequence in answers.sequences:
                 self._answers[sequence] = answers
             self._inbox += answers.sequences
             self._wakeup.notify()
+        for _ in range(num_prompts):
+            self.metrics.choices.observe(n)
         return answers
+
+    def _check_room(self, num_waiting: int) -> None:
+        if num_waiting >= self.max_waiting:
+            raise ApiError(
+                429,
+                f"{num_waiting} requests wait, which is the limit; try again later",
+                kind="rate_limit_error",
+                code="queue_full",
+                retry_after_s=self._retry_after_s(),
+            )
 
     def _retry_after_s(self) -> int:
         """Time until about half of what waits has had its turn, by how long requests have taken so far."""
@@ -163,12 +186,16 @@ class Runner:
                 arrived, self._inbox = self._inbox, []
             for sequence in arrived:
                 scheduler.queue(sequence)
+            counters = scheduler.counters
+            before = counters.step_tokens + counters.prefill_tokens
             try:
                 events = scheduler.step()
             except BaseException as error:  # the top of a thread: who waits is told, the next ones have a chance
                 _log.exception("a step failed")
                 told = error if isinstance(error, RyotError) else BundleError("an error inside the server")
                 events = [TokenEvent(sequence, None, error=told) for sequence in scheduler.abandon()]
+            if computed := counters.step_tokens + counters.prefill_tokens - before:
+                self.metrics.step_tokens.observe(computed)
             self._deliver(events)
             self._forget_cancelled()
 
@@ -176,10 +203,10 @@ class Runner:
         now_s = time.perf_counter()
         urgent = now_s - self._flushed_s >= FLUSH_S or self.scheduler.has_prompts
         for event in events:
-            before_s = self._last_token_s.get(event.sequence)
-            self.metrics.observe(event, before_s, now_s)
-            self._last_token_s[event.sequence] = now_s
-            urgent = urgent or before_s is None or event.ends
+            before = self._times.get(event.sequence)
+            if times := self.metrics.observe(event, before, now_s):
+                self._times[event.sequence] = times
+            urgent = urgent or before is None or event.ends
             if answers := self._answers.get(event.sequence):
                 self._held.setdefault(answers, []).append(event)
             if event.ends:
@@ -201,12 +228,12 @@ class Runner:
     def _forget_cancelled(self) -> None:
         now_s = time.perf_counter()
         for sequence in [sequence for sequence in list(self._answers) if sequence.cancelled]:
-            self.metrics.end("abort", sequence.queued_s, sequence.started_s or now_s, now_s)
+            self.metrics.end("abort", sequence, self._times.get(sequence), now_s)
             self._forget(sequence)
 
     def _forget(self, sequence: ActiveSequence) -> None:
         self._answers.pop(sequence, None)
-        self._last_token_s.pop(sequence, None)
+        self._times.pop(sequence, None)
 
 
 def _put_all(arrived: Sequence[tuple[Answers, Sequence[TokenEvent]]]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +153,92 @@ def test_cancelled_sequences_give_their_rows_back_and_disturb_nobody(bundle: Bun
     assert set(scheduler.engine.lengths) == {0}
 
 
+class AnyOfSome:
+    """A constraint: one of some tokens, another set at each place, and complete after so many."""
+
+    def __init__(self, seed: int, length: int):
+        self._rng, self._left = random.Random(seed), length
+        self._mask = self._draw()
+
+    def allowed(self) -> np.ndarray:
+        return self._mask
+
+    def push(self, token: int) -> bool:
+        assert self._mask[token], "a token that was not allowed"
+        self._left -= 1
+        self._mask = self._draw()
+        return self._left == 0
+
+    def _draw(self) -> np.ndarray:
+        mask = np.zeros(384, bool)
+        mask[self._rng.sample(range(1, 300), 5)] = True
+        return mask
+
+
+def any_request(rng: random.Random, earlier: Sequence[Request]) -> list[Request]:
+    """One to three answers to a prompt that is new, or begins or is as an earlier one: greedy, drawn in several ways,
+    of a form, with probabilities, with a stop string."""
+    ids = [rng.randrange(1, 300) for _ in range(rng.choice((1, 2, 31, 32, 33, 64, 150, 257)))]
+    if earlier and rng.random() < 0.6:
+        before = list(rng.choice(earlier[-6:]).prompt_ids)
+        ids = before if rng.random() < 0.5 else before[: rng.randrange(1, len(before) + 1)] + ids[:20]
+    sampling = rng.choice(
+        (
+            SamplingParams(),
+            SamplingParams(temperature=1.0, seed=rng.randrange(99)),
+            SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, seed=rng.randrange(99)),
+            SamplingParams(
+                temperature=1.2, top_k=7, repetition_penalty=1.3, presence_penalty=0.5, seed=rng.randrange(99)
+            ),
+            SamplingParams(logit_bias=((11, 50.0), (57, 50.0)), frequency_penalty=0.2),
+        )
+    )
+    form = (rng.randrange(99), rng.randrange(1, 12)) if rng.random() < 0.3 else None
+    options: dict[str, Any] = {
+        "prompt_ids": ids,
+        "max_tokens": rng.randrange(0, 25),
+        "sampling": sampling,
+        "ignore_eos": rng.random() < 0.5,
+        "stop": ("a",) if form is None and rng.random() < 0.2 else (),
+        "top_logprobs": rng.choice((None, 0, 2)),
+        "owner": rng.choice("ab"),
+    }
+    n = rng.choice((1, 1, 1, 2, 3))
+    return [
+        Request(**options, choice=choice, constraint=None if form is None else AnyOfSome(*form)) for choice in range(n)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("bundle", ["llama"], indirect=True)
+def test_what_comes_does_not_depend_on_who_else_is_there(bundle: Bundle, seed: int) -> None:
+    rng = random.Random(seed)
+    options = {
+        "rows": rng.choice((1, 2, 3, 5)),
+        "cache_bytes": rng.choice((0, 20_000, 300_000)),
+        "memory_tokens": rng.choice((None, 700)),
+    }
+    requests: list[Request] = []
+    while len(requests) < 24:
+        requests += any_request(rng, requests)
+    # A constraint remembers what it was told, so each run has its own.
+    alone_scheduler = build_scheduler(bundle, rows=1)
+    alone = []
+    for request in requests:
+        form = request.constraint
+        fresh = replace(request, constraint=copy.deepcopy(form)) if form is not None else request
+        (events,) = run_all(alone_scheduler, [fresh])
+        alone.append(([event.token for event in events if event.token is not None], "".join(e.text for e in events)))
+    scheduler = build_scheduler(bundle, **options)  # type: ignore[arg-type]
+    tokens = play(scheduler, rng, requests, cancel=rng.choice((0.0, 0.02)))
+    for number, (expected, _) in enumerate(alone):
+        found = tokens[number]
+        # Where one was given up on it is a beginning.
+        assert found == expected[: len(found)], (seed, options, number)
+    assert scheduler.idle and set(scheduler.engine.lengths) == {0}
+    assert scheduler.cache.used_bytes <= options["cache_bytes"]  # type: ignore[operator]
+
+
 def test_memory_for_two_sequences_serves_eight_one_after_the_other(bundle: Bundle) -> None:
     rng = random.Random(3)
     # Room for 4 rows of 256 positions, and for one of more than that.
@@ -260,6 +349,26 @@ def test_answers_to_one_prompt_differ_by_choice_and_repeat_by_seed(bundle: Bundl
     first = answers()
     assert first == answers()
     assert len({tuple(a) for a in first}) == 3
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 20_000])
+def test_answers_to_one_prompt_share_its_prefill_whatever_the_cache_holds(bundle: Bundle, cache_bytes: int) -> None:
+    prompt = [1 + (7 * i) % 290 for i in range(300)]
+    requests = [
+        # They end one after the other, so that one of them is always there.
+        Request(
+            prompt_ids=prompt, max_tokens=9 + choice, sampling=SAMPLING, choice=choice, owner=owner, ignore_eos=True
+        )
+        for owner in ("a", "b")
+        for choice in range(6)
+    ]
+    scheduler = build_scheduler(bundle, cache_bytes=cache_bytes)
+    found = [[event.token for event in events] for events in run_all(scheduler, requests)]
+    # Another owner's has to be computed.
+    assert scheduler.counters.prefill_tokens == 2 * 300
+    assert scheduler.counters.cached_tokens == 10 * 300
+    expected = tokens_alone(bundle, requests[0])
+    assert found[0] == found[6] == expected and len({tuple(tokens) for tokens in found}) == 6
 
 
 def test_logprobs_are_those_of_the_whole_pass(bundle: Bundle) -> None:

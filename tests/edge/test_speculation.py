@@ -10,7 +10,7 @@ from ryot.edge.bundle import Bundle, load_bundle
 from ryot.edge.sampling_params import SamplingParams
 from ryot.edge.scheduler import run_all
 from ryot.edge.sequence import Request
-from ryot.edge.speculation import SIZES, DraftCosts, Drafter
+from ryot.edge.speculation import SIZES, TRIALS, DraftCosts, Drafter
 from ryot.errors import BundleError
 from tests.edge.test_scheduler import CONTEXT, assert_tokens, build_scheduler
 from tests.edge.tiny_bundle import write_bundle
@@ -69,6 +69,28 @@ def test_there_are_no_drafts_where_several_run_or_the_context_ends(bundle: Bundl
     events = run_all(scheduler, [full])[0]
     assert_tokens(bundle, full, [event.token for event in events if event.token is not None])
     assert len(events) == 9
+
+
+def test_where_no_draft_can_pay_the_weights_are_given_back(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build_scheduler(bundle, rows=1)
+    scheduler.engine.open_checker()
+    observe = DraftCosts.observe
+    # As if a call took as long as four steps; and no pause between two of them, so that it is soon known.
+    monkeypatch.setattr(DraftCosts, "observe", lambda costs, size, steps: observe(costs, size, 4.0))
+    monkeypatch.setattr("ryot.edge.speculation.PAUSE_TOKENS", 0)
+    while scheduler.engine.can_check:
+        assert scheduler.counters.drafts < TRIALS
+        request = Request(
+            prompt_ids=PHRASE * 3, max_tokens=40, sampling=SamplingParams(logit_bias=FEW), ignore_eos=True
+        )
+        events = run_all(scheduler, [request])[0]
+        assert_tokens(bundle, request, [event.token for event in events if event.token is not None])
+    assert scheduler.counters.drafts == TRIALS
+    costs = DraftCosts()
+    for _ in range(TRIALS):
+        assert not costs.never_pay
+        observe(costs, SIZES[0], 2.9)
+    assert not costs.never_pay
 
 
 def test_a_draft_is_what_followed_before() -> None:

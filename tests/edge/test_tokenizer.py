@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,22 @@ def test_tokens_beyond_the_models_table_may_be_added_ones_only(tmp_path: Path) -
         BundleError, match=rf"t: has {tokenizer.vocab_size} tokens, the model has 300; {ordinary - 300} of"
     ):
         tokenizer.check_vocabulary(300, "t")
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer_folder(tmp_path, byte_level()) / "tokenizer.json")
+    text, spans, ticks = "def add(a, b): return a + b\n" * 4000, [], []
+
+    def encode() -> None:
+        began = time.perf_counter()
+        tokenizer.encode(text)
+        spans.append((began, time.perf_counter()))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+    ((began, ended),) = spans
+    # Had it held Python's lock, nothing would have run in the middle of it.
+    middle = (ended - began) / 4
+    assert any(began + middle < tick < ended - middle for tick in ticks)

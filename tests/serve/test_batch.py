@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from ryot.edge.bundle import Bundle
+from ryot.edge.cores import count_usable_cores, read_quota
 from ryot.edge.generate import generate
 from ryot.edge.session import OnnxruntimeEngine
 from ryot.edge.tokenizer import load_tokenizer
+from ryot.edge.widths import WIDTHS
 from ryot.errors import DataError
 from ryot.serve.batch import Answered, open_batch
+from ryot.serve.sizing import MEASURED_FROM
 
 
 def write_requests(path: Path, count: int, *, max_tokens: int = 8) -> dict[str, str]:
@@ -65,6 +69,56 @@ def test_answers_are_what_the_engine_gives_alone(chat_bundle: Bundle, tmp_path: 
         alone = generate(engine, tokenizer, prompt, max_new_tokens=8, ignore_eos=True)
         assert text_of(answer) == "".join(alone)
     assert "20 of 20 answers, 20 of them new (0 refused), 160 tokens" in stderr
+
+
+def test_a_batch_takes_the_cores_and_widths_of_its_machine(
+    chat_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RYOT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    write_requests(few, 2, max_tokens=1)
+    write_requests(many, MEASURED_FROM, max_tokens=1)
+    cores = count_usable_cores()
+
+    def first_line(requests: Path, name: str, *more: str) -> str:
+        code, stderr = finish(chat_bundle, requests, tmp_path / name, *more)
+        assert code == 0, stderr
+        return stderr.splitlines()[0]
+
+    head = f"{cores} threads (the cores it may use), "
+    assert first_line(few, "1") == f"{head}32 rows (not measured for fewer than {MEASURED_FROM} requests)"
+    assert first_line(few, "2", "--threads", "1", "--rows", "3") == "1 threads (as asked), 3 rows (as asked)"
+    told = first_line(many, "3")
+    found = re.fullmatch(
+        re.escape(head) + r"(\d+) rows \(measured here: \d+ tok/s; wider steps bring hardly more\)", told
+    )
+    assert found and int(found[1]) in WIDTHS
+    # What was measured is known from then on, for a small file too.
+    assert first_line(few, "4") == told
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "files", "quota"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1.5),
+        ("0::/not/mounted\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        (
+            "2:cpu,cpuacct:/x\n0::/\n",
+            {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"},
+            3.0,
+        ),
+        ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ("4:memory:/x\n", {}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores_is_read(
+    tmp_path: Path, cgroups: str, files: dict[str, str], quota: float | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert read_quota(cgroups, tmp_path) == quota
 
 
 def test_a_batch_killed_at_any_moment_ends_with_every_answer_once(chat_bundle: Bundle, tmp_path: Path) -> None:

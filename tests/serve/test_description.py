@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ryot.serve.app import build_routes
 from tests.serve.conftest import Server
 from tests.serve.test_http import get
 
@@ -18,9 +19,17 @@ def test_the_description_names_what_is_there(server: Server) -> None:
     status, text = get(server, "/openapi.json")
     found = json.loads(text)
     assert status == 200 and found["openapi"].startswith("3.1")
+    described = {(path, method.upper()) for path, methods in found["paths"].items() for method in methods}
+    served = {
+        (route.path.replace(":path}", "}"), method)
+        for route in build_routes()
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    assert described == served
     for path, methods in found["paths"].items():
         if "get" in methods:
-            assert get(server, path)[0] == 200
+            assert get(server, path.replace("{name}", "tiny-1"))[0] == 200
 
 
 @pytest.mark.slow

@@ -69,6 +69,27 @@ def test_a_body_that_does_not_come_is_given_up_on(monkeypatch: pytest.MonkeyPatc
     assert status == 408 and "body did not come within 0.5 s" in str(found)
 
 
+@pytest.mark.parametrize(("draining", "status"), [(False, "loading"), (True, "draining")])
+def test_before_the_models_are_there_and_at_the_end_a_client_is_told_to_come_again(draining: bool, status: str) -> None:
+    with serving(Service(draining=draining)) as port:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        asked = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}]}
+        calls = (
+            lambda: client.completions.create(model="tiny-7", prompt="a"),
+            lambda: client.chat.completions.create(**asked, stream=True),  # type: ignore[call-overload]
+            lambda: client.responses.create(model="tiny-7", input="a"),
+            lambda: client.models.retrieve("tiny-7"),
+        )
+        for call in calls:
+            with pytest.raises(InternalServerError, match="the server is") as caught:
+                call()
+            response = caught.value.response
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            assert response.json()["error"]["code"] == "unavailable"
+        for path, found in ((b"/ready", (503, {"status": status})), (b"/health", (200, {"status": "ok"}))):
+            assert say(port, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") == found
+
+
 class Panic(BaseException):
     """What a library in Rust raises when it gives up: no `Exception`."""
 

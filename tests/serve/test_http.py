@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from openai import AuthenticationError, RateLimitError
+from prometheus_client.parser import text_string_to_metric_families
 
 from ryot.edge.bundle import Bundle
 from tests.otlp import Receiver, total
@@ -46,6 +47,7 @@ def wait_for(condition: object, *, timeout_s: float = 20) -> None:
 
 
 PROMPT = {"model": "tiny-7", "prompt": "a", "max_tokens": 2}
+RESPONSE = {"model": "tiny-7", "input": "a"}
 CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 
 
@@ -65,7 +67,32 @@ CHAT = {"model": "tiny-7", "messages": [{"role": "user", "content": "a"}], "max_
         ("completions", PROMPT | {"prompt": [1, 384]}, "prompt", "got token 384, expected ids below 384"),
         ("completions", PROMPT | {"prompt": []}, "prompt", "expected a string, token ids, or a list of either"),
         ("completions", PROMPT | {"prompt": "\ud800"}, "prompt", "half of a pair, which UTF-8 cannot hold"),
-        ("completions", PROMPT | {"max_tokens": 10**30}, "prompt", "do not fit the context of 2048"),
+        ("completions", PROMPT | {"max_tokens": 10**30}, "max_tokens", "do not fit the context of 2048"),
+        ("completions", PROMPT | {"prompt": [1] * 3000}, "prompt", "prompt: a prompt of 3000 tokens and 2 new ones"),
+        ("completions", {"model": "tiny-7", "prompt": [1] * 2040}, "prompt", "2040 tokens and 16 new ones do not fit"),
+        ("chat/completions", CHAT | {"max_tokens": 2048}, "max_tokens", "2048 new ones do not fit"),
+        (
+            "chat/completions",
+            CHAT | {"max_completion_tokens": 2048},
+            "max_completion_tokens",
+            "max_completion_tokens: a prompt of",
+        ),
+        (
+            "chat/completions",
+            CHAT | {"max_completion_tokens": -1},
+            "max_completion_tokens",
+            "got -1, expected a whole number",
+        ),
+        ("responses", RESPONSE | {"max_output_tokens": 2048}, "max_output_tokens", "max_output_tokens: a prompt of"),
+        ("responses", RESPONSE | {"input": [{"role": "king", "content": "a"}]}, "input[0].role", "input[0].role: got"),
+        (
+            "responses",
+            RESPONSE | {"instructions": "a", "input": [{"role": "user", "content": 5}]},
+            "input[0].content",
+            "input[0].content: got 5",
+        ),
+        ("responses", RESPONSE | {"text": {"format": {"type": "xml"}}}, "text.format.type", "text.format.type: got"),
+        ("responses", RESPONSE | {"input": "a" * 9000}, "input", "input: have"),
         ("completions", PROMPT | {"stream_options": {}}, "stream_options", "only for a request with stream"),
         ("completions", PROMPT | {"best_of": 2, "n": 3}, "best_of", "got 2, expected at least n, which is 3"),
         ("chat/completions", CHAT | {"messages": []}, "messages", "is empty or missing"),
@@ -124,6 +151,14 @@ def test_a_field_that_is_wrong_is_named(server: Server, path: str, body: object,
     assert isinstance(error, dict)
     assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert message in error["message"]
+
+
+def test_a_grammar_that_can_be_read_in_too_many_ways_is_given_up_on(server: Server) -> None:
+    form = {"type": "grammar", "grammar": "start: s\ns: s s | s s s | s s s s | /[a-z ]/"}
+    status, found = post(
+        server, "/v1/completions", PROMPT | {"max_tokens": 1000, "response_format": form, "logit_bias": {"0": -100}}
+    )
+    assert status == 400 and "too many items" in json.dumps(found).lower()
 
 
 @pytest.mark.parametrize(
@@ -199,10 +234,48 @@ def test_the_page_and_the_metrics_are_there(server: Server) -> None:
     before = metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}')
     assert post(server, "/v1/completions", PROMPT | {"ignore_eos": True})[0] == 200
     assert metric(server, 'vllm:generation_tokens_total{model_name="tiny-7"}') == before + 2
-    text = get(server, "/metrics")[1]
-    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
-        assert f"# TYPE vllm:{name} histogram" in text
-        assert f'vllm:{name}_bucket{{model_name="tiny-7",le="+Inf"}}' in text
+
+
+#: Histograms that vLLM's dashboards and its users' alerts ask for, and how much each grows by three requests: one of 3
+#: tokens of prompt and 5 of answer, one of 2 and 3 with two answers, and one of 4 and 7.
+HISTOGRAMS: dict[str, tuple[int, int | None]] = {
+    "time_to_first_token_seconds": (4, None),
+    "inter_token_latency_seconds": (4 + 2 * 2 + 6, None),
+    "request_time_per_output_token_seconds": (4, None),
+    "request_queue_time_seconds": (4, None),
+    "request_prefill_time_seconds": (4, None),
+    "request_decode_time_seconds": (4, None),
+    "request_inference_time_seconds": (4, None),
+    "e2e_request_latency_seconds": (4, None),
+    "request_prompt_tokens": (4, 3 + 2 * 2 + 4),
+    "request_generation_tokens": (4, 5 + 2 * 3 + 7),
+    "request_params_max_tokens": (4, 5 + 2 * 3 + 7),
+    "request_params_n": (3, 1 + 2 + 1),
+}
+
+
+def test_histograms_count_what_vllms_do(plain_bundle: Bundle, tmp_path: Path) -> None:
+    with running(tmp_path, plain_bundle.path, "--prefix-cache", 0) as server:
+        for prompt, n, max_tokens in (([5, 6, 7], 1, 5), ([8, 9], 2, 3), ([5, 9, 8, 7], 1, 7)):
+            body = {"prompt": prompt, "n": n, "max_tokens": max_tokens, "ignore_eos": True}
+            assert post(server, "/v1/completions", body)[0] == 200
+        text = get(server, "/metrics")[1]
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        for name, (count, total) in HISTOGRAMS.items():
+            family = families[f"vllm:{name}"]
+            values = {sample.name: sample.value for sample in family.samples}
+            buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+            assert family.type == "histogram" and buckets == sorted(buckets) and buckets[-1] == count, name
+            assert values[f"vllm:{name}_count"] == count, name
+            assert total is None or values[f"vllm:{name}_sum"] == total, name
+        seconds = {
+            name: metric(server, f"vllm:request_{name}_time_seconds_sum") for name in ("inference", "prefill", "decode")
+        }
+        assert seconds["inference"] == pytest.approx(seconds["prefill"] + seconds["decode"], abs=1e-5)
+        # Two answers share their prompt, although nothing is kept, and nothing follows a last token.
+        assert metric(server, "vllm:iteration_tokens_total_sum") == (3 + 4) + (2 + 2 * 2) + (4 + 6)
+        assert metric(server, 'vllm:request_success_total{model_name="tiny-1",finished_reason="length"}') == 4
+        assert metric(server, "vllm:prefix_cache_queries_total") == 3 + 2 * 2 + 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

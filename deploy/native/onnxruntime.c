@@ -35,8 +35,13 @@ enum place {
 #define LOG_ERRORS_ONLY 3
 /* The export has fused what can be fused; looking for more finds next to nothing and takes time and memory. */
 #define NO_OPTIMIZATIONS 0
-/* Threads that wait actively take the core from whoever shares it. The second is for matrices that stay as they are. */
-static const char *const CONFIG[2][2] = {{"session.intra_op.allow_spinning", "0"}, {"session.disable_prepacking", "1"}};
+/* As ryot/edge/engine.py says: threads wait actively for 20 us within a call. The last is for matrices that stay as they
+   are. */
+static const char *const CONFIG[][2] = {{"session.intra_op.allow_spinning", "1"},
+                                        {"session.intra_op.spin_duration_us", "20"},
+                                        {"session.force_spinning_stop", "1"},
+                                        {"session.disable_prepacking", "1"}};
+#define NUM_CONFIG (sizeof CONFIG / sizeof *CONFIG)
 
 typedef void function(void);
 typedef void *status; /* NULL where all went well */
@@ -135,7 +140,7 @@ struct session *open_session(struct arena *arena, const struct onnxruntime *ort,
     if (!found) found = CALL(ort, SetSessionGraphOptimizationLevel, status, void *, int)(options, NO_OPTIMIZATIONS);
     if (!found) found = CALL(ort, DisableCpuMemArena, status, void *)(options);
     if (!found) found = CALL(ort, SetSessionLogSeverityLevel, status, void *, int)(options, LOG_ERRORS_ONLY);
-    for (size_t i = 0; !found && i < (packed ? 1 : 2); i++)
+    for (size_t i = 0; !found && i < NUM_CONFIG - packed; i++)
         found = CALL(ort, AddSessionConfigEntry, status, void *, const char *, const char *)(options, CONFIG[i][0],
                                                                                              CONFIG[i][1]);
     if (!found)

@@ -74,4 +74,3 @@ def _decision_path(bundle: Bundle, cache: Path, threads: int) -> Path:
     cpu = describe_cpu()
     told = (SCHEMA, hash_file(bundle.path / MANIFEST_NAME), cpu["model"], cpu["isa"], threads)
     return cache / "widths" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.json"
-

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | None], log_dir: Path) -> Iterator[None]:
     """Connected to Ray, with stdout, the signal handlers and the environment as they were."""
     where = arguments["address"] if arguments["address"] == "local" else describe_address(arguments["address"])
-    with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers():
+    with _quiet(log_dir / "ray.log") as said, _environment(environment), _own_signal_handlers() as put_back:
         import ray
         import ray._private.worker
 
@@ -38,17 +38,40 @@ def ray_connection(arguments: dict[str, Any], environment: Mapping[str, str | No
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
         except Exception as error:  # Ray raises a bare one where its node manager is slow to start
             with contextlib.suppress(Exception):
-                ray.shutdown()
+                _shut_down(put_back)
             raise _explain(error, where, said.read_text(errors="replace")) from error
         except KeyboardInterrupt:
             with hold_signals(), contextlib.suppress(Exception):
-                ray.shutdown()
+                _shut_down(put_back)
             raise
     try:
         yield
     finally:
-        with _quiet(log_dir / "ray.log"), _own_signal_handlers():
-            ray.shutdown()
+        with _quiet(log_dir / "ray.log"), _own_signal_handlers() as put_back:
+            _shut_down(put_back)
+
+
+def _shut_down(put_back: Callable[[], None]) -> None:
+    """`ray.shutdown`, with our handlers in place while it ends its processes, which takes a second.
+
+    Its core sets SIGTERM back to ending this process as soon as it is gone, behind Python's back.
+    """
+    import ray
+    import ray._private.state
+
+    state: Any = ray._private.state.state
+    disconnect = state.disconnect
+
+    def disconnect_and_put_back() -> None:
+        put_back()
+        disconnect()
+
+    # The first that is called after the core is gone.
+    state.disconnect = disconnect_and_put_back
+    try:
+        ray.shutdown()
+    finally:
+        del state.disconnect
 
 
 def _reread_environment() -> None:
@@ -114,17 +137,19 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 @contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM; this puts ours back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
+def _own_signal_handlers() -> Iterator[Callable[[], None]]:
+    """Ray replaces the handler of SIGTERM; this puts ours back, at the end and whenever what it gives is called."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+
+    def put_back() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 @contextlib.contextmanager

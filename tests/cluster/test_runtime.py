@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,21 @@ def test_shutting_down_leaves_no_process_and_no_folder_even_when_ctrl_c_comes_me
 
     folder, shutdown = cluster.folder, ray.shutdown
     assert processes_of(folder)
+    # Only with a handler does a SIGTERM that comes now not end the process at once.
+    caught: list[bool] = []
+
+    def watch(ended: threading.Event) -> None:
+        while not ended.wait(0.005):
+            caught.append(bool(_caught_signals() >> (signal.SIGTERM - 1) & 1))
 
     def interrupted() -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        ended = threading.Event()
+        watcher = threading.Thread(target=watch, args=(ended,))
+        watcher.start()
         shutdown()
+        ended.set()
+        watcher.join()
 
     monkeypatch.setattr(ray, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -126,4 +138,12 @@ def test_shutting_down_leaves_no_process_and_no_folder_even_when_ctrl_c_comes_me
     assert not ray.is_initialized()
     assert processes_of(folder) == []
     assert not folder.exists()
+    # The core is gone after some hundredths of a second of one.
+    assert len(caught) > 20 and caught.count(False) <= 2
     cluster.shutdown()
+
+
+def _caught_signals() -> int:
+    """The mask of the signals that this process has handlers for (proc(5))."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)

@@ -135,14 +135,16 @@ def test_the_bundle_runs_verifies_and_carries_its_record(
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: variants take turns on it")
 def test_each_variant_trains_on_a_core_of_its_own(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    begun = [
+    trained = [
         e
         for e in read_events(finished[0] / "events.jsonl")
-        if isinstance(e, StageEvent) and (e.stage, e.status) == ("train", "begin") and e.variant
+        if isinstance(e, StageEvent) and e.stage == "train" and e.variant
     ]
+    begun = [e for e in trained if e.status == "begin"]
     assert {e.variant for e in begun} == {"baseline", "optimized"}
-    if any("not pinned" in e.detail for e in begun):
-        pytest.skip("another run on this machine held its cores")
+    first_end = min(e.time for e in trained if e.status == "end")
+    if any("not pinned" in e.detail or e.time > first_end for e in begun):
+        pytest.skip("another run on this machine held a core, so these were not at once or not pinned")
     cores = {e.detail.split("cores ")[1].split(",")[0] for e in begun}
     assert len(cores) == 2
 

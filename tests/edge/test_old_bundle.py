@@ -1,4 +1,4 @@
-"""A bundle of the version before, `data/bundle_0_1_0`: exported by it as it is, runtime and all, at the smallest size.
+"""A bundle of the version before, `data/bundle_0_1_0.tar.zst`: exported by it as it is, runtime and all, and small.
 
 A llama with random weights and two precisions in one (int8-dyn to prefill, int4 to decode) over an int8 cache, from
 before a manifest named its family's blocks, signatures, templates and rounding by today's words.
@@ -6,7 +6,6 @@ before a manifest named its family's blocks, signatures, templates and rounding 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from ryot.cli.main import main
+from ryot.deploy.archive import unpack_archive
 from ryot.deploy.bundle import finish_bundle
 from ryot.edge.bundle import load_bundle, read_manifest
 from ryot.edge.cli import run
@@ -26,8 +26,9 @@ from ryot.edge.trust import check_whole
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy: what runs a bundle may leave compiled files beside its modules."""
-    return shutil.copytree(Path(__file__).with_name("data") / "bundle_0_1_0", tmp_path_factory.mktemp("old") / "bundle")
+    folder = tmp_path_factory.mktemp("old") / "bundle"
+    unpack_archive(Path(__file__).with_name("data") / "bundle_0_1_0.tar.zst", folder)
+    return folder
 
 
 def test_it_is_verified_as_it_was_made(old: Path) -> None:

@@ -22,6 +22,7 @@ from ryot.cli.main import main
 from ryot.errors import RyotError
 from ryot.events import EvalEvent, Event, StageEvent, StepEvent, read_events
 from ryot.report.rows import load_report
+from ryot.run.journal import AttemptBegun, parse_journal
 from tests.run.tiny import QUICK, tiny_recipes
 
 RYOT = [sys.executable, "-c", "from ryot.cli.main import run; run()"]
@@ -143,8 +144,11 @@ def test_each_variant_trains_on_a_core_of_its_own(finished: tuple[Path, subproce
     begun = [e for e in trained if e.status == "begin"]
     assert {e.variant for e in begun} == {"baseline", "optimized"}
     first_end = min(e.time for e in trained if e.status == "end")
+    records, _ = parse_journal(finished[0] / "journal.jsonl")
+    placed = [r.time for r in records if isinstance(r, AttemptBegun)]
+    assert len(placed) == 2 and max(placed) < first_end
     if any("not pinned" in e.detail or e.time > first_end for e in begun):
-        pytest.skip("another run on this machine held a core, so these were not at once or not pinned")
+        pytest.skip("another run on this machine held a core, so one waited for it or went without")
     cores = {e.detail.split("cores ")[1].split(",")[0] for e in begun}
     assert len(cores) == 2
 

@@ -10,6 +10,7 @@ import click
 
 from ryot.cli.options import HELP, format_option, host_options, verbose_option
 from ryot.edge.cli import BENCH_ROUNDS
+from ryot.fleet.device.checks import MAX_SLOWDOWN
 
 if TYPE_CHECKING:
     from ryot.report.table import Format
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     "--max-slowdown",
     metavar="X",
     type=click.FloatRange(min=1),
-    default=2.0,
+    default=MAX_SLOWDOWN,
     show_default=True,
     help="Keep the version before when the new one takes more than X times as long there",
 )

@@ -90,15 +90,15 @@ def outlier_mixes(
         values, inputs = weights[f"{name}.weight"], costs.inputs[name]
         dynamic = dynamic_cost(values, bits, costs.sensitivity.outputs[name], inputs)
         in_blocks = eight_bit_formats(name, values, [block.block_size], costs.sensitivity, inputs)[0].expected_kl
-        # Times, in those of a dynamic product's values, stand where other ladders have bytes.
+        # The price is time, in that of a value of a dynamic product.
         formats[name] = [
-            Format(label="dynamic", num_bytes=values.size, expected_kl=dynamic),
-            Format(label="blocks", num_bytes=BLOCK_TIME * values.size, expected_kl=in_blocks),
+            Format(label="dynamic", price=values.size, expected_kl=dynamic),
+            Format(label="blocks", price=BLOCK_TIME * values.size, expected_kl=in_blocks),
         ]
     ladder = Ladder(formats)
     for share in OUTLIER_SHARES:
-        enough = ladder.num_bytes(0) * (1 + (BLOCK_TIME - 1) * share)
-        rung = next((r for r in range(ladder.top) if ladder.num_bytes(r) >= enough), ladder.top)
+        enough = ladder.price(0) * (1 + (BLOCK_TIME - 1) * share)
+        rung = next((r for r in range(ladder.top) if ladder.price(r) >= enough), ladder.top)
         chosen = [n for n, option in ladder.mix(rung).items() if option.label == "blocks"]
         log.info("int8-dyn: in blocks %s", ", ".join(chosen) or "none")
         yield chosen, ladder.expected_kl(rung)

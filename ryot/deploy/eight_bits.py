@@ -105,7 +105,7 @@ def eight_bit_formats(
                 costs[size] += 0.5 * float(sensitivity.counts_V[rows] @ errors_RK @ sensitivity.lookup_D)
     N, K = values_NK.shape
     return [
-        Format(label=f"8 bits/{size}", num_bytes=N * -(-K // size) * (size + 4), expected_kl=costs[size])
+        Format(label=f"8 bits/{size}", price=N * -(-K // size) * (size + 4), expected_kl=costs[size])
         for size in block_sizes
     ]
 

@@ -47,7 +47,7 @@ from ryot.deploy.precisions import (
 )
 from ryot.deploy.quality import REFERENCE, EvalData, Scorer, evaluate_artifacts, quality_windows
 from ryot.deploy.scorer import TorchScorer
-from ryot.deploy.selection import Ladder, Option, find_smallest
+from ryot.deploy.selection import Ladder, Option, find_cheapest
 from ryot.deploy.settings import ExportSettings
 from ryot.deploy.smoothing import foldable, smooth
 from ryot.deploy.standard import StandardGraph, write_standard_graph
@@ -300,7 +300,7 @@ class Quantizer:
             counts = Counter(option.label for option in mix.values())
             candidates.append(
                 {
-                    "bytes": ladder.num_bytes(rung),
+                    "bytes": ladder.price(rung),
                     "formats": dict(sorted(counts.items())),
                     "expected_kl": round(ladder.expected_kl(rung), 6),
                     **figures,
@@ -312,11 +312,11 @@ class Quantizer:
             lost = max(figures["bpb_ratio"] - 1, max(figures["kl"], said.kl) / figures["reference_loss"])
             return max(lost, self._limit - 1) if said.lost else lost
 
-        rung = find_smallest(ladder, measure, CHOICE_SHARE * (self._limit - 1))
+        rung = find_cheapest(ladder, measure, CHOICE_SHARE * (self._limit - 1))
         mix = ladder.mix(rung)
         record = {
             "method": "gptq",
-            "bytes": ladder.num_bytes(rung),
+            "bytes": ladder.price(rung),
             "formats": {name: option.label for name, option in mix.items()},
             "candidates": candidates,
         }
@@ -360,7 +360,7 @@ class Quantizer:
         four = [name for name, m in found.items() if isinstance(m, OffsetBlockMatrix) or m.bits == 4]
         kept = found if set(four) >= set(names) - set(tables) else four
         return {
-            name: [Option(label="as stored", num_bytes=found[name].num_bytes, expected_kl=0.0, matrix=found[name])]
+            name: [Option(label="as stored", price=found[name].num_bytes, expected_kl=0.0, matrix=found[name])]
             for name in kept
         }
 
@@ -380,7 +380,7 @@ class Quantizer:
             return Option(
                 expected_kl=cost,
                 label=f"{matrix.bits} bits/{matrix.block_size}",
-                num_bytes=matrix.num_bytes,
+                price=matrix.num_bytes,
                 # Of most matrices all options but one come to nothing.
                 matrix=dataclasses.replace(matrix, codes_NCE=put_away(matrix.codes_NCE, self._scratch)),
             )

@@ -1,9 +1,9 @@
-"""Chooses how each matrix is rounded, smallest first: whole graphs are measured only at the end, and few of them.
+"""Chooses how each matrix is rounded, cheapest first: whole graphs are measured only at the end, and few of them.
 
-Every matrix has options, each with its bytes and the KL that it is expected to cost. Going from all the smallest to all
-the best, matrix by matrix in the order of KL saved per byte, gives a ladder of mixes. What a mix really costs is
-measured on a rung, and where the next one stands follows from a straight line through what was measured: expected KL
-leaves out what quantized activations cost and how errors add up, which is a constant and a factor.
+Every matrix has options, each with its price, bytes as a rule, and the KL that it is expected to cost. Going from all
+the cheapest to all the best, matrix by matrix in the order of KL saved for the price, gives a ladder of mixes. What a
+mix really costs is measured on a rung, and where the next one stands follows from a straight line through what was
+measured: expected KL leaves out what quantized activations cost and how errors add up, a constant and a factor.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ryot.deploy.matrices import Matrix
 
 #: Whole graphs that are measured, at most.
 MAX_MEASURED = 6
-#: A mix this close to the limit, as a share of it, or to a smaller one that breaks it, in bytes, is not made smaller.
-CLOSE_ENOUGH, CLOSE_BYTES = 0.85, 0.01
+#: A mix this close to the limit, as a share of it, or to a smaller one that breaks it, in price, is not made smaller.
+CLOSE_ENOUGH, CLOSE_PRICE = 0.85, 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,8 @@ class Format:
 
     label: str
     """Bits and block size."""
-    num_bytes: int
+    price: int
+    """Bytes, or the time of its products: what a mix is to have little of."""
     expected_kl: float
 
 
@@ -42,18 +43,18 @@ FormatT = TypeVar("FormatT", bound=Format)
 
 
 class Ladder(Generic[FormatT]):
-    """Mixes of one option for each matrix, from the smallest on; rung `i` has the first `i` upgrades."""
+    """Mixes of one option for each matrix, from the cheapest on; rung `i` has the first `i` upgrades."""
 
     def __init__(self, options: Mapping[str, Sequence[FormatT]]):
         hulls = {name: _lower_hull(of_matrix) for name, of_matrix in options.items()}
-        self._smallest = {name: hull[0] for name, hull in hulls.items()}
+        self._cheapest = {name: hull[0] for name, hull in hulls.items()}
         upgrades = [(name, a, b) for name, hull in hulls.items() for a, b in itertools.pairwise(hull)]
-        # On a hull each upgrade saves less per byte than the one before it, so their order within a matrix holds.
-        self._upgrades = sorted(upgrades, key=lambda u: (-_saved_per_byte(u[1], u[2]), u[0], u[2].num_bytes))
-        self._bytes = [sum(o.num_bytes for o in self._smallest.values())]
-        self._kl = [sum(o.expected_kl for o in self._smallest.values())]
+        # On a hull each upgrade saves less for its price than the one before it, so their order within a matrix holds.
+        self._upgrades = sorted(upgrades, key=lambda u: (-_saved_per_price(u[1], u[2]), u[0], u[2].price))
+        self._prices = [sum(o.price for o in self._cheapest.values())]
+        self._kl = [sum(o.expected_kl for o in self._cheapest.values())]
         for _, a, b in self._upgrades:
-            self._bytes.append(self._bytes[-1] + b.num_bytes - a.num_bytes)
+            self._prices.append(self._prices[-1] + b.price - a.price)
             self._kl.append(self._kl[-1] + b.expected_kl - a.expected_kl)
 
     @property
@@ -61,9 +62,9 @@ class Ladder(Generic[FormatT]):
         """The last rung, where every matrix has its best option."""
         return len(self._upgrades)
 
-    def num_bytes(self, rung: int) -> int:
-        """Bytes of all matrices of a mix."""
-        return self._bytes[rung]
+    def price(self, rung: int) -> int:
+        """Of all matrices of a mix."""
+        return self._prices[rung]
 
     def expected_kl(self, rung: int) -> float:
         """Sum of what its matrices are expected to cost."""
@@ -71,22 +72,22 @@ class Ladder(Generic[FormatT]):
 
     def mix(self, rung: int) -> dict[str, FormatT]:
         """The option of each matrix."""
-        return {**self._smallest, **{name: option for name, _, option in self._upgrades[:rung]}}
+        return {**self._cheapest, **{name: option for name, _, option in self._upgrades[:rung]}}
 
     def rung_for(self, kl: float) -> int:
         """The lowest rung that is expected to cost at most `kl`; the top where none is."""
         return next((rung for rung, expected in enumerate(self._kl) if expected <= kl), self.top)
 
     def rung_that_pays(self, times: float) -> int:
-        """The last rung up to which each upgrade saves so many times the share of KL that it adds in bytes."""
+        """The last rung up to which each upgrade saves so many times the share of KL that it adds to the price."""
         for rung, (_, a, b) in enumerate(self._upgrades):
-            if _saved_per_byte(a, b) < times * self._kl[rung] / self._bytes[rung]:
+            if _saved_per_price(a, b) < times * self._kl[rung] / self._prices[rung]:
                 return rung
         return self.top
 
 
-def find_smallest(ladder: Ladder[FormatT], measure: Callable[[int], float], limit: float) -> int:
-    """The rung of the smallest mix whose measured loss is within `limit`, after at most `MAX_MEASURED` measurements.
+def find_cheapest(ladder: Ladder[FormatT], measure: Callable[[int], float], limit: float) -> int:
+    """The rung of the cheapest mix whose measured loss is within `limit`, after at most `MAX_MEASURED` measurements.
 
     The top rung where none is within it; the only one, unmeasured, where there is nothing to choose.
     """
@@ -101,7 +102,7 @@ def find_smallest(ladder: Ladder[FormatT], measure: Callable[[int], float], limi
         elif passed is None or rung < passed:
             passed = rung
         if passed is not None:
-            near = failed < 0 or ladder.num_bytes(passed) < (1 + CLOSE_BYTES) * ladder.num_bytes(failed)
+            near = failed < 0 or ladder.price(passed) < (1 + CLOSE_PRICE) * ladder.price(failed)
             if near or found[passed] >= CLOSE_ENOUGH * limit or passed - failed == 1:
                 return passed
         elif failed == ladder.top:
@@ -125,17 +126,17 @@ def _next_rung(ladder: Ladder[FormatT], found: Mapping[int, float], limit: float
     return ladder.rung_for(x0 + (goal - y0) / slope) if slope > 0 else ladder.top
 
 
-def _saved_per_byte(a: Format, b: Format) -> float:
-    return (a.expected_kl - b.expected_kl) / (b.num_bytes - a.num_bytes)
+def _saved_per_price(a: Format, b: Format) -> float:
+    return (a.expected_kl - b.expected_kl) / (b.price - a.price)
 
 
 def _lower_hull(options: Sequence[FormatT]) -> list[FormatT]:
-    """The options that are smallest for some price of KL in bytes, smallest first."""
+    """The options that are best for some worth of KL, cheapest first."""
     hull: list[FormatT] = []
-    for option in sorted(options, key=lambda o: (o.num_bytes, o.expected_kl)):
+    for option in sorted(options, key=lambda o: (o.price, o.expected_kl)):
         if hull and option.expected_kl >= hull[-1].expected_kl:
             continue
-        while len(hull) > 1 and _saved_per_byte(hull[-2], hull[-1]) <= _saved_per_byte(hull[-1], option):
+        while len(hull) > 1 and _saved_per_price(hull[-2], hull[-1]) <= _saved_per_price(hull[-1], option):
             hull.pop()
         hull.append(option)
     return hull

@@ -57,7 +57,7 @@ def test_the_expected_cost_is_that_of_the_errors_of_inputs_and_weights(weights, 
             by_output_N = (sensitivity.tokens[name].numpy()[:, None] * error_TN**2).mean(axis=0)
             # Thousands of errors, each of a size that is known to a few percent, and the largest inputs have none.
             assert found.expected_kl == pytest.approx(0.5 * by_output_N @ sensitivity.outputs[name].numpy(), rel=0.2)
-            assert (found.label, found.num_bytes) == (f"8 bits/{size}", matrix.num_bytes)
+            assert (found.label, found.price) == (f"8 bits/{size}", matrix.num_bytes)
         assert formats[0].expected_kl < formats[1].expected_kl
         for bits in (8, 7):
             dynamic = quantize_dynamic(values, bits=bits)
@@ -81,12 +81,12 @@ def test_an_upgrade_that_saves_little_for_its_bytes_is_not_taken():
     ladder = Ladder(
         {
             "much": [
-                Format(label="b", num_bytes=100, expected_kl=0.5),
-                Format(label="a", num_bytes=110, expected_kl=0.1),
+                Format(label="b", price=100, expected_kl=0.5),
+                Format(label="a", price=110, expected_kl=0.1),
             ],
             "little": [
-                Format(label="b", num_bytes=100, expected_kl=0.5),
-                Format(label="a", num_bytes=110, expected_kl=0.4),
+                Format(label="b", price=100, expected_kl=0.5),
+                Format(label="a", price=110, expected_kl=0.4),
             ],
         }
     )

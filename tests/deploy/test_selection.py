@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from ryot.deploy.matrices import quantize_blocks
-from ryot.deploy.selection import CLOSE_BYTES, CLOSE_ENOUGH, MAX_MEASURED, Ladder, Option, find_smallest
+from ryot.deploy.selection import CLOSE_ENOUGH, CLOSE_PRICE, MAX_MEASURED, Ladder, Option, find_cheapest
 
 MATRIX = quantize_blocks(np.ones((1, 32), np.float32), bits=4, block_size=32)
 
 
-def option(num_bytes, expected_kl, bits=4):
-    return Option(label=f"{bits} bits", num_bytes=num_bytes, expected_kl=expected_kl, matrix=MATRIX)
+def option(price, expected_kl, bits=4):
+    return Option(label=f"{bits} bits", price=price, expected_kl=expected_kl, matrix=MATRIX)
 
 
 def random_ladder(seed=0, matrices=60):
@@ -32,10 +32,10 @@ def test_each_rung_adds_bytes_and_saves_kl_and_the_first_ones_save_most():
     rungs = range(ladder.top + 1)
     for rung in rungs:
         mix = ladder.mix(rung).values()
-        assert sum(o.num_bytes for o in mix) == ladder.num_bytes(rung)
+        assert sum(o.price for o in mix) == ladder.price(rung)
         assert sum(o.expected_kl for o in mix) == pytest.approx(ladder.expected_kl(rung))
     gains = [
-        (ladder.expected_kl(a) - ladder.expected_kl(b)) / (ladder.num_bytes(b) - ladder.num_bytes(a))
+        (ladder.expected_kl(a) - ladder.expected_kl(b)) / (ladder.price(b) - ladder.price(a))
         for a, b in itertools.pairwise(rungs)
     ]
     assert gains == sorted(gains, reverse=True)
@@ -48,15 +48,15 @@ def test_no_choice_of_two_matrices_beats_a_rung_of_equal_bytes():
         "b": [option(10, 1.0), option(12, 0.9), option(20, 0.1)],
     }
     ladder = Ladder(options)
-    every = [(x.num_bytes + y.num_bytes, x.expected_kl + y.expected_kl) for x in options["a"] for y in options["b"]]
+    every = [(x.price + y.price, x.expected_kl + y.expected_kl) for x in options["a"] for y in options["b"]]
     for rung in range(ladder.top + 1):
-        best = min(kl for num_bytes, kl in every if num_bytes <= ladder.num_bytes(rung))
+        best = min(kl for price, kl in every if price <= ladder.price(rung))
         assert ladder.expected_kl(rung) == pytest.approx(best)
 
 
 def test_an_option_that_is_larger_and_no_better_is_never_taken():
     ladder = Ladder({"a": [option(10, 5.0), option(15, 5.0), option(20, 1.0)]})
-    assert [ladder.mix(rung)["a"].num_bytes for rung in range(ladder.top + 1)] == [10, 20]
+    assert [ladder.mix(rung)["a"].price for rung in range(ladder.top + 1)] == [10, 20]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -72,18 +72,18 @@ def test_the_smallest_mix_within_the_limit_is_found_with_few_measurements(seed, 
         measured.append(rung)
         return float((0.6 * scale * ladder.expected_kl(rung) + 0.005) * wiggle[rung])
 
-    rung = find_smallest(ladder, measure, limit)
+    rung = find_cheapest(ladder, measure, limit)
     measured_by = list(measured)
     assert len(measured_by) <= MAX_MEASURED
     assert measure(rung) <= limit
-    cheaper = [r for r in range(rung) if ladder.num_bytes(r) < (1 - CLOSE_BYTES) * ladder.num_bytes(rung)]
+    cheaper = [r for r in range(rung) if ladder.price(r) < (1 - CLOSE_PRICE) * ladder.price(rung)]
     assert all(measure(r) > CLOSE_ENOUGH * 0.9 * limit for r in cheaper)
 
 
 def test_the_smallest_of_all_needs_one_measurement_and_a_hopeless_case_ends_at_the_best():
     ladder, seen = random_ladder(), []
-    assert find_smallest(ladder, lambda rung: seen.append(rung) or 0.0, 0.1) == 0
+    assert find_cheapest(ladder, lambda rung: seen.append(rung) or 0.0, 0.1) == 0
     assert seen == [0]
     seen.clear()
-    assert find_smallest(ladder, lambda rung: seen.append(rung) or 9.0, 0.1) == ladder.top
+    assert find_cheapest(ladder, lambda rung: seen.append(rung) or 9.0, 0.1) == ladder.top
     assert len(seen) <= MAX_MEASURED

@@ -31,7 +31,7 @@ def model_options(*, threads: int | None, rows: int | None) -> Callable[[Command
             "--rows",
             type=click.IntRange(1, 256),
             default=rows,
-            show_default="what is measured to pay, or 32" if rows is None else True,
+            show_default="what is measured to pay" if rows is None else True,
             help="Requests computed together",
         ),
         click.option(
